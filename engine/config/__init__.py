@@ -1,0 +1,32 @@
+"""The configuration of a job: strict, typed, frozen, and without torch.
+
+    config = load_config("configs/tiny.yaml", ["optim.lr=3e-4"])     # files, presets and overrides, merged and checked
+    config = config.with_world_size(8)                               # parallel.data is a number, and everything divides
+    print(config.dump())                                             # YAML, enough to run it again
+
+Keys, defaults and units are in `schema`; the equations a layout must satisfy in `layout`.
+"""
+
+from engine.config.layout import resolve_layout
+from engine.config.load import load_config, preset_names
+from engine.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RopeScalingConfig,
+    RunConfig,
+    SourceConfig,
+)
+
+__all__ = [
+    "BatchConfig", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LogConfig", "ModelConfig", "OptimConfig",
+    "ParallelConfig", "PrecisionConfig", "RopeScalingConfig", "RunConfig", "SourceConfig", "load_config",
+    "preset_names", "resolve_layout",
+]

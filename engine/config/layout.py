@@ -1,0 +1,85 @@
+"""Impossible layouts are refused here, before any process starts, with the equation that does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from engine.config.support import unsupported
+from engine.errors import ConfigError
+
+if TYPE_CHECKING:                                            # the schema calls this module
+    from engine.config.schema import Config
+
+
+def resolve_layout(config: Config, world_size: int) -> Config:
+    """The configuration of a job of `world_size` processes: `parallel.data` is a number, and everything divides.
+
+    Raises:
+        ConfigError: with every equation that does not hold, one per line.
+    """
+    parallel = config.parallel
+    problems = unsupported(config)
+    data = parallel.data if isinstance(parallel.data, int) else world_size // parallel.model_parallel_size
+    if data < 1 or parallel.model_parallel_size * data != world_size:
+        problems.append(
+            f"tensor({parallel.tensor}) × context({parallel.context}) × pipeline({parallel.pipeline}) × "
+            f"data({parallel.data}) does not make world size {world_size}: " + _world_remedy(config, world_size))
+    else:
+        config = config.with_changes(parallel={"data": data})
+        problems += _batch_problems(config, data)
+    problems += [*_tensor_problems(config), *_pipeline_problems(config), *_sequence_problems(config)]
+    if problems:
+        raise ConfigError("this layout cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return config
+
+
+def _world_remedy(config: Config, world_size: int) -> str:
+    size = config.parallel.model_parallel_size
+    if isinstance(config.parallel.data, int):
+        return f"start {size * config.parallel.data} processes, or set parallel.data to auto"
+    return f"one copy of the model takes {size} processes; start a multiple of {size} (asked: {world_size})"
+
+
+def _batch_problems(config: Config, data: int) -> Iterator[str]:
+    parallel, batch = config.parallel, config.batch
+    if batch.global_ % (batch.micro * data):
+        yield (f"batch.global({batch.global_}) is not batch.micro({batch.micro}) × data({data}) × a whole number of "
+               f"microbatches: make it a multiple of {batch.micro * data}")
+    elif parallel.schedule == "interleaved" and config.num_microbatches % parallel.pipeline:
+        yield (f"the interleaved schedule needs microbatches({config.num_microbatches} = {batch.global_} / "
+               f"({batch.micro} × {data})) to be a multiple of pipeline({parallel.pipeline}): change batch.global or "
+               "use `1f1b`")
+
+
+def _tensor_problems(config: Config) -> Iterator[str]:
+    tensor = config.parallel.tensor
+    for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
+        if (size := getattr(config.model, name)) % tensor:
+            yield f"model.{name}({size}) is not divisible by parallel.tensor({tensor})"
+
+
+def _pipeline_problems(config: Config) -> Iterator[str]:
+    parallel, chunks = config.parallel, config.parallel.virtual_stages
+    if parallel.schedule == "interleaved":
+        if chunks < 2:
+            yield f"the interleaved schedule needs parallel.virtual_stages ≥ 2 (it is {chunks}); with 1 use `1f1b`"
+    elif parallel.schedule == "zb-v":
+        if chunks != 2:
+            yield f"the zb-v schedule needs parallel.virtual_stages = 2 (it is {chunks})"
+    elif chunks != 1:
+        yield (f"the {parallel.schedule} schedule needs parallel.virtual_stages = 1 (it is {chunks}); "
+               "use `interleaved` for more")
+    if config.model.num_layers < parallel.pipeline * chunks:
+        yield (f"model.num_layers({config.model.num_layers}) < pipeline({parallel.pipeline}) × "
+               f"virtual_stages({chunks}) = {parallel.pipeline * chunks}: every chunk needs a layer")
+
+
+def _sequence_problems(config: Config) -> Iterator[str]:
+    parallel, seq_len = config.parallel, config.data.seq_len
+    if parallel.context > 1 and seq_len % (2 * parallel.context):
+        yield (f"data.seq_len({seq_len}) is not divisible by 2 × context({parallel.context}) = "
+               f"{2 * parallel.context} (each rank takes one early and one late piece)")
+    elif parallel.sequence and (seq_len // parallel.context) % parallel.tensor:
+        part = f"data.seq_len({seq_len})" + (f" / context({parallel.context})" if parallel.context > 1 else "")
+        yield f"{part} is not divisible by tensor({parallel.tensor}): change it, or set parallel.sequence to false"

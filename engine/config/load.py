@@ -1,0 +1,206 @@
+"""Reading a configuration: YAML with `base:` inheritance, dotted overrides, presets, and errors that help.
+
+Values come from four layers, later ones win: the model preset, the base files, the file, the command line.  While
+merging, the origin of every key (`file:line` or `command line`) is kept, so that each problem says where to look.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from engine.config.schema import Config
+from engine.errors import ConfigError
+
+PRESETS = Path(__file__).parent / "presets"
+
+KeyPath = tuple[str | int, ...]
+Origins = dict[KeyPath, str]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `3e-4` is a number, `off` and `no` are words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool",
+                                                                       "tag:yaml.org,2002:float",
+                                                                       "tag:yaml.org,2002:timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"),
+                              list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(
+    r"^[-+]?(?:(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The resolved configuration of the file at `path`, with overrides such as `optim.lr=3e-4` on top.
+
+    Raises:
+        ConfigError: with every problem of the file and the overrides at once.
+    """
+    values, origins = _read_with_bases(Path(path), ())
+    for override in overrides:
+        _merge(values, origins, *_parse_override(override))
+    values = {key: {} if value is None else value for key, value in values.items()}
+    if isinstance(model := values.get("model"), dict) and "preset" in model:
+        values["model"] = _with_preset(model, origins.get(("model", "preset"), str(path)))
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem, origins) for problem in error.errors()]
+        raise ConfigError(f"{path}: {len(lines)} problem{'s' * (len(lines) > 1)} in the configuration\n"
+                          + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def preset_names() -> list[str]:
+    """Names accepted by `model.preset`."""
+    return sorted(file.stem for file in PRESETS.glob("*.yaml"))
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """` (did you mean …?)` where some known name is close, else the list of them."""
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean `{close[0]}`?" if close else "known: " + ", ".join(known)
+
+
+def _read_with_bases(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
+    resolved = path.resolve()
+    if resolved in children:
+        chain = " -> ".join(str(file) for file in (*children, resolved))
+        raise ConfigError(f"`base:` goes round in a circle: {chain}")
+    values, origins = _read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values, origins
+    if not isinstance(base, str):
+        raise ConfigError(f"{origins['base',]}: `base:` must name one file, not {base!r}")
+    below, below_origins = _read_with_bases(path.parent / base, (*children, resolved))
+    _merge(below, below_origins, values, origins)
+    return below, below_origins
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], Origins]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+    values, origins = _parse(text, str(path))
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections, not {values!r:.60}")
+    return values or {}, origins
+
+
+def _parse(text: str, name: str) -> tuple[Any, Origins]:
+    """The YAML document as plain values, and `name:line` of every key."""
+    loader = _Loader(text)
+    origins: Origins = {}
+    try:
+        node = loader.get_single_node()
+        return (None if node is None else _build(loader, node, (), name, origins)), origins
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def _build(loader: _Loader, node: yaml.Node, path: KeyPath, name: str, origins: Origins) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(loader, item, (*path, i), name, origins) for i, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node)
+    loader.flatten_mapping(node)                             # `<<: *anchor`
+    values: dict[str, Any] = {}
+    own_start = node.start_mark.index
+    for key_node, value_node in node.value:
+        key = str(loader.construct_object(key_node))
+        where = f"{name}:{key_node.start_mark.line + 1}"
+        if key in values and key_node.start_mark.index >= own_start:
+            raise ConfigError(f"{where}: the key `{key}` is given twice")
+        origins[(*path, key)] = where
+        values[key] = _build(loader, value_node, (*path, key), name, origins)
+    return values
+
+
+def _merge(values: dict[str, Any], origins: Origins, over: dict[str, Any], over_origins: Origins) -> None:
+    """Put `over` on top of `values`, key by key; lists and scalars are replaced whole."""
+    for key, value in over.items():
+        below = values.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            merged = dict(below)
+            _merge(merged, {}, value, {})
+            value = merged
+        values[key] = value
+    origins.update(over_origins)
+
+
+def _parse_override(override: str) -> tuple[dict[str, Any], Origins]:
+    """`a.b=c` as the nested mapping {a: {b: c}}; the value is YAML."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: expected key=value, such as optim.lr=3e-4")
+    value, _ = _parse(text, f"override {override!r}")
+    origins: Origins = {}
+    for depth in range(len(keys), 0, -1):
+        origins[tuple(keys[:depth])] = "command line"
+    for key in reversed(keys):
+        value = {key: value}
+    return value, origins
+
+
+def _with_preset(model: dict[str, Any], origin: str) -> dict[str, Any]:
+    name = model["preset"]
+    if name not in preset_names():
+        raise ConfigError(f"{origin}: model.preset {name!r} does not exist; {nearest(str(name), preset_names())}")
+    values, _ = _read_yaml(PRESETS / f"{name}.yaml")
+    _merge(values, {}, {key: value for key, value in model.items() if key != "preset"}, {})
+    return values
+
+
+def _explain(problem: Any, origins: Origins) -> str:
+    """One line for one of pydantic's errors: the key, what is wrong, and where it was written."""
+    path: KeyPath = tuple(problem["loc"])
+    while path and path not in origins and path[-1] in ("int", "constrained-int", "literal['auto']"):
+        path = path[:-1]                                     # pydantic names the branch of a union; people need not know
+    dotted = ".".join(str(part) for part in path) or "the file"
+    where = origins.get(path) or next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), "")
+    if problem["type"] == "extra_forbidden":
+        known = list(_keys_at(Config, path[:-1]))
+        text = f"unknown key; {nearest(str(path[-1]), known)}"
+    elif problem["type"] == "missing":
+        text = "is missing" + ("; give it or a model.preset" if path[0] == "model" else "")
+    elif problem["type"] == "model_type":
+        text = f"must be a mapping, not {problem['input']!r:.60}"
+    else:
+        text = f"{problem['msg'].removeprefix('Value error, ')} (it is {problem['input']!r:.60})"
+    return f"{dotted}: {text}" + (f"  [{where}]" if where else "")
+
+
+def _keys_at(model: type[BaseModel], path: KeyPath) -> Iterator[str]:
+    """YAML keys of the section at `path`."""
+    for part in path:
+        if not isinstance(part, int):
+            field = next(f for name, f in model.model_fields.items() if part in (name, f.validation_alias))
+            model = next(_models_in(field.annotation))
+    yield from (str(field.validation_alias or name) for name, field in model.model_fields.items())
+    if model.__name__ == "ModelConfig":
+        yield "preset"
+    if model is Config:
+        yield "base"
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Models inside an annotation such as `tuple[Source, ...]` or `Scaling | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)

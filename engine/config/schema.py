@@ -1,0 +1,244 @@
+"""The configuration: every section, key, default and unit in one place.
+
+A configuration is a value.  It is read once (`engine.config.load`), checked, and never changes; every model below is
+frozen and refuses keys it does not know.  A loaded configuration is fully resolved: presets and base files have
+been merged in, so what `Config.dump` writes is enough to run the same job again.
+
+Two YAML keys are reserved words in Python; their attributes carry an underscore: `batch.global_` and
+`checkpoint.async_`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from engine.config.layout import resolve_layout
+from engine.errors import ConfigError
+
+
+def _refuse_bool(value: object) -> object:
+    """YAML's `true` would otherwise pass for the number 1."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not true or false")  # noqa: TRY004 (pydantic reports ValueError)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1)]
+NonNegative = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0, allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Frozen, strict about its keys, and constructible from Python by attribute name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    """Where the run lives, and what it does."""
+
+    dir: str = "runs/default"
+    seed: NonNegative = 1234
+    objective: Literal["pretrain", "sft", "reward", "dpo", "ppo"] = "pretrain"
+    name: str | None = None                                  # a label for logs and reports; default: the folder's name
+    device: Literal["auto", "cpu", "cuda"] = "auto"          # auto: cuda where there is one
+
+
+class RopeScalingConfig(Section):
+    """Llama-3's stretching of RoPE: low frequencies divided by `factor`, high ones kept, a smooth ramp between."""
+
+    type: Literal["llama3"] = "llama3"
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_seq_len: Count
+
+
+class ModelConfig(Section):
+    """The transformer's shape.  `num_heads` need not times `head_dim` equal `hidden_size`."""
+
+    num_layers: Count
+    hidden_size: Count
+    num_heads: Count
+    num_kv_heads: Count = Field(default_factory=lambda values: values["num_heads"])
+    head_dim: Count = Field(default_factory=lambda values: values["hidden_size"] // values["num_heads"])
+    ffn_hidden_size: Count
+    vocab_size: Count                                        # the true one; padding for tensor parallelism is local
+    max_seq_len: Count = 2048                                # tokens
+    rope_theta: Positive = 10000.0
+    rope_scaling: RopeScalingConfig | None = None
+    norm_eps: Positive = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads({self.num_heads}) is not a multiple of num_kv_heads({self.num_kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim({self.head_dim}) is odd; RoPE rotates pairs")
+        return self
+
+
+class ParallelConfig(Section):
+    """How the job is cut.  tensor × context × pipeline × data = number of processes."""
+
+    tensor: Count = 1
+    pipeline: Count = 1
+    context: Count = 1
+    data: Count | Literal["auto"] = "auto"                   # auto: whatever processes are left
+    sequence: bool = True                                    # sequence parallelism wherever tensor > 1
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"] = "1f1b"
+    virtual_stages: Count = 1                                # model chunks per pipeline stage
+    zero: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=3)] = 1
+    recompute: Literal["none", "selective", "full"] = "none"
+    reproducible: bool = False                               # one order of summation for every data-parallel size
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that together hold one copy of the model."""
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def data_size(self) -> int:
+        """`data` as a number; an error where the world size is not known yet."""
+        if isinstance(self.data, int):
+            return self.data
+        raise ConfigError("parallel.data is `auto`: the layout is known once the number of processes is "
+                          "(Config.with_world_size)")
+
+    @property
+    def world_size(self) -> int:
+        return self.model_parallel_size * self.data_size
+
+
+class PrecisionConfig(Section):
+    """Arithmetic.  Masters, moments and gradient accumulation are always fp32."""
+
+    compute: Literal["fp32", "bf16"] = "bf16"
+    fp8: Literal["off", "tensorwise", "rowwise", "te"] = "off"
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"
+
+
+class SourceConfig(Section):
+    """One corpus: `path` is the prefix of its `.bin` and `.idx`."""
+
+    path: str
+    weight: Positive = 1.0                                   # relative to the other sources
+    max_epochs: Positive | None = None                       # refuse to repeat the corpus more often than this
+
+
+class DataConfig(Section):
+    """What is read.  Paths are relative to the working directory."""
+
+    tokenizer: str | None = None                             # a .model, a tokenizer.json or its folder, or `bytes`
+    seq_len: Count = 2048                                    # tokens per sequence
+    train: tuple[SourceConfig, ...] = ()
+    valid: tuple[SourceConfig, ...] = ()
+    document_mask: bool = False                              # attention does not cross documents
+    skip: tuple[tuple[NonNegative, NonNegative], ...] = ()   # consumed-sample ranges [a, b) passed over
+
+
+class BatchConfig(Section):
+    """Sizes in sequences.  global = micro × data × microbatches."""
+
+    micro: Count = 1
+    global_: Count = Field(default_factory=lambda values: values["micro"], validation_alias="global",
+                           serialization_alias="global")
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Positive = 1.5e-4
+    min_lr: Number = Field(default_factory=lambda values: values["lr"] / 10)
+    warmup_steps: NonNegative = 0
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: Number = 0.1
+    grad_clip: Number = 1.0                                  # largest global gradient norm; 0: no clipping
+
+
+class CheckpointConfig(Section):
+    """`every` in steps (0: only at the end); `keep` the newest so many (0: all)."""
+
+    every: NonNegative = 500
+    keep: NonNegative = 3
+    async_: bool = Field(default=True, validation_alias="async", serialization_alias="async")
+    resume: str = "auto"                                     # auto | never | path of a checkpoint
+    load: str | None = None                                  # weights only, step 0
+
+
+class EvalConfig(Section):
+    """`every` in steps (0: never)."""
+
+    every: NonNegative = 500
+    batches: Count = 20                                      # global batches per evaluation
+
+
+class LogConfig(Section):
+    """`every` in steps; `wandb` is a project name."""
+
+    every: Count = 1
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+class Config(Section):
+    """A whole job."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    steps: Count
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        problems = []
+        if self.data.seq_len > self.model.max_seq_len:
+            problems.append(f"data.seq_len({self.data.seq_len}) > model.max_seq_len({self.model.max_seq_len}): "
+                            "shorten the sequences or raise the model's maximum")
+        if self.optim.min_lr > self.optim.lr:
+            problems.append(f"optim.min_lr({self.optim.min_lr}) > optim.lr({self.optim.lr})")
+        if self.optim.warmup_steps > self.steps:
+            problems.append(f"optim.warmup_steps({self.optim.warmup_steps}) > steps({self.steps})")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches each pipeline works through in a step (the layout must be resolved)."""
+        return self.batch.global_ // (self.batch.micro * self.parallel.data_size)
+
+    def with_world_size(self, world_size: int) -> Config:
+        """This job on `world_size` processes; see `resolve_layout`."""
+        return resolve_layout(self, world_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values under the YAML key names; `Config.model_validate` reads them back."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def dump(self) -> str:
+        """YAML of the resolved configuration, enough to run it again."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
+
+    def with_changes(self, **sections: dict[str, Any]) -> Config:
+        """A copy with some keys of some sections replaced, checked again: `with_changes(optim={"lr": 1e-3})`."""
+        values = self.to_dict()
+        for section, changes in sections.items():
+            values[section] = values[section] | changes
+        return Config.model_validate(values)

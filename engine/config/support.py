@@ -1,0 +1,25 @@
+"""What the schema already names and this version does not do yet: one row each, deleted when the feature lands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:                                            # the schema calls the layout, which calls this
+    from engine.config.schema import Config
+
+# (true where the configuration asks for it, what it asks for, what to do instead)
+UNSUPPORTED: tuple[tuple[Callable[[Config], bool], str, str], ...] = (
+    (lambda c: c.run.objective != "pretrain", "run.objective other than `pretrain`", "use `pretrain`"),
+    (lambda c: c.parallel.context > 1, "context parallelism (parallel.context > 1)", "set parallel.context to 1"),
+    (lambda c: c.parallel.schedule.startswith("zb"), "zero-bubble schedules", "use `1f1b` or `interleaved`"),
+    (lambda c: c.parallel.zero > 1, "ZeRO stages 2 and 3", "set parallel.zero to 0 or 1"),
+    (lambda c: c.parallel.recompute != "none", "activation recomputation", "set parallel.recompute to none"),
+    (lambda c: c.parallel.reproducible, "parallel.reproducible", "leave it false"),
+    (lambda c: c.precision.fp8 != "off", "FP8", "set precision.fp8 to off"),
+)
+
+
+def unsupported(config: Config) -> list[str]:
+    """A message for every feature that `config` asks for and this version lacks."""
+    return [f"{what} is not available in this version: {remedy}" for asks, what, remedy in UNSUPPORTED if asks(config)]
