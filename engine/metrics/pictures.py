@@ -1,0 +1,317 @@
+"""Line charts as SVG, written by hand: no plotting library, no script, light and dark.
+
+A chart is text: a frame, a few grid lines at round numbers, and one path per series.  Three things make it honest and
+readable for runs of any length:
+
+* A run of 350,000 steps has more points than the picture has pixels.  Each pixel column keeps its smallest and its
+  largest value, so a spike of a single step stays visible, which averaging or taking every n-th point would lose.
+* One slow first step would flatten the rest of a speed chart.  A chart may be `clipped`: the axis covers the central
+  values, and the legend says how many points lie outside.
+* Values are read by pointing at the chart.  Transparent strips light up a cross-hair and its numbers by CSS `:hover`.
+
+Colours are CSS variables that follow the reader's light or dark setting, in a browser as in a stand-alone file.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
+
+Point = tuple[float, float | None]              # (step, value); None breaks the line
+
+WIDTH, HEIGHT = 720, 290
+LEFT, RIGHT, TOP, BOTTOM = 62, 18, 58, 40       # margins of the plot inside the picture
+PLOT_WIDTH, PLOT_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+HOVER_STRIPS = 120
+NUM_COLORS = 6
+
+STYLE = """
+svg.chart { --ink: #1c2430; --muted: #667085; --grid: #e6e9ef; --paper: #ffffff; --alert: #d92d20;
+  --c0: #2563eb; --c1: #d97706; --c2: #0d9488; --c3: #9333ea; --c4: #db2777; --c5: #64748b;
+  font: 12px system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums; }
+@media (prefers-color-scheme: dark) { svg.chart { --ink: #e6eaf2; --muted: #94a0b4; --grid: #2a3342; --paper: #161c27;
+  --alert: #f97066; --c0: #6ea8fe; --c1: #fbb040; --c2: #2dd4bf; --c3: #c084fc; --c4: #f472b6; --c5: #94a3b8; } }
+svg.chart text { fill: var(--muted); }
+svg.chart .title { fill: var(--ink); font-size: 14px; font-weight: 600; }
+svg.chart .number { fill: var(--ink); }
+svg.chart .grid { stroke: var(--grid); stroke-width: 1; }
+svg.chart .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+svg.chart .faint { fill: none; stroke-width: 1; stroke-linejoin: round; opacity: .38; }
+svg.chart .dashed { fill: none; stroke-width: 1.5; stroke-dasharray: 5 3; }
+svg.chart .dot { stroke: var(--paper); stroke-width: 1; }
+svg.chart .mark { stroke: var(--alert); stroke-width: 1.5; }
+svg.chart .tip rect { fill: transparent; }
+svg.chart .tip :not(rect) { visibility: hidden; }
+svg.chart .tip:hover :not(rect) { visibility: visible; }
+svg.chart .tips:hover + .last { visibility: hidden; }
+svg.chart .hair { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 2 2; }
+"""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart, its points in ascending order of step."""
+
+    label: str
+    points: Sequence[Point]
+    color: int = 0
+    style: Literal["line", "faint", "dashed"] = "line"      # faint: behind its own average; dashed: few points, dotted
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What to draw.
+
+    Attributes:
+        title: the quantity and its unit.
+        series: back to front.
+        log: logarithmic y-axis; only where every value is positive.
+        from_zero: the y-axis begins at zero.
+        clipped: the y-axis covers the central values only.
+        marks: steps to be marked at the foot of the plot.
+        mark_label: what the marks mean.
+    """
+
+    title: str
+    series: Sequence[Series]
+    log: bool = False
+    from_zero: bool = False
+    clipped: bool = False
+    marks: Sequence[int] = ()
+    mark_label: str = ""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Maps values between `low` and `high` to pixels between `start` and `stop`."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
+        return self.start + (value - low) / (high - low) * (self.stop - self.start)
+
+    def ticks(self, count: int) -> list[float]:
+        """Round numbers on the axis, about `count` of them."""
+        ticks = _log_ticks(self.low, self.high) if self.log else []
+        return ticks if len(ticks) >= 3 else round_ticks(self.low, self.high, count)
+
+
+def round_ticks(low: float, high: float, count: int) -> list[float]:
+    """Multiples of 1, 2, 2.5 or 5 times a power of ten inside [low, high]: at most about `count`."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [0.0 if i == 0 else float(f"{i * step:.12g}") for i in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(exponents) <= 3 else (1,)
+    return [tick for e in exponents for factor in factors if low <= (tick := factor * 10.0 ** e) <= high]
+
+
+def number(value: float) -> str:
+    """A number for people: `3e-04`, `0.1234`, `12.3`, `1,234`, `45.6k`, `1.2M`."""
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size < 1e-3:
+        return f"{value:.3g}"
+    if size < 1e4:
+        return f"{round(value):,}" if float(value).is_integer() or size >= 1e3 else f"{value:.4g}"
+    exponent = min(int(math.log10(size) / 3 + 1e-9), 4)
+    return f"{value / 1000 ** exponent:.4g}{'kMGT'[exponent - 1]}"
+
+
+def line_chart(chart: Chart, standalone: bool = False) -> str:
+    """The chart as an `<svg>` element; `standalone` adds what a file of its own needs."""
+    x, y = _axes(chart)
+    body = [
+        f'<text class="title" x="16" y="24">{escape(chart.title)}</text>',
+        *_legend(chart, y),
+        *_frame(x, y),
+        f'<clipPath id="{(clip := _identifier(chart.title))}"><rect x="{LEFT}" y="{TOP - 2}" width="{PLOT_WIDTH + 4}" '
+        f'height="{PLOT_HEIGHT + 4}"/></clipPath><g clip-path="url(#{clip})">',
+        *(_path(series, x, y) for series in chart.series),
+        *(f'<line class="mark" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{HEIGHT - BOTTOM}" '
+          f'y2="{HEIGHT - BOTTOM - 9}"/>' for step in chart.marks[:1000]),
+        "</g>",
+        *_hover(chart, x, y),
+    ]
+    return svg(WIDTH, HEIGHT, chart.title, body, STYLE if standalone else None)
+
+
+def svg(width: int, height: int, title: str, body: Sequence[str], style: str | None = None) -> str:
+    """An `<svg>` element that scales with its place; with its own style where it stands alone."""
+    sheet = "" if style is None else f"<style>{style}svg {{ background: var(--paper) }}</style>"
+    return (f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'role="img" aria-label="{escape(title)}">{sheet}' + "\n".join(body) + "</svg>\n")
+
+
+def moving_average(points: Sequence[Point], window: int) -> list[Point]:
+    """Centred mean over `window` neighbouring points (an odd number); points without a value are left out."""
+    known = [(step, value) for step, value in points if value is not None]
+    sums = [0.0]
+    for _, value in known:
+        sums.append(sums[-1] + value)
+    averages: list[Point] = []
+    for i, (step, _) in enumerate(known):
+        reach = min(window // 2, i, len(known) - 1 - i)      # symmetric at the ends too, or the mean would lag there
+        averages.append((step, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+    return averages
+
+
+def _axes(chart: Chart) -> tuple[Axis, Axis]:
+    steps = [step for series in chart.series for step, _ in series.points]
+    values = sorted(value for series in chart.series for _, value in series.points if value is not None)
+    log = chart.log and bool(values) and values[0] > 0
+    low, high = _span(chart, values, log)
+    first, last = min(steps, default=0), max(steps, default=1)
+    return (Axis(first, last if last > first else first + 1, LEFT, WIDTH - RIGHT),
+            Axis(low, high, HEIGHT - BOTTOM, TOP, log))
+
+
+def _span(chart: Chart, values: list[float], log: bool) -> tuple[float, float]:
+    """Lowest and highest value of the y-axis."""
+    if not values:
+        return 0.0, 1.0
+    low, high = values[0], values[-1]
+    if chart.clipped:
+        margin = len(values) // 50                           # the central 96 %
+        middle_low, middle_high = values[margin], values[-1 - margin]
+        room = 2 * max(middle_high - middle_low, 0.1 * abs(middle_high))
+        low, high = max(low, middle_low - room), min(high, middle_high + room)
+    if log:
+        return max(low, values[0]) / 1.15, high * 1.15
+    if chart.from_zero:
+        low = min(low, 0.0)
+    pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return low if chart.from_zero and low == 0 else low - pad, high + pad
+
+
+def _frame(x: Axis, y: Axis) -> list[str]:
+    """Grid lines and their numbers."""
+    lines = []
+    for tick in y.ticks(5):
+        lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+                     f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+    for tick in x.ticks(8):
+        if tick.is_integer():
+            lines.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
+                         f'{number(tick)}</text>')
+    lines.append(f'<text x="{LEFT + PLOT_WIDTH / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
+    return lines
+
+
+def _legend(chart: Chart, y: Axis) -> list[str]:
+    parts, left = [], 16.0
+    for series in chart.series:
+        stroke = f'style="stroke:var(--c{series.color % NUM_COLORS})"'
+        parts.append(f'<line class="{series.style}" {stroke} x1="{left}" x2="{left + 18}" y1="40" y2="40"/>'
+                     f'<text x="{left + 24}" y="44">{escape(series.label)}</text>')
+        left += 42 + 6.4 * len(series.label)
+    if chart.marks:
+        label = f"{len(chart.marks):,} {chart.mark_label}"
+        parts.append(f'<line class="mark" x1="{left + 3}" x2="{left + 3}" y1="36" y2="45"/>'
+                     f'<text x="{left + 10}" y="44">{escape(label)}</text>')
+        left += 28 + 6.4 * len(label)
+    outside = [value for series in chart.series if series.style != "faint" for _, value in series.points
+               if value is not None and not y.low <= value <= y.high]
+    if outside:
+        noun = "point" if len(outside) == 1 else "points"
+        parts.append(f'<text x="{left}" y="44">{len(outside):,} {noun} off the scale, up to '
+                     f'{number(max(outside, key=abs))}</text>')
+    return parts
+
+
+def _path(series: Series, x: Axis, y: Axis) -> str:
+    stroke = f"var(--c{series.color % NUM_COLORS})"
+    path = f'<path class="{series.style}" style="stroke:{stroke}" d="{_commands(series.points, x, y)}"/>'
+    known = [(step, value) for step, value in series.points if value is not None]
+    if len(known) == 1 or (series.style == "dashed" and len(known) <= 60):
+        path += "".join(f'<circle class="dot" style="fill:{stroke}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="3.5"/>'
+                        for step, value in known)
+    return path
+
+
+def _commands(points: Sequence[Point], x: Axis, y: Axis) -> str:
+    """The path's moves and lines; at most two points for each pixel column between two gaps."""
+    commands, pen = [], "M"
+    column: list[tuple[float, float]] = []
+
+    def flush() -> None:
+        nonlocal pen
+        for index in sorted({min(range(len(column)), key=lambda i: column[i][1]),
+                             max(range(len(column)), key=lambda i: column[i][1])} if column else ()):
+            commands.append(f"{pen}{column[index][0]:.1f},{column[index][1]:.1f}")
+            pen = "L"
+        column.clear()
+
+    for step, value in points:
+        if value is None:
+            flush()
+            pen = "M"
+            continue
+        if column and int(column[0][0]) != int(x(step)):
+            flush()
+        column.append((x(step), y(value)))
+    flush()
+    return "".join(commands)
+
+
+def _hover(chart: Chart, x: Axis, y: Axis) -> list[str]:
+    """Strips over the plot that show a cross-hair and the values under it; the last values where nothing is pointed at."""
+    known = [[(step, value) for step, value in series.points if value is not None] for series in chart.series]
+    steps = sorted({step for points in known for step, _ in points})
+    if not steps:
+        return [f'<text x="{LEFT + PLOT_WIDTH / 2}" y="{TOP + PLOT_HEIGHT / 2}" text-anchor="middle">'
+                "no values</text>"]
+    shown = sorted({steps[round(i * (len(steps) - 1) / (HOVER_STRIPS - 1))] for i in range(HOVER_STRIPS)})
+    edges = [LEFT, *((x(a) + x(b)) / 2 for a, b in zip(shown, shown[1:], strict=False)), WIDTH - RIGHT]
+    strips = [_strip(chart, known, step, left, right, x, y)
+              for step, left, right in zip(shown, edges, edges[1:], strict=False)]
+    return ['<g class="tips">', *strips, "</g>", f'<g class="last">{_readout(chart, known, shown[-1])}</g>']
+
+
+def _strip(chart: Chart, known: list[list[tuple[float, float]]], step: float, left: float, right: float,
+           x: Axis, y: Axis) -> str:
+    dots = [f'<circle class="dot" style="fill:var(--c{series.color % NUM_COLORS})" cx="{x(point[0]):.1f}" '
+            f'cy="{min(max(y(point[1]), TOP), HEIGHT - BOTTOM):.1f}" r="4"/>'
+            for series, points in zip(chart.series, known, strict=True) if (point := _at(points, step))]
+    return (f'<g class="tip"><rect x="{left:.1f}" y="{TOP}" width="{max(right - left, 0.1):.1f}" '
+            f'height="{PLOT_HEIGHT}"/><line class="hair" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{TOP}" '
+            f'y2="{HEIGHT - BOTTOM}"/>{"".join(dots)}{_readout(chart, known, step)}</g>')
+
+
+def _readout(chart: Chart, known: list[list[tuple[float, float]]], step: float) -> str:
+    parts = [f"step {step:,.0f}"]
+    for series, points in zip(chart.series, known, strict=True):
+        if point := _at(points, step):
+            parts.append(f"{series.label} {number(point[1])}")
+    return f'<text class="number" x="{WIDTH - RIGHT}" y="24" text-anchor="end">{escape(" · ".join(parts))}</text>'
+
+
+def _at(points: list[tuple[float, float]], step: float) -> tuple[float, float] | None:
+    """The latest point at or before `step`."""
+    index = bisect_right(points, step, key=_step_of)
+    return points[index - 1] if index else None
+
+
+def _step_of(point: tuple[float, float]) -> float:
+    return point[0]
+
+
+def _identifier(text: str) -> str:
+    return "clip-" + "".join(c if c.isalnum() else "-" for c in text.lower())
