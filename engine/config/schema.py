@@ -22,7 +22,7 @@ from engine.errors import ConfigError
 def _refuse_bool(value: object) -> object:
     """YAML's `true` would otherwise pass for the number 1."""
     if isinstance(value, bool):
-        raise ValueError("expected a number, not true or false")  # noqa: TRY004 (pydantic reports ValueError)
+        raise ValueError("expected a number, not true or false")
     return value
 
 

@@ -1,0 +1,258 @@
+"""The `octant` command: one table of verbs, each a module of `engine.commands` that is imported when it is called.
+
+Nothing here imports torch, so `--help` and every mistake in the arguments answer at once.  A verb's `run(args)` returns
+the exit code; an `OctantError` is printed without a traceback and gives its own code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, NoReturn
+
+from engine import __version__
+from engine.errors import OctantError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the nearest name where a word is not known, and help texts left as they are written."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | kwargs)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        close = get_close_matches(str(value), known, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else "known: " + ", ".join(known)
+        raise argparse.ArgumentError(action, f"unknown: {value!r}; {hint}")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One row of the table: what it does in a line, an example, and its arguments."""
+
+    name: str
+    help: str
+    example: str
+    add_arguments: Callable[[Parser], None]
+
+
+def _actions(parser: Parser, *actions: tuple[str, str, str]) -> list[Parser]:
+    """Sub-parsers, one per (name, help, example), stored in `args.action`."""
+    table = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
+    return [table.add_parser(name, help=text, description=_sentence(text), epilog=f"example:\n  octant {example}")
+            for name, text, example in actions]
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _demo(p: Parser) -> None:
+    p.add_argument("--dir", default="runs/demo", help="folder for everything it writes (default: %(default)s)")
+    p.add_argument("--processes", type=int, default=4, choices=(1, 2, 4),
+                   help="processes of the run: 4 is tensor 2 × pipeline 2 (default: %(default)s)")
+
+
+def _tokenizer(p: Parser) -> None:
+    train, extend, verify = _actions(
+        p, ("train", "train a SentencePiece BPE model on text files",
+            "tokenizer train data/*.txt --vocab-size 32000 --output tok.model"),
+        ("extend", "add another model's pieces, as for Chinese vocabulary expansion",
+         "tokenizer extend llama.model --with chinese_sp.model --output merged.model"),
+        ("verify", "compare a model with its Hugging Face export on text files",
+         "tokenizer verify data/*.txt --tokenizer tok.model"))
+    train.add_argument("files", nargs="+", metavar="FILE", help="text, one document or sentence per line")
+    train.add_argument("--vocab-size", type=int, required=True)
+    train.add_argument("--output", required=True, help="the .model file to write")
+    extend.add_argument("model", metavar="MODEL", help="the .model whose ids stay as they are")
+    extend.add_argument("--with", dest="with_model", required=True, metavar="MODEL", help="the .model to take from")
+    extend.add_argument("--only", choices=("han", "all"), default="han",
+                        help="pieces to take: those with Han characters leave English as it was (default: %(default)s)")
+    extend.add_argument("--output", required=True, help="the .model file to write")
+    verify.add_argument("files", nargs="+", metavar="FILE", help="text to cut both ways")
+    verify.add_argument("--tokenizer", required=True, metavar="MODEL")
+
+
+def _prepare(p: Parser) -> None:
+    p.add_argument("files", nargs="+", metavar="FILE", help=".txt .jsonl .json .parquet, each also .gz or .zst")
+    p.add_argument("--tokenizer", required=True, metavar="T",
+                   help="a .model, a Hugging Face tokenizer folder or tokenizer.json, or `bytes`")
+    p.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx, PREFIX.json")
+    p.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
+    p.add_argument("--field", default="text", help="key of the text in JSON and parquet (default: %(default)s)")
+    p.add_argument("--on-error", choices=("stop", "skip"), default="stop",
+                   help="what to do with a record that cannot be read (default: %(default)s)")
+
+
+def _data(p: Parser) -> None:
+    inspect, verify, clean = _actions(
+        p, ("inspect", "statistics of a prepared corpus, or the samples a run consumes",
+            "data inspect run.yaml --samples 0:8 --json"),
+        ("verify", "check a prepared corpus against its index and content hashes", "data verify data/web"),
+        ("clean", "filter documents by rules and remove near-duplicates", "data clean raw.jsonl --output clean.jsonl"))
+    for action in (inspect, verify, clean):
+        action.add_argument("target", nargs="+", metavar="TARGET", help="prefix of a corpus, or a file")
+        action.add_argument("--json", action="store_true", help="one JSON object per line")
+    inspect.add_argument("--samples", metavar="A:B", help="consumed samples A to B-1 of a CONFIG.yaml")
+    inspect.add_argument("--document", type=int, metavar="N", help="print document N of the corpus")
+    inspect.add_argument("--tokenizer", metavar="T", help="show text, not only ids")
+    clean.add_argument("--output", required=True, metavar="FILE")
+
+
+def _train(p: Parser) -> None:
+    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as optim.lr=3e-4")
+
+
+def _generate(p: Parser) -> None:
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder (its newest one)")
+    p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    p.add_argument("--prompt-file", metavar="FILE", help="one prompt per line")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
+    p.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default: %(default)s)")
+    p.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest; 0: all (default: %(default)s)")
+    p.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest of this total probability")
+    p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+
+
+def _eval(p: Parser) -> None:
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder (its newest one)")
+    p.add_argument("--data", required=True, metavar="PREFIX", help="a corpus made by `octant prepare`")
+
+
+def _convert(p: Parser) -> None:
+    actions = _actions(
+        p, ("to-hf", "a checkpoint as a Hugging Face model", "convert to-hf runs/x/checkpoints/step-00001000 out/"),
+        ("from-hf", "a Hugging Face Llama, Mistral or Qwen2 model as a checkpoint", "convert from-hf model/ out/"),
+        ("to-megatron", "a checkpoint as megatron-core's torch_dist", "convert to-megatron runs/x out/"),
+        ("from-megatron", "megatron-core's torch_dist as a checkpoint", "convert from-megatron iter_0000010 out/"))
+    for action in actions:
+        action.add_argument("source", metavar="FROM")
+        action.add_argument("output", metavar="OUT")
+        action.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
+        action.add_argument("--skip-check", action="store_true", help="do not compare the logits of both")
+
+
+def _checkpoint(p: Parser) -> None:
+    listing, inspect, verify, reshard = _actions(
+        p, ("list", "the checkpoints of a run, and whether each is whole", "checkpoint list runs/x"),
+        ("inspect", "what is in a checkpoint", "checkpoint inspect runs/x/checkpoints/step-00001000 --tensors"),
+        ("verify", "read every byte against the manifest; exit code 1 when anything is wrong",
+         "checkpoint verify runs/x/checkpoints/step-00001000"),
+        ("reshard", "rewrite a checkpoint as so many files", "checkpoint reshard FROM OUT --files 8"))
+    for action in (listing, inspect, verify, reshard):
+        action.add_argument("path", metavar="PATH")
+        action.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+    reshard.add_argument("output", metavar="OUT")
+    reshard.add_argument("--files", type=int, default=1, help="(default: %(default)s)")
+
+
+def _schedule(p: Parser) -> None:
+    p.add_argument("name", metavar="NAME", choices=("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"),
+                   help="gpipe, 1f1b, interleaved, zb-h1, zb-h2 or zb-v")
+    p.add_argument("--stages", type=int, required=True, metavar="P")
+    p.add_argument("--microbatches", type=int, required=True, metavar="M")
+    p.add_argument("--chunks", type=int, metavar="V", help="model chunks per stage (default: what the schedule needs)")
+    for part, cost in (("forward", 1.0), ("backward", 1.0), ("weight", 1.0), ("comm", 0.0)):
+        p.add_argument(f"--cost-{part}", type=float, default=cost, metavar="C", help="(default: %(default)s)")
+    p.add_argument("--svg", metavar="FILE", help="draw it")
+    p.add_argument("--json", action="store_true", help="makespan, bubble, peak_in_flight and actions")
+
+
+def _bench(p: Parser) -> None:
+    p.add_argument("action", metavar="WHAT", choices=("mfu", "kernels", "data", "checkpoint", "generate"),
+                   help="mfu, kernels, data, checkpoint or generate")
+    p.add_argument("rest", nargs=argparse.REMAINDER, metavar="…", help="options of that benchmark; try --help after it")
+
+
+def _report(p: Parser) -> None:
+    p.add_argument("run_dir", metavar="RUN_DIR")
+
+
+def _plan(p: Parser) -> None:
+    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.add_argument("--gpus", type=int, required=True, metavar="N")
+    p.add_argument("--gpu", required=True, metavar="NAME", help="such as a100-80g or h100")
+    p.add_argument("--search", action="store_true", help="try every layout and list the best")
+    p.add_argument("--schedule-svg", metavar="FILE", help="draw the pipeline schedule at the predicted times")
+
+
+def _rehearse(p: Parser) -> None:
+    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.add_argument("--rank", type=int, required=True, metavar="R")
+    p.add_argument("--world", type=int, required=True, metavar="N")
+
+
+def _doctor(p: Parser) -> None:
+    """No arguments: everything is looked up."""
+
+
+VERBS = (
+    Verb("demo", "the whole path on this machine's CPU, without downloads: text to a model that generates",
+         "demo --dir runs/demo", _demo),
+    Verb("tokenizer", "train, extend or verify a tokenizer", "tokenizer train *.txt --vocab-size 8000 --output t.model",
+         _tokenizer),
+    Verb("prepare", "text into a memory-mapped corpus (.bin, .idx)",
+         "prepare web.jsonl.zst --tokenizer tok.model --output data/web --workers 8", _prepare),
+    Verb("data", "inspect, verify or clean corpora", "data inspect data/web", _data),
+    Verb("train", "run a training job; started plainly it launches the local processes its layout needs",
+         "train configs/tiny.yaml parallel.tensor=2 optim.lr=3e-4", _train),
+    Verb("generate", "sample from a checkpoint", 'generate runs/x --prompt "Once upon a time" --temperature 0.8', _generate),
+    Verb("eval", "loss, perplexity and bits per byte of a checkpoint on a corpus", "eval runs/x --data data/held", _eval),
+    Verb("convert", "checkpoints to and from Hugging Face and megatron-core", "convert to-hf runs/x out/", _convert),
+    Verb("checkpoint", "list, inspect, verify or reshard checkpoints", "checkpoint list runs/x", _checkpoint),
+    Verb("plan", "memory, bubble, step time, MFU and days of a job, before paying for it",
+         "plan configs/llama-65b.yaml --gpus 2048 --gpu a100-80g", _plan),
+    Verb("schedule", "a pipeline schedule as a grid, with its bubble and peak activations",
+         "schedule 1f1b --stages 4 --microbatches 8", _schedule),
+    Verb("rehearse", "one rank of a job of any size, alone, with its real memory and time",
+         "rehearse configs/llama-65b.yaml --rank 0 --world 2048", _rehearse),
+    Verb("bench", "measured tables", "bench mfu", _bench),
+    Verb("report", "report.html and pictures of a run", "report runs/x", _report),
+    Verb("doctor", "the environment, and what is used of it; paste it into an issue", "doctor", _doctor),
+)
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command line; `args.verb` names the row of `VERBS`."""
+    parser = Parser(prog="octant", description="A 3D-parallel training engine for Llama-family language models.",
+                    epilog="start here:\n  octant demo\n\n`octant VERB --help` explains a verb.")
+    parser.add_argument("--version", action="version", version=f"octant {__version__}")
+    table = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs", parser_class=Parser)
+    for verb in VERBS:
+        verb.add_arguments(table.add_parser(verb.name, help=verb.help, description=_sentence(verb.help),
+                                            epilog=f"example:\n  octant {verb.example}"))
+    return parser
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        code = int(import_module(f"engine.commands.{args.verb}").run(args))
+        sys.stdout.flush()                                   # a closed pipe shows here, not at interpreter exit
+        return code
+    except OctantError as error:
+        print(f"octant {args.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"octant {args.verb}: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        sys.stdout = None                                    # the reader has gone; there is nobody left to tell
+        return 1
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the console script."""
+    sys.exit(run(argv))
