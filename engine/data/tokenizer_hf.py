@@ -1,0 +1,102 @@
+"""Hugging Face fast tokenizers (`tokenizer.json`), for corpora of models that come with one (Llama 3, Qwen2).
+
+`tokenizer.json` says how a text is cut; which of its special tokens ends a document stands in `tokenizer_config.json`
+beside it (`eos_token`).  Two settings of the library are turned off, because a corpus is no prompt: truncation and
+padding stored in the file, and reading special tokens out of plain text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.data.tokenizer import Tokenizer
+from engine.errors import DataError
+
+END_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|im_end|>")  # where no config names one
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`, given as the file or as the folder that holds it."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        self.path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read tokenizer {self.path}: {error.strerror}") from error
+        self._tokenizer = _backend(data, self.path)
+        self.name = self.path.parent.name if self.path.name == "tokenizer.json" else self.path.name
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        config = _special_tokens(self.path.parent)
+        self.bos_id = self._id_of(config.get("bos_token"))
+        self.pad_id = self._id_of(config.get("pad_token"))
+        self.eod_id = self._end_of_document(config.get("eos_token"))
+
+    def encode_array(self, text: str) -> npt.NDArray[np.int32]:
+        return np.array(self.encode(text), np.int32)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def _end_of_document(self, token: str | None) -> int:
+        names = END_NAMES if token is None else (token,)
+        for name in names:
+            token_id = self._id_of(name)
+            if token_id is not None:
+                return token_id
+        raise DataError(
+            f"{self.path} has no end-of-document token (looked for {', '.join(names)}); "
+            f"name it as eos_token in {self.path.parent / 'tokenizer_config.json'}"
+        )
+
+
+def _backend(data: bytes, path: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer as Backend  # optional package
+    except ImportError as error:
+        raise DataError(
+            f"{path} is a Hugging Face tokenizer, which needs the package `tokenizers`: pip install 'octant[hf]'"
+        ) from error
+    try:
+        backend = Backend.from_buffer(data)
+    except Exception as error:  # the library raises bare Exception for every kind of broken file
+        raise DataError(f"{path} is not a tokenizer.json this version of `tokenizers` reads: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """bos/eos/pad token texts from the files beside `tokenizer.json`; the first file that names one wins."""
+    found: dict[str, str] = {}
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if not (folder / file).exists():
+            continue
+        try:
+            config = json.loads((folder / file).read_text())
+        except ValueError as error:
+            raise DataError(f"{folder / file} is not valid JSON: {error}") from error
+        for key in ("bos_token", "eos_token", "pad_token"):
+            token = config.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None:
+                found.setdefault(key, token)
+    return found
