@@ -1,0 +1,165 @@
+"""Collectives along a mesh axis, and their conjugate autograd pairs.
+
+Two kinds of function live here.  The plain ones (`all_reduce`, `all_gather`, `reduce_scatter`) are thin: they skip the
+call on an axis of size one and can run asynchronously.  The autograd ones come in mirrored pairs: where the forward
+pass copies, the backward pass sums, and the other way round (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022,
+section 4.2.2 for the sequence-parallel pairs, whose dimension 0 is the sequence):
+
+    forward                          backward
+    copy_to_region      identity     all-reduce
+    reduce_from_region  all-reduce   identity
+    gather_sequence     all-gather   reduce-scatter
+    scatter_sum         reduce-scatter   all-gather
+    split_sequence      take my part     all-gather
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.distributed.mesh import Axis
+
+# torch.distributed offers no public type for what an asynchronous collective returns across its versions.
+Work = Any
+
+
+class _Done:
+    """The handle of a collective that had nothing to do."""
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+
+DONE = _Done()
+
+
+def all_reduce(x: Tensor, axis: Axis, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+               asynchronous: bool = False) -> Work:
+    """Sums `x` over the axis in place."""
+    if axis.size == 1:
+        return DONE
+    return dist.all_reduce(x, op=op, group=axis.group, async_op=asynchronous) or DONE
+
+
+def all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """Concatenates the ranks' `x` along dimension 0: [n, …] → [size·n, …]."""
+    out, work = start_all_gather(x, axis)
+    work.wait()
+    return out
+
+
+def start_all_gather(x: Tensor, axis: Axis) -> tuple[Tensor, Work]:
+    """As `all_gather`, returning the output (valid after `wait`) and the handle."""
+    if axis.size == 1:
+        return x, DONE
+    x = x.contiguous()
+    out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
+    return out, dist.all_gather_into_tensor(out, x, group=axis.group, async_op=True)
+
+
+def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """Sums over the ranks and keeps this rank's part of dimension 0: [size·n, …] → [n, …]."""
+    out, work = start_reduce_scatter(x, axis)
+    work.wait()
+    return out
+
+
+def start_reduce_scatter(x: Tensor, axis: Axis) -> tuple[Tensor, Work]:
+    """As `reduce_scatter`, returning the output (valid after `wait`) and the handle."""
+    if axis.size == 1:
+        return x, DONE
+    x = x.contiguous()
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    return out, dist.reduce_scatter_tensor(out, x, group=axis.group, async_op=True)
+
+
+def my_part(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's equal part of dimension 0."""
+    return x if axis.size == 1 else x.chunk(axis.size, dim=0)[axis.index]
+
+
+class _CopyToRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        all_reduce(grad, ctx.axis)
+        return grad, None
+
+
+class _ReduceFromRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        out = x.clone(memory_format=torch.contiguous_format)
+        all_reduce(out, axis)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(grads[0], ctx.axis), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grads[0], ctx.axis), None
+
+
+class _SplitSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return my_part(x, axis).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grads[0], ctx.axis), None
+
+
+def copy_to_region(x: Tensor, axis: Axis) -> Tensor:
+    """Identity forward, sum of the gradients backward."""
+    return x if axis.size == 1 else _CopyToRegion.apply(x, axis)
+
+
+def reduce_from_region(x: Tensor, axis: Axis) -> Tensor:
+    """Sum forward, identity backward."""
+    return x if axis.size == 1 else _ReduceFromRegion.apply(x, axis)
+
+
+def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """[s/size, …] → [s, …] forward, reduce-scatter backward."""
+    return x if axis.size == 1 else _GatherSequence.apply(x, axis)
+
+
+def scatter_sum(x: Tensor, axis: Axis) -> Tensor:
+    """[s, …] partial sums → [s/size, …] sums forward, all-gather backward."""
+    return x if axis.size == 1 else _ScatterSum.apply(x, axis)
+
+
+def split_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """[s, …] replicated → [s/size, …] forward, all-gather backward."""
+    return x if axis.size == 1 else _SplitSequence.apply(x, axis)

@@ -1,0 +1,87 @@
+"""Rank algebra: who is where, without starting a process.
+
+The ranks of a job are the numbers `0 … world-1` laid out in a four-dimensional array
+
+    ranks = arange(world).reshape(pipeline, data, context, tensor)
+
+so a rank's coordinates are its indices, and the groups along an axis are the lines of the array in that direction.
+`tensor` is innermost: tensor-parallel peers, which talk several times per layer, get neighbouring ranks and so share a
+node; `pipeline`, which sends one activation per microbatch, is outermost and crosses nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from engine.errors import ConfigError
+
+AXES = ("pipeline", "data", "context", "tensor")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Degrees of the four axes; `world_size` is their product."""
+
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                raise ConfigError(f"parallel.{axis} is {getattr(self, axis)}; a parallel degree is at least 1")
+
+    @staticmethod
+    def for_world(world_size: int, *, tensor: int = 1, pipeline: int = 1, context: int = 1,
+                  data: int | None = None) -> Topology:
+        """The topology that fills `world_size` ranks; `data=None` takes what the other axes leave.
+
+        Raises:
+            ConfigError: when the degrees do not multiply to the world size.
+        """
+        model_ranks = tensor * pipeline * context
+        shown = f"pipeline({pipeline}) × data({'?' if data is None else data}) × context({context}) × tensor({tensor})"
+        if data is None:
+            if world_size % model_ranks:
+                raise ConfigError(f"{shown} does not divide world size {world_size}: {world_size} / {model_ranks} is "
+                                  f"not a whole number; start a multiple of {model_ranks} processes or lower a degree")
+            data = world_size // model_ranks
+        if data * model_ranks != world_size:
+            raise ConfigError(f"{shown} = {data * model_ranks} ranks, but the job has {world_size}; "
+                              f"start {data * model_ranks} processes, or set parallel.data: auto")
+        return Topology(pipeline=pipeline, data=data, context=context, tensor=tensor)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def world_size(self) -> int:
+        return prod(self.shape)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Index of `rank` along every axis."""
+        return {axis: int(i) for axis, i in zip(AXES, np.unravel_index(rank, self.shape), strict=True)}
+
+    def rank(self, **coordinates: int) -> int:
+        """The rank at these coordinates (an axis left out counts as 0)."""
+        return int(np.ravel_multi_index(tuple(coordinates.get(axis, 0) for axis in AXES), self.shape))
+
+    def groups(self, *axes: str) -> list[tuple[int, ...]]:
+        """Every group of ranks that differ only along `axes`, each in rank order."""
+        ranks = np.arange(self.world_size).reshape(self.shape)
+        inner = [AXES.index(axis) for axis in AXES if axis in axes]
+        outer = [i for i in range(len(AXES)) if i not in inner]
+        lines = ranks.transpose(outer + inner).reshape(-1, prod(self.shape[i] for i in inner))
+        return [tuple(int(r) for r in line) for line in lines]
+
+    def group_of(self, rank: int, *axes: str) -> tuple[int, ...]:
+        """The group along `axes` that contains `rank`."""
+        mine = self.coordinates(rank)
+        ranks = np.arange(self.world_size).reshape(self.shape)
+        index = tuple(slice(None) if axis in axes else mine[axis] for axis in AXES)
+        return tuple(int(r) for r in np.asarray(ranks[index]).reshape(-1))

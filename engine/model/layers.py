@@ -1,0 +1,57 @@
+"""The plain building blocks: linear layer, embedding, norm.
+
+They hold whole tensors and communicate nothing.  `engine.parallel.tensor` swaps the linear layers and the embedding for
+subclasses that hold a slice; the blocks above see the same interface.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.kernels.rms_norm import rms_norm
+from engine.model.spec import ParamSpec, new_parameter
+
+
+class Linear(nn.Module):
+    """y = x·Wᵀ + b, the weight kept in a shape whose slices are boxes: [*out, in], viewed as [prod(out), in]."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    @staticmethod
+    def create(name: str, out_shape: tuple[int, ...], in_features: int, *, init_std: float = 0.02, bias: bool = False,
+               padded: bool = False) -> Linear:
+        """A layer with parameters of its own."""
+        weight = ParamSpec(f"{name}.weight", (*out_shape, in_features), init_std=init_std, padded=padded)
+        bias_spec = ParamSpec(f"{name}.bias", out_shape, init="zeros", decay=False)
+        return Linear(new_parameter(weight), new_parameter(bias_spec) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., prod(out)]."""
+        return F.linear(x, self.weight.flatten(0, -2), None if self.bias is None else self.bias.flatten())
+
+
+class Embedding(nn.Module):
+    """Token ids [S, B] → hidden states [S, B, H]."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, tokens_SB: Tensor) -> Tensor:
+        return F.embedding(tokens_SB, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """See `kernels/rms_norm.py`."""
+
+    def __init__(self, name: str, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = new_parameter(ParamSpec(f"{name}.weight", (hidden_size,), init="ones", decay=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)

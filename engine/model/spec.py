@@ -1,0 +1,131 @@
+"""One `ParamSpec` per parameter: its global name and shape, and which dimension each mesh axis cuts.
+
+Everything that must know what a rank holds reads the spec and nothing else: initialisation, gradient norm, ZeRO,
+checkpoints, conversion, resharding.  Parameters are stored in shapes whose tensor-parallel slice is a plain box; the
+fused QKV weight, for example, is `[kv_groups, q_per_group + 2, head_dim, hidden]`, cut along the first dimension.
+
+A cut dimension that the axis does not divide is only allowed for the vocabulary (`padded`): every rank then holds the
+same number of rows, a multiple of `ROW_ALIGNMENT`, and the rows beyond the true vocabulary are local padding at the end
+of the last ranks.  Padding is in no box, so it never reaches a checkpoint, a norm or an export.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from engine.distributed.boxes import Box
+from engine.distributed.random import generator_for
+
+# Rows of a padded dimension per rank are a multiple of this: 16 bytes of bf16, what tensor cores want.
+ROW_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Tensor dimension `dim` divided over `parts` ranks, of which this is number `index`."""
+
+    dim: int
+    parts: int
+    index: int
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """What a parameter is, globally, and what this rank holds of it.
+
+    Attributes:
+        name: global name; layer indices are global, so it does not change with the pipeline cut.
+        shape: global shape, vocabulary unpadded.
+        init: `normal` with `init_std`, or `ones`, or `zeros`.
+        decay: whether weight decay applies (matrices yes; norms and biases no).
+        padded: whether dimension 0 is a vocabulary, padded so that it divides.
+        cut: how the tensor axis cuts it; None means that every tensor rank holds all of it.
+        partial_sum: every tensor rank sees a part of the tokens, so gradients must be summed over the tensor axis.
+        tied: the embedding is also the output layer; where these are on two pipeline stages, each holds a copy.
+        tied_copy: this is the output layer's copy, which counts as a replica.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: Literal["normal", "ones", "zeros"] = "normal"
+    init_std: float = 0.02
+    decay: bool = True
+    padded: bool = False
+    cut: Cut | None = None
+    partial_sum: bool = False
+    tied: bool = False
+    tied_copy: bool = False
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor this rank allocates, padding included."""
+        if self.cut is None:
+            return self.shape
+        shape = list(self.shape)
+        shape[self.cut.dim] = self._rows_per_rank()
+        return tuple(shape)
+
+    @property
+    def box(self) -> Box:
+        """The part of the global tensor that this rank holds; padding excluded, so it may be empty."""
+        whole = Box.whole(self.shape)
+        if self.cut is None:
+            return whole
+        rows, total = self._rows_per_rank(), self.shape[self.cut.dim]
+        first = min(self.cut.index * rows, total)
+        return whole.narrow(self.cut.dim, first, min(rows, total - first))
+
+    def _rows_per_rank(self) -> int:
+        assert self.cut is not None
+        rows = -(-self.shape[self.cut.dim] // self.cut.parts)
+        return -(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT if self.padded else rows
+
+    def with_cut(self, dim: int, parts: int, index: int) -> ParamSpec:
+        """The spec of one of `parts` slices along `dim`; one part is no cut at all."""
+        if parts > 1 and self.shape[dim] % parts and not self.padded:
+            raise ValueError(f"{self.name}: dimension {dim} of {self.shape} does not divide into {parts} parts")
+        return self if parts == 1 else replace(self, cut=Cut(dim, parts, index))
+
+    def initial_values(self, seed: int, device: torch.device | str) -> Tensor:
+        """The global tensor at initialisation, fp32: the same in every layout, for it depends on seed and name alone."""
+        values = torch.empty(self.shape, dtype=torch.float32, device=device)
+        if self.init == "normal":
+            return values.normal_(0.0, self.init_std, generator=generator_for(seed, "init", self.name, device=device))
+        return values.fill_(1.0 if self.init == "ones" else 0.0)
+
+    def take_local(self, values: Tensor) -> Tensor:
+        """Cuts this rank's box out of the global tensor and pads it with zero rows to `local_shape`."""
+        mine = values[self.box.slices]
+        if mine.shape == self.local_shape:
+            return mine
+        out = values.new_zeros(self.local_shape)
+        out[: mine.shape[0]] = mine
+        return out
+
+
+def new_parameter(spec: ParamSpec, device: torch.device | str | None = None,
+                  dtype: torch.dtype | None = None) -> nn.Parameter:
+    """An uninitialised parameter of the spec's local shape that carries the spec."""
+    parameter = nn.Parameter(torch.empty(spec.local_shape, device=device, dtype=dtype))
+    parameter.spec = spec  # type: ignore[attr-defined]
+    return parameter
+
+
+def spec_of(parameter: Tensor) -> ParamSpec:
+    """The spec a parameter of the model carries."""
+    spec = getattr(parameter, "spec", None)
+    if not isinstance(spec, ParamSpec):
+        raise TypeError("this parameter carries no ParamSpec: it was not made by `new_parameter`")
+    return spec
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Fills every parameter of the model, cut or not, with its share of the global initial values."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            values = spec_of(parameter).initial_values(seed, parameter.device)
+            parameter.copy_(spec_of(parameter).take_local(values))

@@ -1,0 +1,124 @@
+"""A decoder-only transformer: LLaMA 1/2/3, Mistral, Qwen2.
+
+    x = embedding(tokens)
+    for each layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))
+    logits = output(norm(x))
+
+`Transformer` is also what a pipeline chunk is: a chunk keeps some of the layers, the embedding only if it is the first,
+norm and output layer only if it is the last.  Layers are keyed by their global index, so parameter names stay the same
+under any cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from engine.config import ModelConfig
+from engine.kernels.attention import attention
+from engine.kernels.rope import split_and_rotate
+from engine.kernels.swiglu import swiglu
+from engine.model.context import Batch
+from engine.model.layers import Embedding, Linear, RMSNorm
+from engine.model.rope import rotary_angles
+from engine.model.spec import ParamSpec, new_parameter
+
+INIT_STD = 0.02
+
+
+def residual_init_std(config: ModelConfig) -> float:
+    """Layers that write into the residual stream start smaller, by 1/√(2·layers) (Radford et al. 2019, section 2.3)."""
+    return INIT_STD / (2 * config.num_layers) ** 0.5
+
+
+def embedding_spec(config: ModelConfig) -> ParamSpec:
+    """Spec of the token embedding, which with `tie_embeddings` is the output layer's weight too."""
+    return ParamSpec("embedding.weight", (config.vocab_size, config.hidden_size), init_std=INIT_STD, padded=True,
+                     tied=config.tie_embeddings)
+
+
+class SelfAttention(nn.Module):
+    """Causal grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, index: int, name: str) -> None:
+        super().__init__()
+        self.index = index
+        groups, heads, dim = config.num_kv_heads, config.num_heads, config.head_dim
+        self.head_shape = (heads // groups + 2, dim)
+        self.linear_qkv = Linear.create(f"{name}.linear_qkv", (groups, *self.head_shape), config.hidden_size,
+                                 init_std=INIT_STD, bias=config.qkv_bias)
+        self.linear_proj = Linear.create(f"{name}.linear_proj", (config.hidden_size,), heads * dim,
+                                  init_std=residual_init_std(config))
+        self.core_attention = attention
+
+    def forward(self, x_SBH: Tensor, angles: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        qkv = self.linear_qkv(x_SBH)
+        q, k, v = split_and_rotate(qkv.unflatten(-1, (-1, *self.head_shape)), *angles)
+        if batch.cache is not None:
+            k, v = batch.cache.append(self.index, k, v)
+        return self.linear_proj(self.core_attention(q, k, v, batch.attention_mask))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward layer: the fused gate and up projection is [2, F, H]."""
+
+    def __init__(self, config: ModelConfig, name: str) -> None:
+        super().__init__()
+        self.linear_fc1 = Linear.create(f"{name}.linear_fc1", (2, config.ffn_hidden_size), config.hidden_size,
+                                 init_std=INIT_STD)
+        self.linear_fc2 = Linear.create(f"{name}.linear_fc2", (config.hidden_size,), config.ffn_hidden_size,
+                                 init_std=residual_init_std(config))
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        return self.linear_fc2(swiglu(self.linear_fc1(x_SBH).unflatten(-1, (2, -1))))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        name = f"layers.{index}"
+        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", config.hidden_size, config.norm_eps)
+        self.self_attention = SelfAttention(config, index, f"{name}.self_attention")
+        self.pre_mlp_layernorm = RMSNorm(f"{name}.pre_mlp_layernorm", config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config, f"{name}.mlp")
+
+    def forward(self, x_SBH: Tensor, angles: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        x_SBH = x_SBH + self.self_attention(self.input_layernorm(x_SBH), angles, batch)
+        return x_SBH + self.mlp(self.pre_mlp_layernorm(x_SBH))
+
+
+class Transformer(nn.Module):
+    """The whole model, or the chunk of it that holds `layers`."""
+
+    def __init__(self, config: ModelConfig, layers: Sequence[int] | None = None, *, first: bool = True,
+                 last: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(new_parameter(embedding_spec(config))) if first else None
+        indices = range(config.num_layers) if layers is None else layers
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in indices})
+        self.final_layernorm = RMSNorm("final_layernorm", config.hidden_size, config.norm_eps) if last else None
+        self.output_layer = self._output_layer() if last else None
+
+    def _output_layer(self) -> Linear:
+        """Tied, it shares the embedding's parameter or, in a chunk without the embedding, holds a copy of it."""
+        if not self.config.tie_embeddings:
+            return Linear.create("output_layer", (self.config.vocab_size,), self.config.hidden_size, padded=True)
+        if self.embedding is not None:
+            return Linear(self.embedding.weight)
+        return Linear(new_parameter(replace(embedding_spec(self.config), tied_copy=True)))
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """Token ids [S, B] (first chunk) or hidden states [S, B, H] → hidden states, or logits [S, B, V] (last)."""
+        if self.embedding is not None:
+            x = self.embedding(x)
+        angles = rotary_angles(self.config, batch.positions_SB, x.dtype)
+        for layer in self.layers.values():
+            x = layer(x, angles, batch)
+        if self.final_layernorm is not None and self.output_layer is not None:
+            x = self.output_layer(self.final_layernorm(x))
+        return x

@@ -1,0 +1,33 @@
+"""Causal grouped-query attention through torch's scaled-dot-product kernels (flash, cuDNN or memory-efficient).
+
+Shapes: S queries, T keys, B batch, G key-value groups, Q query heads per group, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_reference(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The definition, with the scores written out; `mask` as in `attention`, None for causal (S = T)."""
+    scores = torch.einsum("sbgqd,tbgd->bgqst", q_SBGQD.float(), k_TBGD.float()) * q_SBGQD.shape[-1] ** -0.5
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
+    scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    out = torch.einsum("bgqst,tbgd->sbgqd", scores.softmax(-1), v_TBGD.float())
+    return out.flatten(2).to(q_SBGQD.dtype)
+
+
+def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention output [S, B, G·Q·D].
+
+    Args:
+        mask: bool [B or 1, 1, S, T], True where a query may see a key; None for the plain causal mask (S = T).
+    """
+    groups, queries = q_SBGQD.shape[2:4]
+    q = q_SBGQD.flatten(2, 3).permute(1, 2, 0, 3)
+    k, v = k_TBGD.permute(1, 2, 0, 3), v_TBGD.permute(1, 2, 0, 3)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=queries > 1)
+    return out.permute(2, 0, 1, 3).flatten(2)
