@@ -7,6 +7,7 @@ the exit code; an `OctantError` is printed without a traceback and gives its own
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,18 @@ from engine import __version__
 from engine.errors import OctantError
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Examples keep their line breaks, and names stand beside their explanation."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with the nearest name where a word is not known, and help texts left as they are written."""
+    """argparse with the nearest name where a word is not known."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | kwargs)
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
@@ -116,7 +124,7 @@ def _generate(p: Parser) -> None:
     p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     p.add_argument("--prompt-file", metavar="FILE", help="one prompt per line")
     p.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
-    p.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default: %(default)s)")
+    p.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token (default: %(default)s)")
     p.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest; 0: all (default: %(default)s)")
     p.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest of this total probability")
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -207,8 +215,10 @@ VERBS = (
     Verb("data", "inspect, verify or clean corpora", "data inspect data/web", _data),
     Verb("train", "run a training job; started plainly it launches the local processes its layout needs",
          "train configs/tiny.yaml parallel.tensor=2 optim.lr=3e-4", _train),
-    Verb("generate", "sample from a checkpoint", 'generate runs/x --prompt "Once upon a time" --temperature 0.8', _generate),
-    Verb("eval", "loss, perplexity and bits per byte of a checkpoint on a corpus", "eval runs/x --data data/held", _eval),
+    Verb("generate", "sample from a checkpoint", 'generate runs/x --prompt "Once upon a time" --temperature 0.8',
+         _generate),
+    Verb("eval", "loss, perplexity and bits per byte of a checkpoint on a corpus", "eval runs/x --data data/held",
+         _eval),
     Verb("convert", "checkpoints to and from Hugging Face and megatron-core", "convert to-hf runs/x out/", _convert),
     Verb("checkpoint", "list, inspect, verify or reshard checkpoints", "checkpoint list runs/x", _checkpoint),
     Verb("plan", "memory, bubble, step time, MFU and days of a job, before paying for it",
@@ -249,7 +259,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(f"octant {args.verb}: interrupted", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        sys.stdout = None                                    # the reader has gone; there is nobody left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # the reader has gone: nobody left to tell
         return 1
 
 

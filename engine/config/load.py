@@ -1,6 +1,7 @@
 """Reading a configuration: YAML with `base:` inheritance, dotted overrides, presets, and errors that help.
 
-Values come from four layers, later ones win: the model preset, the base files, the file, the command line.  While
+Values come from four layers, later ones win: the model preset, the base files, the file, the command line.  Where the
+vocabulary's size is in none of the last three, it is the preset's or the tokenizer's, whichever is larger.  While
 merging, the origin of every key (`file:line` or `command line`) is kept, so that each problem says where to look.
 """
 
@@ -16,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from engine.config.schema import Config
+from engine.config.vocabulary import tokenizer_vocab_size
 from engine.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -51,8 +53,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _merge(values, origins, *_parse_override(override))
     values = {key: {} if value is None else value for key, value in values.items()}
-    if isinstance(model := values.get("model"), dict) and "preset" in model:
-        values["model"] = _with_preset(model, origins.get(("model", "preset"), str(path)))
+    if isinstance(model := values.get("model"), dict):
+        preset = _preset(model, origins.get(("model", "preset"), str(path)))
+        values["model"] = preset | _vocabulary(model, preset, values.get("data"))
+        _merge(values["model"], {}, model, {})
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -131,15 +135,21 @@ def _build(loader: _Loader, node: yaml.Node, path: KeyPath, name: str, origins: 
 
 
 def _merge(values: dict[str, Any], origins: Origins, over: dict[str, Any], over_origins: Origins) -> None:
-    """Put `over` on top of `values`, key by key; lists and scalars are replaced whole."""
+    """Put `over` on top of `values`, key by key; lists and scalars are replaced whole, and so are their origins."""
+    replaced = [*_put(values, over, ())]
+    for stale in [key for key in origins if any(key[:len(path)] == path for path in replaced)]:
+        del origins[stale]
+    origins.update(over_origins)
+
+
+def _put(values: dict[str, Any], over: dict[str, Any], path: KeyPath) -> Iterator[KeyPath]:
     for key, value in over.items():
         below = values.get(key)
         if isinstance(value, dict) and isinstance(below, dict):
-            merged = dict(below)
-            _merge(merged, {}, value, {})
-            value = merged
-        values[key] = value
-    origins.update(over_origins)
+            yield from _put(below, value, (*path, key))
+        else:
+            values[key] = value
+            yield (*path, key)
 
 
 def _parse_override(override: str) -> tuple[dict[str, Any], Origins]:
@@ -157,32 +167,41 @@ def _parse_override(override: str) -> tuple[dict[str, Any], Origins]:
     return value, origins
 
 
-def _with_preset(model: dict[str, Any], origin: str) -> dict[str, Any]:
-    name = model["preset"]
+def _preset(model: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Takes `preset` out of the section and returns that preset's fields."""
+    name = model.pop("preset", None)
+    if name is None:
+        return {}
     if name not in preset_names():
         raise ConfigError(f"{origin}: model.preset {name!r} does not exist; {nearest(str(name), preset_names())}")
-    values, _ = _read_yaml(PRESETS / f"{name}.yaml")
-    _merge(values, {}, {key: value for key, value in model.items() if key != "preset"}, {})
-    return values
+    return _read_yaml(PRESETS / f"{name}.yaml")[0]
+
+
+def _vocabulary(model: dict[str, Any], preset: dict[str, Any], data: Any) -> dict[str, int]:
+    """`vocab_size` where the section does not give it: the preset's, or the tokenizer's where that is larger."""
+    tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
+    if "vocab_size" in model or not isinstance(tokenizer, str):
+        return {}
+    size = tokenizer_vocab_size(tokenizer)
+    return {} if size is None else {"vocab_size": max(size, preset.get("vocab_size", 0))}
 
 
 def _explain(problem: Any, origins: Origins) -> str:
     """One line for one of pydantic's errors: the key, what is wrong, and where it was written."""
     path: KeyPath = tuple(problem["loc"])
-    while path and path not in origins and path[-1] in ("int", "constrained-int", "literal['auto']"):
-        path = path[:-1]                                     # pydantic names the branch of a union; people need not know
-    dotted = ".".join(str(part) for part in path) or "the file"
-    where = origins.get(path) or next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), "")
-    if problem["type"] == "extra_forbidden":
-        known = list(_keys_at(Config, path[:-1]))
-        text = f"unknown key; {nearest(str(path[-1]), known)}"
-    elif problem["type"] == "missing":
-        text = "is missing" + ("; give it or a model.preset" if path[0] == "model" else "")
-    elif problem["type"] == "model_type":
-        text = f"must be a mapping, not {problem['input']!r:.60}"
+    kind, given = problem["type"], f"{problem['input']!r:.60}"
+    if kind == "extra_forbidden":
+        text = f"unknown key; {nearest(str(path[-1]), list(_keys_at(Config, path[:-1])))}"
+    elif kind == "missing":
+        text = "is missing" + ("; give it, or a model.preset" if path[0] == "model" and len(path) <= 2 else "")
+    elif kind == "model_type":
+        text = f"must be a mapping, not {given}"
+    elif kind == "value_error":
+        text = problem["msg"].removeprefix("Value error, ")
     else:
-        text = f"{problem['msg'].removeprefix('Value error, ')} (it is {problem['input']!r:.60})"
-    return f"{dotted}: {text}" + (f"  [{where}]" if where else "")
+        text = problem["msg"].replace("Input should be", "must be") + f" (it is {given})"
+    where = next((origins[path[:depth]] for depth in range(len(path), 0, -1) if path[:depth] in origins), None)
+    return ".".join(map(str, path)) + ": " * bool(path) + text + (f"  [{where}]" if where else "")
 
 
 def _keys_at(model: type[BaseModel], path: KeyPath) -> Iterator[str]:

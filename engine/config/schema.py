@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from engine.config.layout import resolve_layout
 from engine.errors import ConfigError
@@ -22,8 +22,14 @@ from engine.errors import ConfigError
 def _refuse_bool(value: object) -> object:
     """YAML's `true` would otherwise pass for the number 1."""
     if isinstance(value, bool):
-        raise ValueError("expected a number, not true or false")
+        raise ValueError(f"must be a number, not {str(value).lower()}")
     return value
+
+
+def _count_or_auto(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"must be a number of at least 1, or `auto`; it is {value!r}")
 
 
 Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1)]
@@ -91,7 +97,7 @@ class ParallelConfig(Section):
     tensor: Count = 1
     pipeline: Count = 1
     context: Count = 1
-    data: Count | Literal["auto"] = "auto"                   # auto: whatever processes are left
+    data: Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)] = "auto"      # auto: what processes are left
     sequence: bool = True                                    # sequence parallelism wherever tensor > 1
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"] = "1f1b"
     virtual_stages: Count = 1                                # model chunks per pipeline stage
@@ -156,7 +162,7 @@ class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: Positive = 1.5e-4
-    min_lr: Number = Field(default_factory=lambda values: values["lr"] / 10)
+    min_lr: Number = Field(default_factory=lambda values: float(f"{values['lr'] / 10:.6g}"))
     warmup_steps: NonNegative = 0
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)

@@ -1,0 +1,107 @@
+"""Who am I among the processes of this job?  The only place that reads the launcher's environment variables.
+
+Two launchers are understood.  torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.  `srun` with one
+task per device sets SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID; the rendezvous address is then the first host of
+the step's node list, and the port follows from job and restart, so that a requeued job never meets its
+predecessor's sockets.  Started plainly there is neither, and the caller launches local processes itself, each with
+the variables of `child_environment`.
+
+A batch script or an interactive shell inside an allocation has SLURM variables too, but no step of several tasks: that
+counts as started plainly.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.errors import RequestError
+
+FIRST_PORT, NUM_PORTS = 20_000, 10_000                       # below the ports that the kernel hands out itself
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """This process's place in the job, as its launcher says."""
+
+    launcher: Literal["torchrun", "slurm"]
+    rank: int
+    world_size: int
+    local_rank: int
+    master_addr: str
+    master_port: int
+
+    def expect(self, world_size: int) -> None:
+        """Refuse a job that came up with fewer or more processes than its configuration asks for.
+
+        torchrun starts a world of one, and calls it a success, on a node whose clock is behind.
+        """
+        if self.world_size != world_size:
+            raise RequestError(
+                f"{self.launcher} started {self.world_size} processes, the configuration needs {world_size} (tensor × "
+                "context × pipeline × data): a node that did not join, a wrong --nproc-per-node, or a clock that is off")
+
+
+def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnvironment | None:
+    """What the launcher says, or None for a process that was started plainly.
+
+    Raises:
+        RequestError: a variable is missing or is not a number.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return LaunchEnvironment(
+            "torchrun", _number(environ, "RANK"), _number(environ, "WORLD_SIZE"), _number(environ, "LOCAL_RANK", "0"),
+            environ.get("MASTER_ADDR", "127.0.0.1"), _number(environ, "MASTER_PORT"))
+    if "SLURM_PROCID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", "1") > 1:
+        return LaunchEnvironment(
+            "slurm", _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_STEP_NUM_TASKS"),
+            _number(environ, "SLURM_LOCALID"), environ.get("MASTER_ADDR") or first_host(_slurm_nodes(environ)),
+            _number(environ, "MASTER_PORT", str(_slurm_port(environ))))
+    return None
+
+
+def child_environment(rank: int, world_size: int, port: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables of one local process: torchrun's, on the loopback interface, and a fair share of the cores."""
+    threads = max(1, available_cores() // world_size)
+    return {"OMP_NUM_THREADS": str(threads)} | dict(environ) | {
+        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def available_cores() -> int:
+    """Cores this process may run on: a container or a scheduler may grant fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def first_host(node_list: str) -> str:
+    """The first host of SLURM's notation: `gpu[007-009,12],login` -> `gpu007`.
+
+    Raises:
+        RequestError: the list is empty or malformed.
+    """
+    match = re.match(r"([^,\[\]]+)(?:\[(\d+)[^\]]*\])?([^,\[\]]*)", node_list)
+    if match is None:
+        raise RequestError(f"cannot read a host from SLURM's node list {node_list!r}; set MASTER_ADDR")
+    prefix, number, suffix = match.groups()
+    return prefix + (number or "") + suffix
+
+
+def _slurm_nodes(environ: Mapping[str, str]) -> str:
+    return environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+
+
+def _slurm_port(environ: Mapping[str, str]) -> int:
+    """Differs between jobs, between the steps of a job and between its restarts; the same for all ranks."""
+    job, step, restart = (_number(environ, name, "0") for name in
+                          ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    return FIRST_PORT + (job * 31 + step * 7 + restart) % NUM_PORTS
+
+
+def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
+    text = environ.get(name, default)
+    if text is None or not text.lstrip("-").isdigit():
+        raise RequestError(f"the launcher's variable {name} should be a number, it is {text!r}")
+    return int(text)
