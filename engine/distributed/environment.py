@@ -1,8 +1,8 @@
 """Who am I among the processes of this job?  The only place that reads the launcher's environment variables.
 
 Two launchers are understood.  torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.  `srun` with one
-task per device sets SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID; the rendezvous address is then the first host of
-the step's node list, and the port follows from job and restart, so that a requeued job never meets its
+task per device sets SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID; the rendezvous address is then the first
+host of the step's node list, and the port follows from job and restart, so that a requeued job never meets its
 predecessor's sockets.  Started plainly there is neither, and the caller launches local processes itself, each with
 the variables of `child_environment`.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -42,7 +43,7 @@ class LaunchEnvironment:
         if self.world_size != world_size:
             raise RequestError(
                 f"{self.launcher} started {self.world_size} processes, the configuration needs {world_size} (tensor × "
-                "context × pipeline × data): a node that did not join, a wrong --nproc-per-node, or a clock that is off")
+                "context × pipeline × data): a node that did not join, a wrong --nproc-per-node, or a wrong clock")
 
 
 def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnvironment | None:
@@ -68,7 +69,12 @@ def child_environment(rank: int, world_size: int, port: int, environ: Mapping[st
     threads = max(1, available_cores() // world_size)
     return {"OMP_NUM_THREADS": str(threads)} | dict(environ) | {
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": _loopback_interface()}
+
+
+def _loopback_interface() -> str:
+    """`lo` on Linux, `lo0` on BSD and macOS."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
 def available_cores() -> int:

@@ -1,0 +1,39 @@
+# make demo    create .venv, install, and run the whole path on the CPU
+# make test    the test suite
+# make check   style and types
+# PYTHON=python3.12 picks the interpreter; PIP_FLAGS is handed to pip.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip --disable-pip-version-check --quiet install $(PIP_FLAGS) --constraint constraints.txt --editable
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.installed
+	@$(BIN)/octant demo
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+clean:
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Octant needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(VENV)
+
+# A constraints file newer than the stamp installs again; pip leaves alone what already fits.
+$(VENV)/.installed: setup.py constraints.txt | $(BIN)/python
+	@echo "Installing Octant into $(VENV) (a minute or two) …"
+	@$(INSTALL) '.[hf]'
+	@touch $@
+
+$(VENV)/.installed-dev: setup.py constraints.txt | $(BIN)/python
+	@echo "Installing Octant and its test tools into $(VENV) (a minute or two) …"
+	@$(INSTALL) '.[hf,megatron,data,dev]'
+	@touch $(VENV)/.installed $@

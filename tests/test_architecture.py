@@ -1,0 +1,244 @@
+"""The house rules that a machine can check, read off the source with `ast`.
+
+Each rule is a function of one parsed file that returns its complaints; every complaint says what to do instead.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# One-way imports: a room may import rooms of its own level and below.
+LEVELS = (
+    ("kernels", ""),                                          # "": the package `engine` itself, which holds the version
+    ("config", "errors"),
+    ("distributed",),
+    ("model",),
+    ("parallel",),
+    ("data", "optim", "precision"),
+    ("checkpoint", "metrics", "reliability"),
+    ("generate", "train"),
+    ("rl", "plan", "checkpoints_tools"),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+
+OPTIONAL = {"amp_C", "apex", "flash_attn", "matplotlib", "megatron", "orjson", "pyarrow", "rensa", "tensorboard",
+            "tokenizers", "transformer_engine", "transformers", "triton", "wandb", "zstandard"}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed file under the name it is imported by."""
+
+    module: str
+    text: str
+
+    @property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def room(self) -> str:
+        """`engine.data.prepare` -> `data`."""
+        parts = self.module.split(".")
+        return parts[0] if parts[0] != "engine" else (parts[1] if len(parts) > 1 else "")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name and the line it stands on."""
+
+    name: str
+    line: int
+
+
+def _imports(tree: ast.AST) -> Iterator[Import]:
+    """Everything imported anywhere below `tree`; `from a import b` counts as `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = f"{node.module}." if node.module and not node.level else "." * node.level
+            yield from (Import(prefix + alias.name, node.lineno) for alias in node.names)
+
+
+def _functions(source: Source) -> Iterator[Function]:
+    return (node for node in ast.walk(source.tree) if isinstance(node, Function))
+
+
+def _statements_at_import(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Top-level statements that always run: not `if TYPE_CHECKING:`, not `try: … except ImportError:`."""
+    return (node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+
+
+def needs_optional(source: Source) -> bool:
+    """Whether importing the module fails without an optional package."""
+    return any(found.name.partition(".")[0] in OPTIONAL
+               for statement in _statements_at_import(source.tree) for found in _imports(statement))
+
+
+def imports_go_one_way(source: Source) -> Iterator[str]:
+    for found in _imports(source.tree):
+        if found.name.startswith("."):
+            yield f"line {found.line}: relative import; write it from `engine.` on"
+            continue
+        root, _, rest = found.name.partition(".")
+        if root == "kernels":
+            yield f"line {found.line}: import engine.kernels, never top-level `kernels` (Hugging Face's package)"
+        if root not in ("engine", "checkpoints_tools"):
+            continue
+        room = root if root != "engine" else rest.partition(".")[0]
+        room = room if room in LEVEL else ""                  # `from engine import __version__`
+        if LEVEL[room] > LEVEL[source.room]:
+            yield (f"line {found.line}: `{source.room}` (level {LEVEL[source.room]}) imports `{room}` (level "
+                   f"{LEVEL[room]}): move what is needed down, or pass it in as an argument")
+
+
+def imports_stand_at_the_top(source: Source) -> Iterator[str]:
+    if source.module == "engine.cli":
+        return
+    for function in _functions(source):
+        for found in _imports(function):
+            root = found.name.partition(".")[0]
+            if root not in OPTIONAL and not _leads_to_optional(found.name):
+                yield (f"line {found.line}: import of `{found.name}` inside {function.name}(): move it to the top "
+                       "(only optional packages may be imported late)")
+
+
+def _leads_to_optional(name: str) -> bool:
+    """Whether `name` is (in) a module of ours that needs an optional package, or torch's tensorboard writer."""
+    if name.startswith("torch.utils.tensorboard"):
+        return True
+    return any(module in SOURCES and needs_optional(SOURCES[module]) for module in (name, name.rpartition(".")[0]))
+
+
+def core_needs_no_extras(source: Source) -> Iterator[str]:
+    for statement in _statements_at_import(source.tree):
+        for found in _imports(statement):
+            if found.name.startswith(("engine.", "checkpoints_tools.")) and _leads_to_optional(found.name) \
+                    and not needs_optional(source):
+                yield (f"line {found.line}: `{found.name}` needs an optional package: import it in the function that "
+                       "uses it")
+
+
+def no_globals(source: Source) -> Iterator[str]:
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Global):
+            yield f"line {node.lineno}: `global {', '.join(node.names)}`: keep state in an object and pass it"
+
+
+def environment_is_read_in_one_place(source: Source) -> Iterator[str]:
+    if source.room == "distributed":
+        return
+    for node in ast.walk(source.tree):
+        name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        from_os = isinstance(node, ast.ImportFrom) and node.module == "os" and \
+            any(alias.name in ("environ", "getenv") for alias in node.names)
+        if name in ("os.environ", "os.getenv", "os.putenv") or from_os:
+            line = getattr(node, "lineno", 0)
+            yield f"line {line}: reads the environment: do it in engine/distributed/environment.py"
+
+
+def everything_is_annotated(source: Source) -> Iterator[str]:
+    tree = source.tree
+    methods = {id(item) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for item in node.body
+               if isinstance(item, Function)
+               and not any(ast.unparse(decorator) == "staticmethod" for decorator in item.decorator_list)}
+    for function in (node for node in ast.walk(tree) if isinstance(node, Function)):
+        a = function.args
+        positional = [*a.posonlyargs, *a.args][id(function) in methods:]
+        missing = [arg.arg for arg in (*positional, *a.kwonlyargs, a.vararg, a.kwarg) if arg and arg.annotation is None]
+        if missing or function.returns is None:
+            what = ", ".join([*missing, *(["the result"] if function.returns is None else [])])
+            yield f"line {function.lineno}: annotate {what} of {function.name}()"
+
+
+def sizes_stay_readable(source: Source) -> Iterator[str]:
+    if (lines := source.text.count("\n")) > MAX_FILE_LINES:
+        yield f"{lines} lines (at most {MAX_FILE_LINES}): split the file by what its parts teach"
+    for function in _functions(source):
+        if (length := (function.end_lineno or 0) - function.lineno + 1) > MAX_FUNCTION_LINES:
+            yield (f"line {function.lineno}: {function.name}() has {length} lines (at most {MAX_FUNCTION_LINES}): name "
+                   "its steps and make them functions")
+
+
+RULES: tuple[Callable[[Source], Iterator[str]], ...] = (
+    imports_go_one_way, imports_stand_at_the_top, core_needs_no_extras, no_globals, environment_is_read_in_one_place,
+    everything_is_annotated, sizes_stay_readable)
+
+
+def _sources() -> dict[str, Source]:
+    """Every product file by module name; `kernels/x.py` is `engine.kernels.x`."""
+    found = {}
+    for folder, prefix in (("engine", ""), ("checkpoints_tools", ""), ("kernels", "engine.")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            module = prefix + ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[module] = Source(module, path.read_text(encoding="utf-8"))
+    return found
+
+
+SOURCES = _sources()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule(rule: Callable[[Source], Iterator[str]]) -> None:
+    complaints = [f"{source.module}, {complaint}" for source in SOURCES.values() for complaint in rule(source)]
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+def test_every_room_has_a_level() -> None:
+    rooms = {source.room for source in SOURCES.values()}
+    assert rooms <= LEVEL.keys(), f"give these rooms a level in LEVELS: {sorted(rooms - LEVEL.keys())}"
+
+
+def test_rooms_of_one_level_do_not_import_each_other_in_circles() -> None:
+    arrows = {(source.room, found.name.split(".")[1]) for source in SOURCES.values() for found in _imports(source.tree)
+              if found.name.startswith("engine.")}
+    circles = sorted((a, b) for a, b in arrows if a < b and (b, a) in arrows)
+    assert not circles, f"these rooms import each other: {circles}; move what both need down"
+
+
+def test_kernels_is_no_top_level_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists(), \
+        "delete kernels/__init__.py: a package named `kernels` breaks `import transformers`"
+
+
+@pytest.mark.parametrize(("rule", "module", "text"), [
+    (imports_go_one_way, "engine.model.x", "from engine.train import loop"),
+    (imports_go_one_way, "engine.model.x", "import engine.parallel.tensor"),
+    (imports_go_one_way, "engine.model.x", "from . import y"),
+    (imports_go_one_way, "engine.model.x", "import kernels.rope"),
+    (imports_stand_at_the_top, "engine.model.x", "def f() -> None:\n    import json"),
+    (no_globals, "engine.model.x", "def f() -> None:\n    global a\n    a = 1"),
+    (environment_is_read_in_one_place, "engine.model.x", "import os\nos.environ['A']"),
+    (environment_is_read_in_one_place, "engine.model.x", "from os import getenv"),
+    (everything_is_annotated, "engine.model.x", "def f(a: int): return a"),
+    (everything_is_annotated, "engine.model.x", "class A:\n    def f(self, *rest) -> None: ..."),
+    (sizes_stay_readable, "engine.model.x", "a = 1\n" * 401),
+    (sizes_stay_readable, "engine.model.x", "def f() -> None:\n" + "    a = 1\n" * 80),
+])
+def test_rules_complain(rule: Callable[[Source], Iterator[str]], module: str, text: str) -> None:
+    assert list(rule(Source(module, text)))
+
+
+@pytest.mark.parametrize(("rule", "module", "text"), [
+    (imports_go_one_way, "engine.train.x", "import torch\nfrom engine import __version__\nfrom engine.model import y"),
+    (imports_stand_at_the_top, "engine.data.x", "def f() -> None:\n    import pyarrow.parquet"),
+    (environment_is_read_in_one_place, "engine.distributed.x", "import os\nos.environ['A']"),
+    (everything_is_annotated, "engine.model.x", "class A:\n    def f(self, a: int) -> None: ..."),
+])
+def test_rules_allow(rule: Callable[[Source], Iterator[str]], module: str, text: str) -> None:
+    assert not list(rule(Source(module, text)))
