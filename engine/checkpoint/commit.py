@@ -1,0 +1,227 @@
+"""All or nothing, over many ranks, without a collective.
+
+The ranks meet in the directory that is being written:
+
+    every rank    writes `rank-00003.safetensors`, fsyncs it, then leaves `rank-00003.done` (what the file holds, its
+                  hash) or `rank-00003.failed` (why not)
+    first rank    waits for all of them.  All done: it writes the manifest, fsyncs the directory, renames it: committed.
+                  One failed, or time is up: it renames the directory away and deletes it: withdrawn.
+    other ranks   wait until the directory has gone from its writing name, and look whether it is the one
+                  (by inode) that now bears the final name.
+
+Why not collectives: this runs in a background thread while the main thread trains, and two threads must not use one
+group; a rank whose disk has failed can still be told from a rank that is dead; and a directory that the ranks do not
+share is noticed, where a collective would commit a checkpoint with most of its files elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint.folder import leftover_path, prune, publish, sync_directory
+from engine.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    StoredFile,
+    assemble_tensors,
+    encode_manifest,
+)
+from engine.checkpoint.shard import CODES, Entry, WrittenFile, file_bytes, write_shard
+
+POINTS = ("directory made", "shard created", "chunk written", "shard written", "shard synced", "rank done",
+          "manifest written", "directory synced", "renamed", "pruned")
+OTHERS_PATIENCE_SECONDS = 60.0      # the other ranks wait longer than the first, which decides
+
+
+class SaveFailed(Exception):
+    """This save is off; the message says why.  Training can go on."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """One attempt at a checkpoint, seen from one rank."""
+
+    final: Path
+    save_id: str
+    step: int
+    rank: int
+    world_size: int
+    keep: int | None
+    timeout_seconds: float
+    on_point: Callable[[str], None]
+
+    @property
+    def writing(self) -> Path:
+        return leftover_path(self.final, "writing", self.save_id)
+
+    @property
+    def file(self) -> Path:
+        return self.writing / f"rank-{self.rank:05d}.safetensors"
+
+    def marker(self, rank: int, state: str) -> Path:
+        return self.writing / f"rank-{rank:05d}.{state}"
+
+
+def make_directory(save: Save) -> None:
+    """The first rank's opening move, before any other rank goes on."""
+    save.writing.mkdir(parents=True)
+    save.on_point("directory made")
+
+
+def write_and_commit(save: Save, entries: Sequence[Entry], fetch: Callable[[Entry], torch.Tensor],
+                     metadata: dict[str, Any], pool: Executor) -> list[Path]:
+    """Writes this rank's file and sees the save through.
+
+    Returns:
+        The older checkpoints that were deleted (first rank only).
+
+    Raises:
+        SaveFailed: on every rank, if it failed on any; nothing is left of it.
+    """
+    try:
+        inode = save.writing.stat().st_ino
+        _write_part(save, entries, fetch, pool)
+    except Exception as error:
+        reason = explain(error, save.file, entries) if save.rank == 0 or save.writing.exists() else _withdrawn(save)
+        _report_failure(save, reason)
+        if save.rank == 0:
+            _withdraw(save)
+        raise SaveFailed(reason) from error
+    if save.rank != 0:
+        _await_outcome(save, inode)
+        return []
+    try:
+        _commit(save, _await_parts(save), metadata)
+    except Exception as error:
+        _withdraw(save)
+        raise SaveFailed(explain(error, save.writing, entries)) from error
+    return _prune(save)
+
+
+def explain(error: Exception, path: Path, entries: Sequence[Entry]) -> str:
+    """The reason with the path, and the numbers that matter when a disk is full."""
+    if isinstance(error, SaveFailed):
+        return str(error)
+    if not isinstance(error, OSError):
+        return f"{path}: {type(error).__name__}: {error}"
+    needed = file_bytes(entries)
+    message = f"{error.filename or path}: {error.strerror or error}; this rank needs {needed:,} bytes"
+    with contextlib.suppress(OSError):
+        room = os.statvfs(path.parent.parent)
+        message += f", {room.f_bavail * room.f_frsize:,} are free on the file system"
+    return message
+
+
+def _write_part(save: Save, entries: Sequence[Entry], fetch: Callable[[Entry], torch.Tensor], pool: Executor) -> None:
+    file: WrittenFile | None = None
+    if entries:
+        file = write_shard(save.file, entries, fetch, pool, save.on_point)
+    rows = [[e.key, CODES[e.dtype], e.global_shape, e.box.offset, e.box.size] for e in entries]
+    part = {"file": file and [file.name, file.num_bytes, file.sha256], "tensors": rows}
+    unfinished = save.marker(save.rank, "unfinished")
+    unfinished.write_text(json.dumps(part))
+    unfinished.rename(save.marker(save.rank, "done"))
+    save.on_point("rank done")
+
+
+def _report_failure(save: Save, reason: str) -> None:
+    """Makes room first: where the disk is full, the marker must still fit."""
+    for leftover in (save.file, save.marker(save.rank, "unfinished")):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+    with contextlib.suppress(OSError):
+        save.marker(save.rank, "failed").write_text(reason)
+
+
+def _await_parts(save: Save) -> list[dict[str, Any]]:
+    """The first rank waits for every rank's marker."""
+    waiting = set(range(save.world_size))
+    for _ in _patience(save.timeout_seconds):
+        names = {entry.name for entry in os.scandir(save.writing)}
+        failed = [rank for rank in waiting if save.marker(rank, "failed").name in names]
+        if failed:
+            reasons = "; ".join(f"rank {r}: {save.marker(r, 'failed').read_text() or 'unknown'}" for r in failed)
+            raise SaveFailed(reasons)
+        waiting = {rank for rank in waiting if save.marker(rank, "done").name not in names}
+        if not waiting:
+            return [json.loads(save.marker(rank, "done").read_text()) for rank in range(save.world_size)]
+    some = ", ".join(map(str, sorted(waiting)[:8])) + (", …" if len(waiting) > 8 else "")
+    raise SaveFailed(f"{save.writing}: {len(waiting)} of {save.world_size} ranks (rank {some}) did not finish within "
+                     f"{save.timeout_seconds:,.0f} s; do all nodes share this file system?")
+
+
+def _commit(save: Save, parts: Sequence[dict[str, Any]], metadata: dict[str, Any]) -> None:
+    """Markers out, manifest in, fsync, rename."""
+    for rank in range(save.world_size):
+        save.marker(rank, "done").unlink()
+    written = [part for part in parts if part["file"]]
+    files = tuple(StoredFile(*part["file"]) for part in written)
+    manifest = Manifest(save.step, metadata, files, assemble_tensors([part["tensors"] for part in written]))
+    write_manifest(save.writing, manifest)
+    save.on_point("manifest written")
+    sync_directory(save.writing)
+    save.on_point("directory synced")
+    publish(save.writing, save.final, save.save_id)
+    save.on_point("renamed")
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    with open(directory / MANIFEST_NAME, "xb") as file:
+        file.write(encode_manifest(manifest))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _prune(save: Save) -> list[Path]:
+    """The save is committed: whatever goes wrong here does not undo it."""
+    removed: list[Path] = []
+    if save.keep is not None:
+        with contextlib.suppress(OSError):
+            removed = prune(save.final, save.keep, save.save_id)
+    save.on_point("pruned")
+    return removed
+
+
+def _withdraw(save: Save) -> None:
+    """Takes the directory out of sight in one step, so that late ranks find nowhere to write, then deletes it."""
+    deleted = leftover_path(save.final, "deleted", save.save_id)
+    with contextlib.suppress(OSError):
+        save.writing.rename(deleted)
+    shutil.rmtree(deleted, ignore_errors=True)
+
+
+def _await_outcome(save: Save, inode: int) -> None:
+    """The other ranks wait for the first one's decision."""
+    for _ in _patience(save.timeout_seconds + OTHERS_PATIENCE_SECONDS):
+        if not save.writing.exists():
+            with contextlib.suppress(FileNotFoundError):
+                if save.final.stat().st_ino == inode:
+                    return
+            raise SaveFailed(_withdrawn(save))
+    raise SaveFailed(f"{save.final}: rank 0 did not decide within {save.timeout_seconds:,.0f} s")
+
+
+def _withdrawn(save: Save) -> str:
+    return f"{save.final}: another rank failed, so the save was withdrawn; rank 0 says why"
+
+
+def _patience(seconds: float) -> Iterator[None]:
+    """Yields until time is up, sleeping a little longer each time."""
+    deadline, pause = time.monotonic() + seconds, 0.001
+    while True:
+        yield
+        if time.monotonic() > deadline:
+            return
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.25)

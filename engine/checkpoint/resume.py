@@ -1,0 +1,103 @@
+"""Where to go on: the newest checkpoint whose every byte is what was written.
+
+There is no pointer file that could name a checkpoint which is not there.  The folder is looked through from the newest
+step down; the ranks share the hashing and settle the verdict together, so all resume from the same one.  A
+damaged checkpoint is renamed, for a person to look at and not to be tried again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.checkpoint.agree import Group, gather_json, rank_in, share_json, size_of
+from engine.checkpoint.folder import committed_steps, corrupt_checkpoints, set_aside, tidy
+from engine.checkpoint.manifest import DamagedCheckpoint
+from engine.checkpoint.read import CheckpointReader
+from engine.errors import CheckpointError
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A checkpoint that was not used."""
+
+    step: int
+    path: Path
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = f" (and {len(self.reasons) - 1} more)" if len(self.reasons) > 1 else ""
+        return f"step {self.step} skipped, now {self.path.name}: {self.reasons[0]}{more}"
+
+
+def find_latest(directory: Path, group: Group = None,
+                progress: Progress | None = None) -> tuple[CheckpointReader | None, list[Skipped]]:
+    """The newest checkpoint that verifies, and the newer ones that do not, set aside.
+
+    Every rank of `group` must call this; all get the same answer.  None, if there never was a checkpoint.  Removes what
+    killed processes left behind.
+
+    Raises:
+        CheckpointError: checkpoints are there, and none can be used.
+    """
+    directory = Path(directory)
+    if rank_in(group) == 0:
+        tidy(directory)
+    steps = share_json(sorted(committed_steps(directory), reverse=True), group)
+    damaged: list[tuple[int, Path, list[str]]] = []
+    for step in steps:
+        path = committed_steps(directory).get(step, directory / f"step-{step:08d}")
+        reader, problems = open_verified(path, group, progress)
+        if reader is not None:
+            return reader, [_skip(entry, group) for entry in damaged]
+        damaged.append((step, path, problems))
+    aside = share_json([str(path) for path in corrupt_checkpoints(directory)], group)
+    if damaged or aside:
+        lines = [f"{path}: {'; '.join(problems)}" for _, path, problems in damaged]
+        lines += [f"{path}: set aside before" for path in aside]
+        raise CheckpointError(f"{directory} holds {len(lines)} checkpoints and none is whole; look at them, or start "
+                              "anew in another run.dir or with checkpoint.resume=never\n  " + "\n  ".join(lines))
+    return None, []
+
+
+def open_verified(path: Path, group: Group = None,
+                  progress: Progress | None = None) -> tuple[CheckpointReader | None, list[str]]:
+    """Opens a checkpoint and hashes all of it, each rank a share; every rank gets the same verdict.
+
+    Returns:
+        The reader and no problems, or None and what is wrong.
+
+    Raises:
+        CheckpointError: it is not damaged but cannot be used: not there, unreadable, or of another format version.
+    """
+    reader, problems, refusal = None, [], None
+    try:
+        reader = CheckpointReader(path)
+        share = rank_in(group), size_of(group)
+        problems = [f"{problem.file}: {problem.what}" for problem in reader.verify(share, progress)]
+    except DamagedCheckpoint as error:
+        problems = [str(error)]
+    except (CheckpointError, OSError) as error:
+        refusal = str(error)
+    verdicts = gather_json({"problems": problems, "refusal": refusal}, group)
+    for rank, verdict in enumerate(verdicts):
+        if verdict["refusal"] is not None:
+            raise CheckpointError(f"rank {rank}: {verdict['refusal']}")
+    found = list(dict.fromkeys(problem for verdict in verdicts for problem in verdict["problems"]))
+    return (None if found else reader), found
+
+
+def _skip(entry: tuple[int, Path, list[str]], group: Group) -> Skipped:
+    """The first rank renames; the others learn the new name."""
+    step, path, problems = entry
+    renamed = str(path)
+    if rank_in(group) == 0:
+        try:
+            renamed = str(set_aside(path))
+        except OSError as error:
+            problems = [*problems, f"could not be set aside: {error}"]
+    renamed, problems = share_json([renamed, problems], group)
+    return Skipped(step, Path(renamed), tuple(problems))

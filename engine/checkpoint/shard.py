@@ -1,0 +1,216 @@
+"""One file of tensors, in the safetensors format: written as a stream, read at any place.
+
+    8 bytes   length n of the header, little-endian
+    n bytes   JSON: tensor name → {"dtype", "shape", "data_offsets": [start, stop]}, padded with spaces
+    the rest  the tensors' bytes, row-major, without gaps
+
+The header is known before the first tensor is fetched, so a file of any size is written while holding one tensor at a
+time.  Wide types come first, which keeps every tensor aligned to its type.  `safetensors.safe_open` reads the result.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from engine.checkpoint.content_hash import TreeHash, chunks_of, hash_segments
+from engine.checkpoint.manifest import DamagedCheckpoint
+from engine.checkpoint.pieces import tensor_name
+from engine.distributed.boxes import Box
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+ALIGNMENT = 64
+HEADER_LIMIT = 100 << 20            # what the safetensors library accepts
+SEGMENT_LIMIT = 1024                # IOV_MAX: buffers in one writev
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A box that a file holds or will hold."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    box: Box
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return tensor_name(self.key, self.box)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.box.num_elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What the manifest records of a file."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+def file_order(entries: Iterable[Entry]) -> list[Entry]:
+    """The order in which a file holds `entries`: wide types first, otherwise as given."""
+    return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+
+
+def encode_header(entries: Sequence[Entry]) -> bytes:
+    """Length and header of a file that holds `entries` in this order."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for entry in entries:
+        if entry.dtype not in CODES:
+            raise TypeError(f"{entry.key}: tensors of type {entry.dtype} cannot be saved; cast it to one of "
+                            f"{', '.join(str(d) for d in CODES)}")
+        stop = start + entry.num_bytes
+        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.box.size), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def file_bytes(entries: Sequence[Entry]) -> int:
+    """Size of the file that `write_shard` makes of these entries."""
+    return len(encode_header(file_order(entries))) + sum(entry.num_bytes for entry in entries)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order: its own memory if contiguous on the CPU, else a copy."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def write_shard(path: Path, entries: Sequence[Entry], fetch: Callable[[Entry], torch.Tensor], pool: Executor,
+                on_point: Callable[[str], None]) -> WrittenFile:
+    """Writes and fsyncs a new file, hashing what is written from the memory it is written from.
+
+    Args:
+        fetch: gives the tensor of an entry; called once per entry, in file order, when its turn comes.
+        pool: threads that hash.
+
+    Raises:
+        OSError: the disk is full, the path cannot be written.
+    """
+    ordered = file_order(entries)
+
+    def segments() -> Iterator[memoryview]:
+        yield memoryview(encode_header(ordered))
+        for entry in ordered:
+            tensor = fetch(entry)
+            if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.box.size:
+                raise TypeError(f"{entry.name}: planned {entry.dtype} {entry.box.size}, "
+                                f"got {tensor.dtype} {tuple(tensor.shape)}")
+            yield tensor_bytes(tensor)
+
+    tree, size = TreeHash(pool), 0
+    with open(path, "xb", buffering=0) as file:
+        on_point("shard created")
+        for chunk in chunks_of(segments()):
+            tree.add(partial(hash_segments, chunk))
+            _write_all(file.fileno(), chunk)
+            size += sum(map(len, chunk))
+            on_point("chunk written")
+        on_point("shard written")
+        os.fsync(file.fileno())
+    on_point("shard synced")
+    return WrittenFile(path.name, size, tree.hexdigest())
+
+
+def _write_all(descriptor: int, segments: Sequence[memoryview]) -> None:
+    """`writev` until everything is written: it may write less than asked, and takes a limited number of buffers."""
+    left = list(segments)
+    while left:
+        written = os.writev(descriptor, left[:SEGMENT_LIMIT])
+        while left and written >= len(left[0]):
+            written -= len(left.pop(0))
+        if left and written:
+            left[0] = left[0][written:]
+
+
+class ShardFile:
+    """An open file of tensors.  Safe to use from several threads; closes when the last user lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            DamagedCheckpoint: missing, or its header is not one that fits its size.
+        """
+        self.path = path
+        try:
+            self._file: BinaryIO = open(path, "rb", buffering=0)
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{path}: the file is missing") from None
+        self.num_bytes = os.fstat(self._file.fileno()).st_size
+        self._map: mmap.mmap | None = None
+        try:
+            self._read_header()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedCheckpoint(f"{path}: not a whole safetensors file: {error}") from None
+
+    def _read_header(self) -> None:
+        descriptor = self._file.fileno()
+        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        if not 2 <= length <= min(HEADER_LIMIT, self.num_bytes - 8):
+            raise ValueError(f"a header of {length:,} bytes in a file of {self.num_bytes:,}")
+        header = json.loads(os.pread(descriptor, length, 8))
+        header.pop("__metadata__", None)
+        self._base = 8 + length
+        self._tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
+        for name, info in header.items():
+            dtype, shape, (start, stop) = DTYPES[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
+            if stop - start != prod(shape) * dtype.itemsize or not 0 <= start <= stop <= self.num_bytes - self._base:
+                raise ValueError(f"{name} claims bytes {start:,} to {stop:,}")
+            self._tensors[name] = (dtype, shape, self._base + start)
+
+    def locate(self, entry: Entry) -> int:
+        """Position in the file of the first byte of `entry`.
+
+        Raises:
+            DamagedCheckpoint: it is not there, or is something else than the manifest says.
+        """
+        dtype, shape, start = self._tensors.get(entry.name, (None, None, 0))
+        if dtype is None:
+            raise DamagedCheckpoint(f"{self.path}: holds no {entry.name}")
+        if dtype != entry.dtype or shape != entry.box.size:
+            raise DamagedCheckpoint(f"{self.path}: {entry.name} is {dtype} {shape}, not {entry.dtype} {entry.box.size}")
+        return start
+
+    def read_into(self, memory: memoryview, start: int) -> None:
+        """Fills `memory` with the bytes from `start` on."""
+        done = 0
+        while done < len(memory):
+            got = os.preadv(self._file.fileno(), [memory[done:]], start + done)
+            if got == 0:
+                raise DamagedCheckpoint(f"{self.path}: ends at byte {start + done:,}")
+            done += got
+
+    def array(self, entry: Entry) -> np.ndarray:
+        """The tensor of `entry`, memory-mapped, as integers of its width (NumPy has no bfloat16)."""
+        start = self.locate(entry)
+        if self._map is None:
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        flat = np.frombuffer(self._map, integer_type(entry.dtype), entry.box.num_elements, start)
+        return flat.reshape(entry.box.size)
+
+
+def integer_type(dtype: torch.dtype) -> str:
+    """NumPy's unsigned integer of the width of `dtype`, to move bits that NumPy has no type for."""
+    return f"u{dtype.itemsize}"
