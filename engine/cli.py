@@ -150,7 +150,7 @@ def _convert(p: Parser) -> None:
 
 def _checkpoint(p: Parser) -> None:
     listing, inspect, verify, reshard = _actions(
-        p, ("list", "the checkpoints of a run, and whether each is whole", "checkpoint list runs/x"),
+        p, ("list", "the checkpoints of a run; looks at manifests and file sizes only", "checkpoint list runs/x"),
         ("inspect", "what is in a checkpoint", "checkpoint inspect runs/x/checkpoints/step-00001000 --tensors"),
         ("verify", "read every byte against the manifest; exit code 1 when anything is wrong",
          "checkpoint verify runs/x/checkpoints/step-00001000"),

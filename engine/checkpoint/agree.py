@@ -42,10 +42,9 @@ def gather_rows(rows: np.ndarray, most: int, group: Group) -> list[np.ndarray]:
     padded = torch.zeros(most + 1, columns, dtype=torch.int64)
     padded[0, 0] = len(rows)
     padded[1:len(rows) + 1] = torch.from_numpy(rows)
-    gathered = torch.empty(size_of(group) * (most + 1), columns, dtype=torch.int64)
-    dist.all_gather_into_tensor(gathered, padded, group=group)
-    parts = gathered.view(size_of(group), most + 1, columns).numpy()
-    return [part[1:int(part[0, 0]) + 1] for part in parts]
+    gathered = [torch.empty_like(padded) for _ in range(size_of(group))]
+    dist.all_gather(gathered, padded, group=group)
+    return [part[1:int(part[0, 0]) + 1].numpy() for part in gathered]
 
 
 def gather_json(value: Any, group: Group) -> list[Any]:

@@ -17,6 +17,9 @@ import re
 import shutil
 from pathlib import Path
 
+from engine.checkpoint.manifest import MANIFEST_NAME
+
+CHECKPOINTS = "checkpoints"         # where a run keeps them, in its own folder
 COMMITTED = re.compile(r"step-(\d{8,})")
 LEFTOVER = re.compile(r"\.(step-\d{8,})\.(writing|replaced|deleted)-([0-9a-f]+)")
 
@@ -36,6 +39,14 @@ def committed_steps(directory: Path) -> dict[int, Path]:
         return {}
     matches = [(COMMITTED.fullmatch(entry.name), entry) for entry in directory.iterdir()]
     return dict(sorted((int(match[1]), entry) for match, entry in matches if match and entry.is_dir()))
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """What `path` means on a command line: a checkpoint, a folder of them, or a run's folder; oldest first."""
+    if (path / MANIFEST_NAME).exists() or COMMITTED.fullmatch(path.name):
+        return [path]
+    inner = path / CHECKPOINTS
+    return list(committed_steps(inner if inner.is_dir() else path).values())
 
 
 def corrupt_checkpoints(directory: Path) -> list[Path]:

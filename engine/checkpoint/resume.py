@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.checkpoint.agree import Group, gather_json, rank_in, share_json, size_of
-from engine.checkpoint.folder import committed_steps, corrupt_checkpoints, set_aside, tidy
-from engine.checkpoint.manifest import DamagedCheckpoint
+from engine.checkpoint.folder import checkpoints_at, committed_steps, corrupt_checkpoints, set_aside, tidy
+from engine.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint
 from engine.checkpoint.read import CheckpointReader
 from engine.errors import CheckpointError
 
@@ -77,7 +77,7 @@ def open_verified(path: Path, group: Group = None,
     try:
         reader = CheckpointReader(path)
         share = rank_in(group), size_of(group)
-        problems = [f"{problem.file}: {problem.what}" for problem in reader.verify(share, progress)]
+        problems = [f"{problem.file}: {problem.what}" for problem in reader.verify(share, progress=progress)]
     except DamagedCheckpoint as error:
         problems = [str(error)]
     except (CheckpointError, OSError) as error:
@@ -88,6 +88,26 @@ def open_verified(path: Path, group: Group = None,
             raise CheckpointError(f"rank {rank}: {verdict['refusal']}")
     found = list(dict.fromkeys(problem for verdict in verdicts for problem in verdict["problems"]))
     return (None if found else reader), found
+
+
+def open_checkpoint(path: Path, progress: Progress | None = None) -> CheckpointReader:
+    """For whoever reads in one process: the checkpoint at `path`, or the newest that verifies in a run's folder.
+
+    Touches nothing: damaged checkpoints stay where they are.
+
+    Raises:
+        CheckpointError: nothing there can be used; every attempt is listed.
+    """
+    path = Path(path)
+    tried = []
+    for candidate in reversed(checkpoints_at(path)):
+        reader, problems = open_verified(candidate, None, progress)
+        if reader is not None:
+            return reader
+        tried.append(f"{candidate}: {'; '.join(problems)}")
+    if not tried:
+        raise CheckpointError(f"{path}: no checkpoint there; give one (a folder with {MANIFEST_NAME}), or a run's folder")
+    raise CheckpointError("no checkpoint there is whole:\n  " + "\n  ".join(tried))
 
 
 def _skip(entry: tuple[int, Path, list[str]], group: Group) -> Skipped:
