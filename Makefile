@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALL = $(BIN)/python -m pip --disable-pip-version-check --quiet install $(PIP_FLAGS) --constraint constraints.txt --editable
+INSTALL = $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install $(PIP_FLAGS) --constraint constraints.txt --editable
 
 .PHONY: demo test check clean
 

@@ -60,7 +60,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem, origins) for problem in error.errors()]
+        lines = [_explain(problem, origins) for problem in error.errors()
+                 if problem["type"] != "default_factory_not_called"]        # follows from another problem
         raise ConfigError(f"{path}: {len(lines)} problem{'s' * (len(lines) > 1)} in the configuration\n"
                           + "\n".join(f"  - {line}" for line in lines)) from None
 
