@@ -76,7 +76,9 @@ def _tokenizer(p: Parser) -> None:
          "tokenizer extend llama.model --with chinese_sp.model --output merged.model"),
         ("verify", "compare a model with its Hugging Face export on text files",
          "tokenizer verify data/*.txt --tokenizer tok.model"))
-    train.add_argument("files", nargs="+", metavar="FILE", help="text, one document or sentence per line")
+    for action in (train, verify):
+        action.add_argument("files", nargs="+", metavar="FILE", help=".txt .jsonl .json .parquet, each also .gz or .zst")
+        action.add_argument("--field", default="text", help="key of the text in JSON and parquet (default: %(default)s)")
     train.add_argument("--vocab-size", type=int, required=True)
     train.add_argument("--output", required=True, help="the .model file to write")
     extend.add_argument("model", metavar="MODEL", help="the .model whose ids stay as they are")
@@ -84,7 +86,6 @@ def _tokenizer(p: Parser) -> None:
     extend.add_argument("--only", choices=("han", "all"), default="han",
                         help="pieces to take: those with Han characters leave English as it was (default: %(default)s)")
     extend.add_argument("--output", required=True, help="the .model file to write")
-    verify.add_argument("files", nargs="+", metavar="FILE", help="text to cut both ways")
     verify.add_argument("--tokenizer", required=True, metavar="MODEL")
 
 
@@ -93,10 +94,12 @@ def _prepare(p: Parser) -> None:
     p.add_argument("--tokenizer", required=True, metavar="T",
                    help="a .model, a Hugging Face tokenizer folder or tokenizer.json, or `bytes`")
     p.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx, PREFIX.json")
-    p.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     p.add_argument("--field", default="text", help="key of the text in JSON and parquet (default: %(default)s)")
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop",
                    help="what to do with a record that cannot be read (default: %(default)s)")
+    p.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True,
+                   help="end every document with the end-of-document id (default: on)")
 
 
 def _data(p: Parser) -> None:

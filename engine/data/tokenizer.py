@@ -47,10 +47,14 @@ class Tokenizer(ABC):
     bos_id: int | None
     eod_id: int
     pad_id: int | None
+    joins_at_newline: bool = False  # a text may be encoded in parts that begin with a line end, with the same ids
 
     @abstractmethod
-    def encode_array(self, text: str) -> npt.NDArray[np.int32]:
-        """Ids of `text`, nothing added -> int32 [tokens].  Raises UnicodeEncodeError on lone surrogates."""
+    def encode_array(self, text: str, *, continues: bool = False) -> npt.NDArray[np.int32]:
+        """Ids of `text`, nothing added -> int32 [tokens].  Raises UnicodeEncodeError on lone surrogates.
+
+        `continues`: the text begins with a line end and goes on with the text encoded before (`joins_at_newline` only).
+        """
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -111,8 +115,9 @@ class ByteTokenizer(Tokenizer):
     bos_id = None
     eod_id = 256
     pad_id = None
+    joins_at_newline = True
 
-    def encode_array(self, text: str) -> npt.NDArray[np.int32]:
+    def encode_array(self, text: str, *, continues: bool = False) -> npt.NDArray[np.int32]:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -155,19 +160,25 @@ class SentencePieceTokenizer(Tokenizer):
             raise DataError(f"{self.path} has no end-of-sentence piece (</s>), so documents could not be ended")
         self.eod_id = eod_id
         self._words = _word_pattern(self.model)
-        self._space = next((i for i, piece in enumerate(self.model.pieces) if piece.text == SPACE), None)
+        self.joins_at_newline = self._words is not None and r"\n" in self._words.pattern
+        self._space = next((i for i, piece in enumerate(self.model.pieces) if piece.text == SPACE), 0)
         self._cache: dict[str, list[int]] = {}
 
-    def encode_array(self, text: str) -> npt.NDArray[np.int32]:
-        return np.array(self.encode(text), np.int32)
+    def encode_array(self, text: str, *, continues: bool = False) -> npt.NDArray[np.int32]:
+        if self._words is None:
+            return np.array(self.processor.encode(text), np.int32)
+        return np.array(self._encode_words(self._words, text, continues), np.int32)
 
     def encode(self, text: str) -> list[int]:
-        if self._words is None or not text:
-            return self.processor.encode(text)
+        return self.processor.encode(text) if self._words is None else self._encode_words(self._words, text, False)
+
+    def _encode_words(self, pattern: re.Pattern[str], text: str, continues: bool) -> list[int]:
+        if not text:
+            return []
         cache, ids = self._cache, []
-        for word in self._words.findall(SPACE + text.replace(" ", SPACE)):
+        for word in pattern.findall(("" if continues else SPACE) + text.replace(" ", SPACE)):
             known = cache.get(word)
-            ids += known if known is not None else self._encode_word(word)
+            ids += self._encode_word(word) if known is None else known
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
@@ -205,7 +216,7 @@ def _word_pattern(model: SentencePieceModel) -> re.Pattern[str] | None:
         return None
     if any("\n" in text and len(text) > 1 for text in texts):
         return re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
-    return re.compile(f"{SPACE}*[^{SPACE}\n]+|\n[^{SPACE}\n]*|{SPACE}+")
+    return re.compile(rf"{SPACE}*[^{SPACE}\n]+|\n[^{SPACE}\n]*|{SPACE}+")
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:

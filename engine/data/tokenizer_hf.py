@@ -43,7 +43,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.pad_id = self._id_of(config.get("pad_token"))
         self.eod_id = self._end_of_document(config.get("eos_token"))
 
-    def encode_array(self, text: str) -> npt.NDArray[np.int32]:
+    def encode_array(self, text: str, *, continues: bool = False) -> npt.NDArray[np.int32]:
         return np.array(self.encode(text), np.int32)
 
     def encode(self, text: str) -> list[int]:

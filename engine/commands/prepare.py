@@ -1,0 +1,36 @@
+"""`octant prepare FILE… --tokenizer T --output PREFIX`: text to a memory-mapped corpus (`engine.data.prepare`)."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from engine.data.prepare import prepare
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tokenize, then say what went through and what comes next."""
+    start = time.monotonic()
+    counts = prepare(
+        args.files,
+        args.tokenizer,
+        args.output,
+        workers=args.workers,
+        text_field=args.field,
+        on_error=args.on_error,
+        append_eod=args.append_eod,
+    )
+    seconds = time.monotonic() - start
+    print(
+        f"{counts.documents:,} documents, {counts.text_bytes:,} bytes of text -> {counts.tokens:,} tokens "
+        f"({counts.text_bytes / max(1, counts.tokens):.2f} bytes per token) in {seconds:.1f} s, "
+        f"{counts.text_bytes / 1e6 / max(seconds, 1e-9):.1f} MB/s"
+    )
+    if counts.empty_documents:
+        print(f"{counts.empty_documents:,} empty documents were left out")
+    if counts.skipped_records:
+        print(f"{counts.skipped_records:,} unusable records were skipped, such as:")
+        for example in counts.skipped_examples:
+            print(f"  {example}")
+    print(f"next: octant data inspect {args.output}")
+    return 0

@@ -1,0 +1,142 @@
+"""A function over many items in many processes, results in the order of the items, memory bounded.
+
+Each worker is a fresh (spawned) process at the other end of its own pipe: it builds its function once (a tokenizer is
+loaded), then answers items one by one.  The parent hands out the next item wherever a worker is free, keeps early
+results until it is their turn, and never runs further ahead than a few items per worker.  As every pipe has one owner
+at each end, a parent that is killed closes them all and the workers leave by themselves.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
+
+from engine.errors import OctantError, WorkerError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+AHEAD = 4  # items per worker that may be under way or waiting for their turn
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ordered_map(
+    setup: Callable[[], Callable[[Item], Result]], items: Iterable[Item], num_workers: int
+) -> Iterator[Result]:
+    """Yield `setup()(item)` for each item, in order.  `setup`, items and results are pickled; one worker runs in place.
+
+    Raises what the function raised where that is an OctantError, WorkerError (with the worker's traceback) for anything
+    else and for a worker that died.
+    """
+    if num_workers <= 1:
+        function = setup()
+        yield from map(function, items)
+        return
+    pool = _Pool(setup, num_workers)
+    try:
+        yield from pool.run(iter(items))
+    finally:
+        pool.close()
+
+
+class _Pool(Generic[Item, Result]):
+    def __init__(self, setup: Callable[[], Callable[[Item], Result]], num_workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._processes: dict[Connection, BaseProcess] = {}
+        for _ in range(num_workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, setup), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes[ours] = process
+
+    def run(self, items: Iterator[Item]) -> Iterator[Result]:
+        free = list(self._processes)
+        working: dict[Connection, int] = {}  # which item each worker has
+        done: dict[int, Result] = {}
+        num_sent = num_yielded = 0
+        exhausted = False
+        while True:
+            while free and not exhausted and num_sent - num_yielded < AHEAD * len(self._processes):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    exhausted = True
+                    break
+                connection = free.pop()
+                self._send(connection, item)
+                working[connection] = num_sent
+                num_sent += 1
+            if num_yielded in done:
+                yield done.pop(num_yielded)
+                num_yielded += 1
+                continue
+            if not working:
+                return
+            for ready in wait(list(working)):
+                assert isinstance(ready, Connection)
+                done[working.pop(ready)] = self._receive(ready)
+                free.append(ready)
+
+    def close(self) -> None:
+        """Let the workers go; one that is in the middle of an item is stopped."""
+        for connection, process in self._processes.items():
+            connection.close()
+            process.terminate()
+        for process in self._processes.values():
+            process.join()
+
+    def _send(self, connection: Connection, item: Item) -> None:
+        try:
+            connection.send(item)
+        except OSError as error:
+            raise self._death(connection) from error
+
+    def _receive(self, connection: Connection) -> Result:
+        try:
+            result, error, trace = connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._death(connection) from error
+        if isinstance(error, OctantError):
+            raise error
+        if trace:
+            raise WorkerError(f"a worker process failed:\n{trace}")
+        return result
+
+    def _death(self, connection: Connection) -> WorkerError:
+        process = self._processes[connection]
+        process.join(timeout=5)
+        code = process.exitcode
+        how = f"was killed by signal {-code} (out of memory?)" if code is not None and code < 0 else f"left with {code}"
+        return WorkerError(f"a worker process {how}; try fewer --workers")
+
+
+def _serve(connection: Connection, setup: Callable[[], Callable[[Any], Any]]) -> None:
+    """The worker: answer items until the pipe closes.  Interrupts are the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    function: Callable[[Any], Any] | None = None
+    while True:
+        try:
+            item = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            function = function or setup()
+            answer = (function(item), None, "")
+        except OctantError as error:
+            answer = (None, error, "")
+        except BaseException:
+            answer = (None, None, traceback.format_exc())
+        try:
+            connection.send(answer)
+        except OSError:
+            return

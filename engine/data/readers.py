@@ -1,0 +1,443 @@
+"""Corpora as a stream of blocks: about one mebibyte of whole records each, in an order that only the files decide.
+
+    .txt      the file is one document (cut before a line end into documents of 64 MiB where it is larger)
+    .jsonl    one JSON object per line, the document is its `--field`
+    .json     a list of objects, or objects one after the other (so JSON lines called .json work, as C4's are)
+    .parquet  one document per row, column `--field`
+
+each also gzip (`.gz`) or zstd (`.zst`).  A field that holds a list of strings is joined by line ends.  Nothing here
+holds more than a block and the longest record, whatever the size of the corpus; blocks are cut by content only, so
+compressing a file, or reading it with more workers, changes nothing.
+
+A record that cannot be used becomes an `BadRecord` (file, where, why) inside its block: the caller decides whether to stop
+or to go on.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import json
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from engine.errors import DataError, RequestError
+
+FORMATS = (".txt", ".jsonl", ".json", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+BLOCK_BYTES = 1 << 20  # text handed to a worker at a time
+READ_BYTES = 1 << 18
+LONGEST_DOCUMENT_BYTES = 1 << 26  # of a .txt file
+LONGEST_RECORD_BYTES = 1 << 28  # of a JSON record; more than this is a file without line ends
+
+_DECODE = json.JSONDecoder().raw_decode
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of the corpus and what tells whether it has changed since."""
+
+    path: str  # "-" is standard input
+    format: str
+    compression: str = ""
+    num_bytes: int = 0
+    modified_ns: int = 0
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that cannot be used: which file, where in it, and why."""
+
+    path: str
+    where: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.path}, {self.where}: {self.why}" if self.where else f"{self.path}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive records of one file.
+
+    Exactly one of `lines` (JSON lines, still unparsed) and `texts` is used.  `continues`: the first text goes on with the
+    document of the block before; `ends`: the last text ends its document; `abandon`: forget the unfinished document.
+    """
+
+    path: str
+    lines: bytes = b""
+    texts: tuple[str, ...] = ()
+    first_line: int = 1
+    continues: bool = False
+    ends: bool = True
+    abandon: bool = False
+    bad: tuple[BadRecord, ...] = ()
+    file_position: int = field(default=0, compare=False)  # bytes of the file read so far, for the progress bar
+
+
+def expand_inputs(files: Iterable[str | Path]) -> list[InputFile]:
+    """Files, folders (searched, sorted), globs and `-` -> the files of the corpus, each once, in the order given.
+
+    Raises RequestError for a name that matches nothing or whose format isn't known.
+    """
+    found: dict[str, InputFile] = {}
+    for name in map(str, files):
+        if name == "-":
+            found.setdefault(name, InputFile(name, ".jsonl"))
+            continue
+        for path in _matching(name):
+            found.setdefault(str(path.resolve()), _input_file(path))
+    if not found:
+        raise RequestError("no input files were given")
+    return list(found.values())
+
+
+def _matching(name: str) -> list[Path]:
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    several = sorted(path.rglob("*")) if path.is_dir() else [Path(p) for p in sorted(glob.glob(name, recursive=True))]
+    known = [p for p in several if p.is_file() and _format_of(p)[0] in FORMATS]
+    if known:
+        return known
+    if path.is_dir() or several:
+        raise RequestError(f"{name} holds no {', '.join(FORMATS)} files (each also .gz or .zst)")
+    raise RequestError(f"input {name} does not exist")
+
+
+def _format_of(path: Path) -> tuple[str, str]:
+    suffixes = path.suffixes or [""]
+    compression = suffixes[-1] if suffixes[-1] in COMPRESSIONS else ""
+    return (suffixes[-2] if compression and len(suffixes) > 1 else suffixes[-1]), compression
+
+
+def _input_file(path: Path) -> InputFile:
+    format, compression = _format_of(path)
+    if format not in FORMATS:
+        raise RequestError(f"{path}: unknown format; inputs end in {', '.join(FORMATS)}, each also with .gz or .zst")
+    stat = path.stat()
+    return InputFile(str(path), format, compression, stat.st_size, stat.st_mtime_ns)
+
+
+def read_blocks(file: InputFile, text_field: str, join_texts: bool = True) -> Iterator[Block]:
+    """The blocks of one file.  `join_texts`: long texts may be cut into fragments of one document (see `Block`).
+
+    What is wrong with the file as a whole (damaged, empty, a missing column) is the last block's `bad`.
+    """
+    position = 0
+    try:
+        with _opened(file) as raw:
+            num_blocks = 0
+            for block in _blocks_of(file, raw, text_field, join_texts):
+                position = raw.tell() if file.path != "-" else 0
+                num_blocks += 1
+                yield replace(block, file_position=position)
+        if num_blocks == 0:
+            raise DataError("it is empty: no record in it" if file.num_bytes else "it is empty (0 bytes)")
+    except (DataError, OSError, zlib.error) as error:
+        yield Block(file.path, abandon=True, bad=(BadRecord(file.path, "", str(error)),), file_position=position)
+
+
+def _opened(file: InputFile) -> BinaryIO:
+    return sys.stdin.buffer if file.path == "-" else open(file.path, "rb")
+
+
+def _blocks_of(file: InputFile, raw: BinaryIO, text_field: str, join_texts: bool) -> Iterator[Block]:
+    if file.format == ".parquet":
+        return _parquet_blocks(file, raw, text_field)
+    chunks = _decompressed(raw, file.compression)
+    if file.format == ".txt":
+        return _text_blocks(file.path, chunks, BLOCK_BYTES if join_texts else LONGEST_DOCUMENT_BYTES)
+    if file.format == ".json":
+        return _json_blocks(file.path, chunks, text_field)
+    return _line_blocks(file.path, chunks)
+
+
+def _decompressed(raw: BinaryIO, compression: str) -> Iterator[bytes]:
+    """The content in chunks.  Raises DataError where a compressed file ends early."""
+    if not compression:
+        yield from iter(lambda: raw.read(READ_BYTES), b"")
+        return
+    start = _decompressor(compression)
+    stream: Any = None
+    while data := raw.read(READ_BYTES):
+        while data:
+            stream = stream or start()
+            try:
+                if content := stream.decompress(data):
+                    yield content
+            except Exception as error:  # zlib.error, or ZstdError of an optional package
+                raise DataError(f"the {compression} file is damaged ({error})") from error
+            data, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+    if stream is not None:
+        raise DataError(f"the {compression} file ends in the middle; it was cut off")
+
+
+def _decompressor(compression: str) -> Callable[[], Any]:
+    if compression == ".gz":
+        return lambda: zlib.decompressobj(wbits=31)
+    try:
+        import zstandard  # optional package
+    except ImportError as error:
+        raise RequestError("reading .zst files needs the package zstandard: pip install 'octant[data]'") from error
+    return lambda: zstandard.ZstdDecompressor().decompressobj()
+
+
+def _cut(chunks: Iterable[bytes], size: int, limit: int, keep_newline: bool) -> Iterator[bytes]:
+    """Regroup chunks into pieces of at most `size` bytes, cut at the last line end within; longer where a line is.
+
+    With `keep_newline` the line end closes a piece, otherwise it opens the next one.  A line longer than `limit` is cut
+    at a space or a character; pieces depend on the content only, never on how it came in chunks.
+    """
+    buffer = bytearray()
+    searched = 0  # no line end before this offset
+    for chunk in chunks:
+        buffer += chunk
+        while len(buffer) > size:
+            window = min(max(size, searched + size), limit)
+            if len(buffer) <= window:
+                break
+            end = buffer.rfind(b"\n", 1, window)
+            if end < 0 and window < limit:
+                searched = window
+                continue
+            end = (end + keep_newline) if end > 0 else _cut_in_line(buffer, window)
+            yield bytes(buffer[:end])
+            del buffer[:end]
+            searched = 0
+    if buffer:
+        yield bytes(buffer)
+
+
+def _cut_in_line(buffer: bytearray, end: int) -> int:
+    space = buffer.rfind(b" ", 1, end)
+    if space > 0:
+        return space
+    while end > 1 and buffer[end] & 0xC0 == 0x80:  # inside a UTF-8 character
+        end -= 1
+    return end
+
+
+def _line_blocks(path: str, chunks: Iterable[bytes]) -> Iterator[Block]:
+    line = 1
+    for piece in _cut(_without_bom(chunks), BLOCK_BYTES, LONGEST_RECORD_BYTES, keep_newline=True):
+        if len(piece) >= LONGEST_RECORD_BYTES - 4:
+            raise DataError(f"line {line} is longer than {LONGEST_RECORD_BYTES:,} bytes; is this JSON lines?")
+        yield Block(path, lines=piece, first_line=line)
+        line += piece.count(b"\n")
+
+
+def _without_bom(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    first = True
+    for chunk in chunks:
+        yield chunk.removeprefix(codecs.BOM_UTF8) if first else chunk
+        first = False
+
+
+def _text_blocks(path: str, chunks: Iterable[bytes], size: int) -> Iterator[Block]:
+    """One document, in fragments that begin with a line end; a new document at LONGEST_DOCUMENT_BYTES."""
+    pending: Block | None = None
+    offset = document_bytes = 0
+    for piece in _cut(_without_bom(chunks), size, LONGEST_DOCUMENT_BYTES, keep_newline=False):
+        try:
+            text = piece.decode()
+        except UnicodeDecodeError as error:
+            where = f"invalid UTF-8 at byte {offset + error.start:,} (0x{piece[error.start]:02x})"
+            raise DataError(f"{where}; convert the file to UTF-8") from error
+        full = document_bytes + len(piece) > LONGEST_DOCUMENT_BYTES
+        joins = pending is not None and text[0] == "\n" and not full
+        if pending is not None:
+            yield replace(pending, ends=not joins)
+        pending = Block(path, texts=(text,), continues=joins)
+        document_bytes = document_bytes + len(piece) if joins else len(piece)
+        offset += len(piece)
+    if pending is not None:
+        yield pending
+
+
+def _json_blocks(path: str, chunks: Iterable[bytes], text_field: str) -> Iterator[Block]:
+    texts: list[str] = []
+    bad: list[BadRecord] = []
+    num_characters = 0
+    for number, record in enumerate(_json_values(chunks), start=1):
+        try:
+            texts.append(text_of(record, text_field))
+            num_characters += len(texts[-1])
+        except ValueError as error:
+            bad.append(BadRecord(path, f"record {number}", str(error)))
+        if num_characters >= BLOCK_BYTES or len(texts) + len(bad) >= 10_000:
+            yield Block(path, texts=tuple(texts), bad=tuple(bad))
+            texts, bad, num_characters = [], [], 0
+    if texts or bad:
+        yield Block(path, texts=tuple(texts), bad=tuple(bad))
+
+
+def _json_values(chunks: Iterable[bytes]) -> Iterator[Any]:
+    """The values of one JSON list, or of JSON values in a row."""
+    reader = _JsonReader(chunks)
+    if reader.next_character() != "[":
+        while reader.next_character():
+            yield reader.value()
+        return
+    reader.position += 1
+    closed = reader.next_character() == "]"
+    while not closed:
+        yield reader.value()
+        separator = reader.next_character()
+        if separator not in (",", "]"):
+            reader.fail("expected ',' or ']' after a record" if separator else "the list is not closed; was it cut off?")
+        reader.position += 1
+        closed = separator == "]"
+    reader.position += closed and reader.position < len(reader.text) and reader.text[reader.position] == "]"
+    if reader.next_character():
+        reader.fail("something follows the list")
+
+
+class _JsonReader:
+    """A window of JSON text that grows as a value needs it and forgets what was read."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self.text = ""
+        self.position = 0
+        self._line = 1  # of the window's first character
+        self._chunks = _decoded(chunks)
+
+    def next_character(self) -> str:
+        """Skip blank space; the character there, or "" at the end of the file."""
+        while True:
+            while self.position < len(self.text) and self.text[self.position] in " \t\r\n":
+                self.position += 1
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if not self._grow():
+                return ""
+
+    def value(self) -> Any:
+        """The next JSON value; the position moves behind it."""
+        self.next_character()
+        while True:
+            try:
+                value, end = _DECODE(self.text, self.position)
+            except json.JSONDecodeError as error:
+                unfinished = len(self.text[error.pos :].lstrip()) < 10 or error.msg.startswith("Unterminated")
+                if not (unfinished and self._grow()):
+                    self.fail(f"invalid JSON: {error.msg}", error.pos)
+                continue
+            if end == len(self.text) and self.text[end - 1] not in '}]"' and self._grow():
+                continue  # a number may go on in the next chunk
+            self.position = end
+            return value
+
+    def fail(self, why: str, position: int | None = None) -> NoReturn:
+        """Raise DataError naming the line."""
+        line = self._line + self.text.count("\n", 0, self.position if position is None else position)
+        raise DataError(f"line {line}: {why}")
+
+    def _grow(self) -> bool:
+        """Double the unread text; False at the end of the file."""
+        self._line += self.text.count("\n", 0, self.position)
+        self.text, self.position = self.text[self.position :], 0
+        if len(self.text) > LONGEST_RECORD_BYTES:
+            self.fail(f"a record is longer than {LONGEST_RECORD_BYTES:,} characters")
+        wanted = 2 * len(self.text) + 1
+        parts, length = [self.text], len(self.text)
+        for chunk in self._chunks:
+            parts.append(chunk)
+            length += len(chunk)
+            if length >= wanted:
+                break
+        grown = length > len(self.text)
+        self.text = "".join(parts)
+        return grown
+
+
+def _decoded(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Chunks of UTF-8 as text.  Raises DataError naming the byte where it is none."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    offset = 0
+    for chunk in chunks:
+        try:
+            yield decoder.decode(chunk)
+        except UnicodeDecodeError as error:
+            raise DataError(f"invalid UTF-8 near byte {offset + error.start:,}; convert the file to UTF-8") from error
+        offset += len(chunk)
+    if decoder.getstate()[0]:
+        raise DataError("the file ends inside a UTF-8 character; was it cut off?")
+
+
+def _parquet_blocks(file: InputFile, raw: BinaryIO, text_field: str) -> Iterator[Block]:
+    try:
+        import pyarrow  # optional package
+        import pyarrow.parquet
+    except ImportError as error:
+        raise RequestError("reading .parquet files needs the package pyarrow: pip install 'octant[data]'") from error
+    with tempfile.TemporaryFile() as unpacked:
+        if file.compression:  # parquet is read from its end, so it has to be unpacked first
+            for chunk in _decompressed(raw, file.compression):
+                unpacked.write(chunk)
+        try:
+            table = pyarrow.parquet.ParquetFile(unpacked if file.compression else raw)
+        except pyarrow.ArrowException as error:
+            raise DataError(f"not a readable parquet file ({error})") from error
+        if text_field not in table.schema_arrow.names:
+            raise DataError(f"no column {text_field!r}; its columns are {', '.join(table.schema_arrow.names)}")
+        row = 0
+        for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+            texts, bad = [], []
+            for value in batch.column(0).to_pylist():
+                row += 1
+                try:
+                    texts.append(text_of({text_field: value}, text_field))
+                except ValueError as error:
+                    bad.append(BadRecord(file.path, f"row {row}", str(error)))
+            yield Block(file.path, texts=tuple(texts), bad=tuple(bad))
+
+
+def parse_lines(block: Block, text_field: str) -> tuple[list[str], list[BadRecord]]:
+    """The texts of a block of JSON lines, and the lines that cannot be used; blank lines are passed over."""
+    texts, bad = [], []
+    for number, line in enumerate(block.lines.split(b"\n"), start=block.first_line):
+        if not line or line.isspace():
+            continue
+        try:
+            texts.append(text_of(json.loads(line), text_field))
+        except UnicodeDecodeError as error:
+            bad.append(BadRecord(block.path, f"line {number}", f"invalid UTF-8 (byte {error.start} of the line)"))
+        except json.JSONDecodeError as error:
+            bad.append(BadRecord(block.path, f"line {number}", f"invalid JSON: {error.msg} (column {error.colno})"))
+        except ValueError as error:
+            bad.append(BadRecord(block.path, f"line {number}", str(error)))
+    return texts, bad
+
+
+def read_texts(files: Iterable[str | Path], text_field: str = "text") -> Iterator[str]:
+    """Every document of files, in order.  Raises DataError at the first unusable record."""
+    for file in expand_inputs(files):
+        for block in read_blocks(file, text_field, join_texts=False):
+            texts, bad = parse_lines(block, text_field) if block.lines else (block.texts, [])
+            for record in (*block.bad, *bad):
+                raise DataError(str(record))
+            yield from texts
+
+
+def text_of(record: Any, text_field: str) -> str:
+    """The document of a record.  Raises ValueError saying what is wrong with it."""
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+    if text_field not in record:
+        raise ValueError(f"no field {text_field!r}; its fields are {', '.join(map(str, record)) or '(none)'}; see --field")
+    text = record[text_field]
+    if isinstance(text, list) and all(isinstance(part, str) for part in text):
+        text = "\n".join(text)
+    if not isinstance(text, str):
+        raise ValueError(f"field {text_field!r} holds {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"field {text_field!r} holds half of a surrogate pair (a broken \\u escape)") from error
+    return text
