@@ -185,7 +185,7 @@ def _bench(p: Parser) -> None:
 
 
 def _report(p: Parser) -> None:
-    p.add_argument("run_dir", metavar="RUN_DIR")
+    p.add_argument("run_dir", metavar="RUN_DIR", nargs="+", help="a run's folder; several are drawn on the same axes")
 
 
 def _plan(p: Parser) -> None:

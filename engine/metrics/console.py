@@ -4,9 +4,9 @@
 
 On a terminal a live bar stays below the lines; in a log file there are only lines.
 
-The time left is (steps left) × (seconds per step), where seconds per step is the wall-clock time between the first and the
-latest line of *this* process: evaluation and saving count, the steps done before a resume do not, and the first step,
-which compiles and allocates, is only the starting point.  The window slides, so a change of speed shows.
+The time left is (steps left) × (seconds per step), where seconds per step is the wall-clock time between the first and
+the latest line of *this* process: evaluation and saving count, the steps done before a resume do not, and the first
+step, which compiles and allocates, is only the starting point.  The window slides, so a change of speed shows.
 """
 
 from __future__ import annotations

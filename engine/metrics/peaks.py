@@ -1,8 +1,8 @@
 """The peak speed of a device, by the name its driver gives.
 
 Model FLOPs utilisation (MFU) is the speed reached over the speed on the data sheet, so the table below is the
-denominator: *dense* BF16 with FP32 accumulation.  Data sheets like to print twice as much "with sparsity"; no training run
-has that sparsity.
+denominator: *dense* BF16 with FP32 accumulation.  Data sheets like to print twice as much "with sparsity"; no training
+run has that sparsity.
 
 One product name covers parts of different speed ("H100" is 989 as SXM, 756 on PCIe), so the longest matching name wins.
 A name has to match as a word: `A100` is not in `RTX A1000`, `B200` is not in `GB200`.  Parts sold under another part's

@@ -15,18 +15,19 @@ Colours are CSS variables that follow the reader's light or dark setting, in a b
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import Literal
 
 Point = tuple[float, float | None]              # (step, value); None breaks the line
 
-WIDTH, HEIGHT = 720, 290
-LEFT, RIGHT, TOP, BOTTOM = 62, 18, 58, 40       # margins of the plot inside the picture
-PLOT_WIDTH, PLOT_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+LEFT, RIGHT, TOP, BOTTOM = 58, 18, 58, 38       # margins of the plot inside the picture, pixels
 HOVER_STRIPS = 120
+MAX_MARKS = 1000
+CHARACTER = 6.4                                 # width of an average character, pixels
 NUM_COLORS = 6
 
 STYLE = """
@@ -54,7 +55,7 @@ svg.chart .hair { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 2 2; 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart, its points in ascending order of step."""
+    """One line of a chart, its points in ascending order of step; without a label it is drawn but not named."""
 
     label: str
     points: Sequence[Point]
@@ -67,13 +68,14 @@ class Chart:
     """What to draw.
 
     Attributes:
-        title: the quantity and its unit.
+        title: the quantity and its unit; unique on a page.
         series: back to front.
         log: logarithmic y-axis; only where every value is positive.
         from_zero: the y-axis begins at zero.
-        clipped: the y-axis covers the central values only.
+        clipped: the y-axis covers the central values only (not on a logarithmic axis).
         marks: steps to be marked at the foot of the plot.
         mark_label: what the marks mean.
+        width, height: of the picture in pixels.
     """
 
     title: str
@@ -83,6 +85,18 @@ class Chart:
     clipped: bool = False
     marks: Sequence[int] = ()
     mark_label: str = ""
+    width: int = 560
+    height: int = 260
+
+    @property
+    def right(self) -> int:
+        """Right edge of the plot."""
+        return self.width - RIGHT
+
+    @property
+    def foot(self) -> int:
+        """Lower edge of the plot."""
+        return self.height - BOTTOM
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,7 @@ def round_ticks(low: float, high: float, count: int) -> list[float]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(exponents) <= 3 else (1,)
+    factors = (1, 2, 5) if high / low < 1e3 else (1,)
     return [tick for e in exponents for factor in factors if low <= (tick := factor * 10.0 ** e) <= high]
 
 
@@ -135,42 +149,54 @@ def number(value: float) -> str:
     return f"{value / 1000 ** exponent:.4g}{'kMGT'[exponent - 1]}"
 
 
-def line_chart(chart: Chart, standalone: bool = False) -> str:
-    """The chart as an `<svg>` element; `standalone` adds what a file of its own needs."""
+def line_chart(chart: Chart) -> str:
+    """The chart as an `<svg>` element for a page that has `STYLE`."""
     x, y = _axes(chart)
     body = [
         f'<text class="title" x="16" y="24">{escape(chart.title)}</text>',
         *_legend(chart, y),
-        *_frame(x, y),
-        f'<clipPath id="{(clip := _identifier(chart.title))}"><rect x="{LEFT}" y="{TOP - 2}" width="{PLOT_WIDTH + 4}" '
-        f'height="{PLOT_HEIGHT + 4}"/></clipPath><g clip-path="url(#{clip})">',
+        *_frame(chart, x, y),
+        f'<clipPath id="{(clip := _identifier(chart.title))}"><rect x="{LEFT}" y="{TOP - 2}" '
+        f'width="{chart.right - LEFT + 4}" height="{chart.foot - TOP + 4}"/></clipPath>',
+        f'<g clip-path="url(#{clip})">',
         *(_path(series, x, y) for series in chart.series),
-        *(f'<line class="mark" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{HEIGHT - BOTTOM}" '
-          f'y2="{HEIGHT - BOTTOM - 9}"/>' for step in chart.marks[:1000]),
+        *(f'<line class="mark" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{chart.foot}" y2="{chart.foot - 9}"/>'
+          for step in chart.marks[:MAX_MARKS]),
         "</g>",
         *_hover(chart, x, y),
     ]
-    return svg(WIDTH, HEIGHT, chart.title, body, STYLE if standalone else None)
+    return svg(chart.width, chart.height, chart.title, body)
 
 
-def svg(width: int, height: int, title: str, body: Sequence[str], style: str | None = None) -> str:
-    """An `<svg>` element that scales with its place; with its own style where it stands alone."""
-    sheet = "" if style is None else f"<style>{style}svg {{ background: var(--paper) }}</style>"
-    return (f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'role="img" aria-label="{escape(title)}">{sheet}' + "\n".join(body) + "</svg>\n")
+def svg(width: int, height: int, title: str, body: Sequence[str]) -> str:
+    """An `<svg>` element that scales with its place."""
+    return (f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+            f'aria-label="{escape(title)}">' + "\n".join(body) + "</svg>\n")
 
 
-def moving_average(points: Sequence[Point], window: int) -> list[Point]:
-    """Centred mean over `window` neighbouring points (an odd number); points without a value are left out."""
+def standalone(picture: str) -> str:
+    """An `<svg>` element as a file of its own: with its style and background."""
+    return picture.replace(">", f"><style>{STYLE}svg {{ background: var(--paper) }}</style>", 1)
+
+
+def moving_median(points: Sequence[Point], window: int) -> list[Point]:
+    """Median over `window` neighbouring points (an odd number), centred; points without a value are left out.
+
+    A median, because one step with a spike would shift a mean over the whole window.
+    """
     known = [(step, value) for step, value in points if value is not None]
-    sums = [0.0]
-    for _, value in known:
-        sums.append(sums[-1] + value)
-    averages: list[Point] = []
+    inside: list[float] = []                                 # the values of the window, sorted
+    first = last = 0                                         # the window is known[first:last]
+    medians: list[Point] = []
     for i, (step, _) in enumerate(known):
-        reach = min(window // 2, i, len(known) - 1 - i)      # symmetric at the ends too, or the mean would lag there
-        averages.append((step, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
-    return averages
+        while last <= min(i + window // 2, len(known) - 1):
+            insort(inside, known[last][1])
+            last += 1
+        while first < i - window // 2:
+            inside.pop(bisect_left(inside, known[first][1]))
+            first += 1
+        medians.append((step, inside[len(inside) // 2]))
+    return medians
 
 
 def _axes(chart: Chart) -> tuple[Axis, Axis]:
@@ -179,8 +205,10 @@ def _axes(chart: Chart) -> tuple[Axis, Axis]:
     log = chart.log and bool(values) and values[0] > 0
     low, high = _span(chart, values, log)
     first, last = min(steps, default=0), max(steps, default=1)
-    return (Axis(first, last if last > first else first + 1, LEFT, WIDTH - RIGHT),
-            Axis(low, high, HEIGHT - BOTTOM, TOP, log))
+    if first < 0.1 * last:
+        first = 0
+    return (Axis(first, last if last > first else first + 1, LEFT, chart.right),
+            Axis(low, high, chart.foot, TOP, log))
 
 
 def _span(chart: Chart, values: list[float], log: bool) -> tuple[float, float]:
@@ -188,52 +216,65 @@ def _span(chart: Chart, values: list[float], log: bool) -> tuple[float, float]:
     if not values:
         return 0.0, 1.0
     low, high = values[0], values[-1]
+    if log:
+        return low / 1.15, high * 1.15
     if chart.clipped:
         margin = len(values) // 50                           # the central 96 %
         middle_low, middle_high = values[margin], values[-1 - margin]
         room = 2 * max(middle_high - middle_low, 0.1 * abs(middle_high))
         low, high = max(low, middle_low - room), min(high, middle_high + room)
-    if log:
-        return max(low, values[0]) / 1.15, high * 1.15
     if chart.from_zero:
         low = min(low, 0.0)
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return low if chart.from_zero and low == 0 else low - pad, high + pad
 
 
-def _frame(x: Axis, y: Axis) -> list[str]:
+def _frame(chart: Chart, x: Axis, y: Axis) -> list[str]:
     """Grid lines and their numbers."""
     lines = []
     for tick in y.ticks(5):
-        lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+        lines.append(f'<line class="grid" x1="{LEFT}" x2="{chart.right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
                      f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>')
-    for tick in x.ticks(8):
+    for tick in x.ticks(chart.width // 80):
         if tick.is_integer():
-            lines.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
-                         f'{number(tick)}</text>')
-    lines.append(f'<text x="{LEFT + PLOT_WIDTH / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
+            lines.append(f'<text x="{x(tick):.1f}" y="{chart.foot + 17}" text-anchor="middle">{number(tick)}</text>')
+    lines.append(f'<text x="{chart.right}" y="{chart.height - 5}" text-anchor="end">step</text>')
     return lines
 
 
 def _legend(chart: Chart, y: Axis) -> list[str]:
+    """The second line of the picture: names of the series, marks, and what lies off the scale."""
+    named = [series for series in chart.series if series.label] if len(chart.series) > 1 else []
+    marks = f"{len(chart.marks):,} {chart.mark_label}" if chart.marks else ""
+    note = _off_scale(chart, y)
+    room = (chart.width - 32 - CHARACTER * (len(marks) + len(note) + 6)) / max(len(named), 1)
     parts, left = [], 16.0
-    for series in chart.series:
+    for series in named:
+        label = _shortened(series.label, room - 42)
         stroke = f'style="stroke:var(--c{series.color % NUM_COLORS})"'
-        parts.append(f'<line class="{series.style}" {stroke} x1="{left}" x2="{left + 18}" y1="40" y2="40"/>'
-                     f'<text x="{left + 24}" y="44">{escape(series.label)}</text>')
-        left += 42 + 6.4 * len(series.label)
-    if chart.marks:
-        label = f"{len(chart.marks):,} {chart.mark_label}"
-        parts.append(f'<line class="mark" x1="{left + 3}" x2="{left + 3}" y1="36" y2="45"/>'
-                     f'<text x="{left + 10}" y="44">{escape(label)}</text>')
-        left += 28 + 6.4 * len(label)
-    outside = [value for series in chart.series if series.style != "faint" for _, value in series.points
+        parts.append(f'<line class="{series.style}" {stroke} x1="{left:.0f}" x2="{left + 18:.0f}" y1="40" y2="40"/>'
+                     f'<text x="{left + 24:.0f}" y="44">{escape(label)}</text>')
+        left += 42 + CHARACTER * len(label)
+    if marks:
+        parts.append(f'<line class="mark" x1="{left + 3:.0f}" x2="{left + 3:.0f}" y1="36" y2="45"/>'
+                     f'<text x="{left + 10:.0f}" y="44">{escape(marks)}</text>')
+        left += 28 + CHARACTER * len(marks)
+    return [*parts, f'<text x="{left:.0f}" y="44">{note}</text>']
+
+
+def _off_scale(chart: Chart, y: Axis) -> str:
+    behind = [series for series in chart.series if series.style == "faint"]
+    outside = [value for series in behind or chart.series for _, value in series.points
                if value is not None and not y.low <= value <= y.high]
-    if outside:
-        noun = "point" if len(outside) == 1 else "points"
-        parts.append(f'<text x="{left}" y="44">{len(outside):,} {noun} off the scale, up to '
-                     f'{number(max(outside, key=abs))}</text>')
-    return parts
+    if not outside:
+        return ""
+    noun = "point" if len(outside) == 1 else "points"
+    return f"{len(outside):,} {noun} off the scale, up to {number(max(outside, key=abs))}"
+
+
+def _shortened(text: str, pixels: float) -> str:
+    length = max(3, int(pixels / CHARACTER))
+    return text if len(text) <= length else text[:length - 1] + "…"
 
 
 def _path(series: Series, x: Axis, y: Axis) -> str:
@@ -272,35 +313,36 @@ def _commands(points: Sequence[Point], x: Axis, y: Axis) -> str:
 
 
 def _hover(chart: Chart, x: Axis, y: Axis) -> list[str]:
-    """Strips over the plot that show a cross-hair and the values under it; the last values where nothing is pointed at."""
+    """Strips over the plot that show a cross-hair and the values under it; the last values when pointing elsewhere."""
     known = [[(step, value) for step, value in series.points if value is not None] for series in chart.series]
     steps = sorted({step for points in known for step, _ in points})
     if not steps:
-        return [f'<text x="{LEFT + PLOT_WIDTH / 2}" y="{TOP + PLOT_HEIGHT / 2}" text-anchor="middle">'
-                "no values</text>"]
+        return [f'<text x="{chart.width / 2}" y="{chart.height / 2}" text-anchor="middle">no values</text>']
     shown = sorted({steps[round(i * (len(steps) - 1) / (HOVER_STRIPS - 1))] for i in range(HOVER_STRIPS)})
-    edges = [LEFT, *((x(a) + x(b)) / 2 for a, b in zip(shown, shown[1:], strict=False)), WIDTH - RIGHT]
+    edges = [LEFT, *((x(a) + x(b)) / 2 for a, b in pairwise(shown)), chart.right]
     strips = [_strip(chart, known, step, left, right, x, y)
-              for step, left, right in zip(shown, edges, edges[1:], strict=False)]
-    return ['<g class="tips">', *strips, "</g>", f'<g class="last">{_readout(chart, known, shown[-1])}</g>']
+              for step, (left, right) in zip(shown, pairwise(edges), strict=True)]
+    return ['<g class="tips">', *strips, "</g>", f'<g class="last">{_readout(chart, known, steps[-1])}</g>']
 
 
 def _strip(chart: Chart, known: list[list[tuple[float, float]]], step: float, left: float, right: float,
            x: Axis, y: Axis) -> str:
     dots = [f'<circle class="dot" style="fill:var(--c{series.color % NUM_COLORS})" cx="{x(point[0]):.1f}" '
-            f'cy="{min(max(y(point[1]), TOP), HEIGHT - BOTTOM):.1f}" r="4"/>'
+            f'cy="{min(max(y(point[1]), TOP), chart.foot):.1f}" r="4"/>'
             for series, points in zip(chart.series, known, strict=True) if (point := _at(points, step))]
     return (f'<g class="tip"><rect x="{left:.1f}" y="{TOP}" width="{max(right - left, 0.1):.1f}" '
-            f'height="{PLOT_HEIGHT}"/><line class="hair" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{TOP}" '
-            f'y2="{HEIGHT - BOTTOM}"/>{"".join(dots)}{_readout(chart, known, step)}</g>')
+            f'height="{chart.foot - TOP}"/><line class="hair" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{TOP}" '
+            f'y2="{chart.foot}"/>{"".join(dots)}{_readout(chart, known, step)}</g>')
 
 
 def _readout(chart: Chart, known: list[list[tuple[float, float]]], step: float) -> str:
     parts = [f"step {step:,.0f}"]
     for series, points in zip(chart.series, known, strict=True):
-        if point := _at(points, step):
+        if series.label and (point := _at(points, step)):
             parts.append(f"{series.label} {number(point[1])}")
-    return f'<text class="number" x="{WIDTH - RIGHT}" y="24" text-anchor="end">{escape(" · ".join(parts))}</text>'
+    text, room = " · ".join(parts), chart.width - 40 - 8.5 * len(chart.title) - RIGHT
+    squeeze = f' textLength="{room:.0f}" lengthAdjust="spacingAndGlyphs"' if CHARACTER * len(text) > room else ""
+    return f'<text class="number" x="{chart.right}" y="24" text-anchor="end"{squeeze}>{escape(text)}</text>'
 
 
 def _at(points: list[tuple[float, float]], step: float) -> tuple[float, float] | None:

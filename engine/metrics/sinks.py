@@ -9,8 +9,8 @@ Two promises make `metrics.jsonl` something a script can lean on:
 
 * Each line is valid JSON: JSON has no NaN, so a number that isn't finite is written as null.  Each line is flushed, so
   a run can be watched while it goes on.
-* Each step occurs once.  A run that is interrupted after step 140 and resumes from the checkpoint of step 100 trains the
-  steps 101 to 140 again; the first account of them is dropped when the file is opened, by an atomic replacement.
+* Each step occurs once.  A run that is interrupted after step 140 and resumes from the checkpoint of step 100 trains
+  the steps 101 to 140 again; the first account of them is dropped when the file is opened, by an atomic replacement.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     tflops_per_device  = tokens_per_second · FLOPs per token / devices / 10¹²
     mfu                = tflops_per_device / peak TFLOP/s of the device
 
-The FLOPs are the model's (`engine.model.flops`), not those the hardware happened to execute: recomputation, padding of the
-vocabulary and bubbles all lower the MFU.  Example: LLaMA-65B at 2,048 tokens, 380 tokens/s on each A100 (peak 312 TFLOP/s)
-is 48.5 % with causal attention counted, 49.5 % with full.
+The FLOPs are the model's (`engine.model.flops`), not those the hardware happened to execute: recomputation, padding of
+the vocabulary and bubbles all lower the MFU.  Example: LLaMA-65B at 2,048 tokens, 380 tokens/s on each A100 (peak 312
+TFLOP/s) is 48.5 % with causal attention counted, 49.5 % with full.
 """
 
 from __future__ import annotations
