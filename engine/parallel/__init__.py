@@ -1,0 +1,1 @@
+"""How the model is cut: tensor, context, pipeline and data parallelism."""

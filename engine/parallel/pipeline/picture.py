@@ -1,0 +1,190 @@
+"""Pictures of a timeline: a text grid for the terminal, an SVG for everything else.  Time runs right, a row per rank.
+
+The grid is drawn with as much detail as fits the width: with labels (`F3`, or `5F3` where a rank has several chunks),
+else with one letter per action, and that in several bands below each other if the schedule is long.  Lower-case
+letters are a rank's second chunk (fourth, …).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from html import escape
+from math import ceil, floor, log10
+
+from engine.parallel.pipeline.action import Kind
+from engine.parallel.pipeline.simulate import Event, Timeline
+
+IDLE = "."
+MEANING = {Kind.F: "forward", Kind.B: "backward, input", Kind.W: "backward, weights", Kind.BW: "backward"}
+
+COLORS = {Kind.F: (125, 174, 247), Kind.B: (249, 178, 78), Kind.W: (118, 200, 147), Kind.BW: (242, 143, 121)}
+ROW_PX, BAR_PX, LEFT_PX, RIGHT_PX, TOP_PX = 34, 28, 66, 76, 84
+MIN_PLOT_PX, MAX_PLOT_PX = 640, 4000
+EVENT_PX = 24                                      # wide enough for a number
+STYLE = """
+svg { --ink: #1c2430; --muted: #667085; --grid: #e6e9ef; --idle: #f4f6f9; --paper: #ffffff; background: var(--paper);
+  font: 12px system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums; }
+@media (prefers-color-scheme: dark) { svg { --ink: #e6eaf2; --muted: #94a0b4; --grid: #2a3342; --idle: #1e2633;
+  --paper: #161c27; } }
+text { fill: var(--muted); }
+.title { fill: var(--ink); font-size: 15px; font-weight: 600; }
+.idle { fill: var(--idle); }
+.grid { stroke: var(--grid); }
+.bar { stroke: #1c2430; stroke-opacity: .25; stroke-width: .5; }
+.number { fill: #1c2430; font-size: 11px; text-anchor: middle; }
+"""
+
+
+def schedule_grid(timeline: Timeline, width: int = 100) -> str:
+    """The timeline as plain text, no line longer than `width` characters (at least 40 are used)."""
+    margin = len(f"rank {timeline.schedule.num_stages - 1} |")
+    columns = max(width, 40) - margin
+    shortest = _shortest(timeline)
+    scale = max((len(_label(timeline, event)) + 1) / max(event.end - event.start, shortest)
+                for events in timeline.events for event in events)              # columns per unit of time
+    fits = ceil(timeline.elapsed * scale) <= columns
+    if not fits:
+        scale = 1 / shortest
+    rows = [_row(timeline, events, scale, _labelled_cell if fits else _letter_cell) for events in timeline.events]
+    lines: list[str] = []
+    for start in range(0, len(rows[0]), columns):
+        lines += ["", *(f"{f'rank {rank}':{margin - 1}}|{row[start:start + columns]}" for rank, row in enumerate(rows)),
+                  " " * (margin - 1) + _ruler(start, min(columns, len(rows[0]) - start), scale)]
+    return "\n".join([line.rstrip() for line in lines[1:]] + ["", _key(timeline, lower_case=not fits)])
+
+
+def schedule_svg(timeline: Timeline) -> str:
+    """The timeline as a stand-alone SVG document, light or dark as the reader prefers."""
+    schedule = timeline.schedule
+    plot = min(max(timeline.elapsed / _shortest(timeline) * EVENT_PX, MIN_PLOT_PX), MAX_PLOT_PX)
+    scale = plot / timeline.elapsed
+    width, bottom = ceil(LEFT_PX + plot + RIGHT_PX), TOP_PX + ROW_PX * schedule.num_stages
+    body = [f'<text class="title" x="16" y="28">{escape(title(timeline))}</text>', *_svg_legend(timeline),
+            f'<text x="{width - 12}" y="{TOP_PX - 10}" text-anchor="end">peak held</text>']
+    for rank, events in enumerate(timeline.events):
+        top = TOP_PX + ROW_PX * rank
+        middle = top + BAR_PX / 2 + 4
+        body.append(f'<text x="{LEFT_PX - 10}" y="{middle:g}" text-anchor="end">rank {rank}</text>'
+                    f'<rect class="idle" x="{LEFT_PX}" y="{top}" width="{plot:g}" height="{BAR_PX}"/>'
+                    f'<text x="{width - 12}" y="{middle:g}" text-anchor="end">{timeline.peak_in_flight[rank]}</text>')
+        body += [_svg_bar(timeline, event, rank, scale) for event in events]
+    for tick in _ticks(timeline.elapsed, plot / 80):
+        x = LEFT_PX + tick * scale
+        body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 5}"/>'
+                    f'<text x="{x:.1f}" y="{bottom + 19}" text-anchor="middle">{number(tick)}</text>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 30}" width="{width}" '
+            f'height="{bottom + 30}" role="img" aria-label="{escape(title(timeline))}"><style>{STYLE}</style>\n'
+            + "\n".join(body) + "\n</svg>\n")
+
+
+def title(timeline: Timeline) -> str:
+    """One line: what it is, and what it costs."""
+    schedule = timeline.schedule
+    chunks = f" × {schedule.num_chunks} chunks" if schedule.num_chunks > 1 else ""
+    return (f"{schedule.name}: {schedule.num_stages} stages{chunks}, {schedule.num_microbatches} microbatches — "
+            f"bubble {timeline.bubble:.2%}, T = {number(timeline.makespan)}")
+
+
+def number(value: float) -> str:
+    """`33`, `28.5`, `1,971,752`: never with an exponent unless it is tiny."""
+    return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:,g}"
+
+
+def _shortest(timeline: Timeline) -> float:
+    """The shortest action that is worth a column: at least a twelfth of a chunk's work."""
+    least = timeline.costs.work / timeline.schedule.num_chunks / 12
+    return min(length for events in timeline.events for event in events if (length := event.end - event.start) >= least)
+
+
+def _label(timeline: Timeline, event: Event) -> str:
+    action = event.action
+    return str(action) if timeline.schedule.num_chunks > 1 else f"{action.kind}{action.microbatch}"
+
+
+def _labelled_cell(timeline: Timeline, event: Event, columns: int) -> str:
+    return _label(timeline, event)[:columns].ljust(columns)
+
+
+def _letter_cell(timeline: Timeline, event: Event, columns: int) -> str:
+    """`F`, `B` or `W` over the whole length; `BW` shows where B would end."""
+    kind, costs = event.action.kind, timeline.costs
+    text = kind.value * columns
+    if kind is Kind.BW and columns:
+        num_b = round(columns * costs.backward / costs.of(kind))
+        text = "B" * num_b + "W" * (columns - num_b)
+    return text.lower() if _local_chunk(timeline, event) % 2 else text
+
+
+def _local_chunk(timeline: Timeline, event: Event) -> int:
+    return event.action.chunk // timeline.schedule.num_stages
+
+
+def _row(timeline: Timeline, events: tuple[Event, ...], scale: float,
+         cell: Callable[[Timeline, Event, int], str]) -> str:
+    row = ""
+    for event in events:
+        start, end = round(event.start * scale), round(event.end * scale)
+        row += IDLE * (start - len(row)) + cell(timeline, event, end - start)
+    return row + IDLE * (ceil(timeline.elapsed * scale) - len(row))
+
+
+def _ruler(first_column: int, num_columns: int, scale: float) -> str:
+    """Times under the columns they stand for."""
+    line = ""
+    for tick in _ticks((first_column + num_columns) / scale, (first_column + num_columns) / 14):
+        column = round(tick * scale) - first_column
+        if column >= len(line) + (2 if line else 0) and column + len(number(tick)) < num_columns:
+            line = line.ljust(column) + f" {number(tick)}"
+    return line
+
+
+def _key(timeline: Timeline, lower_case: bool) -> str:
+    kinds = _kinds(timeline)
+    second = ["lower case: second chunk"] if lower_case and timeline.schedule.num_chunks > 1 else []
+    return "   ".join([*(f"{kind} {MEANING[kind]}" for kind in kinds), f"{IDLE} idle", *second])
+
+
+def _kinds(timeline: Timeline) -> list[Kind]:
+    used = {event.action.kind for events in timeline.events for event in events}
+    return [kind for kind in Kind if kind in used]
+
+
+def _ticks(stop: float, count: float) -> Iterator[float]:
+    """Round numbers from 0 to `stop`, at most about `count` of them."""
+    rough = stop / max(count, 1)
+    power = 10.0 ** floor(log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    for i in range(floor(stop / step + 1e-9) + 1):
+        yield float(f"{i * step:.12g}")
+
+
+def _svg_legend(timeline: Timeline) -> Iterator[str]:
+    left = 16.0
+    chunks = timeline.schedule.num_chunks
+    for kind in _kinds(timeline):
+        for chunk in range(chunks):
+            yield (f'<rect class="bar" x="{left + 14 * chunk:g}" y="42" width="14" height="14" '
+                   f'fill="{_color(kind, chunk, chunks)}"/>')
+        text = f"{kind} {MEANING[kind]}"
+        yield f'<text x="{left + 14 * chunks + 7:g}" y="53">{text}</text>'
+        left += 14 * chunks + 28 + 6.3 * len(text)
+    if chunks > 1:
+        yield f'<text x="{left:g}" y="53">the lighter, the later the chunk</text>'
+
+
+def _svg_bar(timeline: Timeline, event: Event, rank: int, scale: float) -> str:
+    x, y = LEFT_PX + event.start * scale, TOP_PX + ROW_PX * rank
+    width = (event.end - event.start) * scale
+    color = _color(event.action.kind, _local_chunk(timeline, event), timeline.schedule.num_chunks)
+    microbatch = str(event.action.microbatch)
+    text = f'<text class="number" x="{x + width / 2:.1f}" y="{y + BAR_PX / 2 + 4:g}">{microbatch}</text>'
+    fits = width >= 7 * len(microbatch) + 3
+    return (f'<g><title>{event.action}: {number(event.start)} to {number(event.end)}</title>'
+            f'<rect class="bar" x="{x:.1f}" y="{y}" width="{width:.2f}" height="{BAR_PX}" fill="{color}"/>'
+            f'{text if fits else ""}</g>')
+
+
+def _color(kind: Kind, local_chunk: int, num_chunks: int) -> str:
+    """The kind's colour, mixed with white for the later chunks."""
+    white = 0.62 * local_chunk / max(num_chunks - 1, 1)
+    return "#" + "".join(f"{round(part + (255 - part) * white):02x}" for part in COLORS[kind])
