@@ -1,0 +1,93 @@
+"""The command line: help without torch, mistakes with a hint and exit code 2, errors without a traceback."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from engine import cli
+from engine.errors import CheckpointError, WorkerError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    done = python("-c", "import sys\nfrom engine.cli import run\ntry: run(['--help'])\nexcept SystemExit: pass\n"
+                  "print(sorted({'torch', 'numpy', 'pydantic', 'rich', 'yaml'} & sys.modules.keys()), file=sys.stderr)")
+    assert done.stderr == "[]\n"
+    for verb in cli.VERBS:
+        assert re.search(rf"^ +{verb.name} +\S", done.stdout, re.MULTILINE)
+
+
+def test_python_m_engine_is_the_same_command() -> None:
+    assert python("-m", "engine", "--version").stdout.startswith("octant ")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
+def test_every_verb_has_a_module_and_an_example_that_parses(verb: cli.Verb) -> None:
+    assert find_spec(f"engine.commands.{verb.name}"), f"delete the row of `{verb.name}`: it has no module"
+    assert cli.build_parser().parse_args(shlex.split(verb.example)).verb == verb.name
+
+
+def test_every_module_has_a_verb() -> None:
+    modules = {path.stem for path in (ROOT / "engine" / "commands").glob("*.py")} - {"__init__"}
+    assert {name for name in modules if not name.startswith("_")} <= {verb.name for verb in cli.VERBS}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["trian"], "unknown: 'trian'; did you mean `train`?"),
+    (["zzz"], "unknown: 'zzz'; known: demo, tokenizer"),
+    (["data", "inspec"], "did you mean `inspect`?"),
+    (["schedule", "1f1", "--stages", "2", "--microbatches", "4"], "did you mean `1f1b`?"),
+    (["train"], "the following arguments are required: CONFIG.yaml"),
+    ([], "the following arguments are required: VERB"),
+])
+def test_mistakes_get_a_hint(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(arguments)
+    assert caught.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code", "message"), [
+    (CheckpointError("no checkpoint in x"), 2, "octant doctor: no checkpoint in x\n"),
+    (WorkerError("rank 3 died"), 1, "octant doctor: rank 3 died\n"),
+    (KeyboardInterrupt(), 1, "octant doctor: interrupted\n"),
+])
+def test_errors_are_one_message(error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str],
+                                monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("engine.commands.doctor.run", fail)
+    assert cli.run(["doctor"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.commands.doctor.run", lambda _: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.run(["doctor"])
+
+
+def test_a_closed_pipe_is_no_drama() -> None:
+    script = f"set -o pipefail; '{sys.executable}' -m engine doctor | true"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_commands_print_no_traceback_for_a_wrong_request() -> None:
+    done = python("-m", "engine", "train", "nowhere.yaml")
+    assert done.returncode == 2
+    assert done.stderr.startswith("octant train: cannot read the configuration nowhere.yaml")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,82 @@
+"""Who am I: torchrun's variables, SLURM's, or neither."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.distributed.environment import child_environment, first_host, launch_environment
+from engine.errors import RequestError
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n[1-2]",
+         "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}
+
+
+def test_torchrun() -> None:
+    found = launch_environment(TORCHRUN)
+    assert found is not None
+    assert (found.launcher, found.rank, found.world_size, found.local_rank) == ("torchrun", 5, 8, 1)
+    assert (found.master_addr, found.master_port) == ("10.0.0.1", 29500)
+
+
+def test_torchrun_inside_a_slurm_step_is_torchrun() -> None:
+    found = launch_environment(SLURM | TORCHRUN)
+    assert found is not None and found.launcher == "torchrun"
+
+
+def test_slurm_with_a_task_per_device() -> None:
+    found = launch_environment(SLURM)
+    assert found is not None
+    assert (found.launcher, found.rank, found.world_size, found.local_rank) == ("slurm", 3, 4, 1)
+    assert found.master_addr == "n1"
+    other_rank = launch_environment(SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+    assert other_rank is not None and other_rank.master_port == found.master_port
+    for change in ({"SLURM_JOB_ID": "78"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}):
+        other = launch_environment(SLURM | change)
+        assert other is not None and other.master_port != found.master_port
+
+
+def test_what_the_batch_script_sets_wins() -> None:
+    found = launch_environment(SLURM | {"MASTER_ADDR": "head", "MASTER_PORT": "1234"})
+    assert found is not None and (found.master_addr, found.master_port) == ("head", 1234)
+
+
+@pytest.mark.parametrize("environ", [
+    {}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_started_plainly(environ: dict[str, str]) -> None:
+    assert launch_environment(environ) is None
+
+
+@pytest.mark.parametrize(("change", "name"), [({"RANK": "x"}, "RANK"), ({"MASTER_PORT": ""}, "MASTER_PORT")])
+def test_rubbish_is_named(change: dict[str, str], name: str) -> None:
+    with pytest.raises(RequestError, match=name):
+        launch_environment(TORCHRUN | change)
+
+
+@pytest.mark.parametrize(("nodes", "host"), [
+    ("n1", "n1"), ("n1,n2", "n1"), ("gpu[007-009,12],login", "gpu007"), ("a[3,5]-ib", "a3-ib"), ("r1-n[10]", "r1-n10")])
+def test_first_host(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+def test_no_host_at_all() -> None:
+    with pytest.raises(RequestError, match="MASTER_ADDR"):
+        first_host("")
+
+
+def test_a_world_of_another_size_is_refused() -> None:
+    found = launch_environment(TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"})
+    assert found is not None
+    found.expect(1)
+    with pytest.raises(RequestError, match="torchrun started 1 processes, the configuration needs 8"):
+        found.expect(8)
+
+
+def test_a_child_reads_what_its_parent_wrote() -> None:
+    environ = child_environment(2, 4, 5555, {"PATH": "/bin"})
+    found = launch_environment(environ)
+    assert found is not None
+    assert (found.rank, found.world_size, found.local_rank, found.master_port) == (2, 4, 2, 5555)
+    assert found.master_addr == "127.0.0.1" and environ["GLOO_SOCKET_IFNAME"].startswith("lo")
+    assert environ["PATH"] == "/bin" and int(environ["OMP_NUM_THREADS"]) >= 1
+    assert child_environment(0, 1, 1, {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"

@@ -1,0 +1,68 @@
+"""The package as a checkout and as a wheel, with `kernels/` installed where it shadows nobody."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPORT_ALL = """
+import pkgutil, importlib, sys
+import engine, engine.kernels.rms_norm
+print(engine.__file__)
+for found in pkgutil.walk_packages(engine.__path__, "engine."):
+    if not found.name.endswith("__main__"):
+        importlib.import_module(found.name)
+assert "kernels" not in sys.modules
+"""
+
+
+def python(code: str, cwd: Path, *path: Path) -> str:
+    """Output of `code`, which must succeed, with `path` in front of everything installed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built in a copy (a build leaves folders behind), unpacked."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, folder / "tree", ignore=lambda path, names: [
+        name for name in names if name.startswith(".") or name in ("__pycache__", "build", "runs", "data")
+        and Path(path) == ROOT])
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+                    "--wheel-dir", str(folder), str(folder / "tree")], check=True)
+    (archive,) = folder.glob("octant-*.whl")
+    zipfile.ZipFile(archive).extractall(folder / "site")
+    return folder / "site"
+
+
+def test_the_checkout_works_from_its_root() -> None:
+    assert python(IMPORT_ALL, ROOT).strip() == str(ROOT / "engine" / "__init__.py")
+
+
+def test_the_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    assert python(IMPORT_ALL, tmp_path, wheel).strip() == str(wheel / "engine" / "__init__.py")
+    code = "from engine.config import preset_names; print(len(preset_names()))"
+    assert int(python(code, tmp_path, wheel)) == 11
+
+
+def test_the_wheel_installs_no_other_top_level_name(wheel: Path) -> None:
+    names = {path.name for path in wheel.iterdir() if not path.name.endswith(".dist-info")}
+    assert names <= {"engine", "checkpoints_tools"}
+    assert (wheel / "engine" / "kernels" / "rms_norm.py").is_file()
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+def test_transformers_still_imports_from_the_root() -> None:
+    assert python("from transformers import AutoModelForCausalLM, LlamaForCausalLM; print('ok')", ROOT) == "ok\n"
