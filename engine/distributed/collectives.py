@@ -36,6 +36,20 @@ class _Done:
 
 DONE = _Done()
 
+# torch 2.13 renamed these two and warns about the old names; 2.11 has only the old ones.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather_into(out: Tensor, x: Tensor, axis: Axis) -> Work:
+    """Starts filling `out` [size·n, …] with the ranks' `x` [n, …]; `x` may be this rank's part of `out`."""
+    return DONE if axis.size == 1 else _all_gather_single(out, x, group=axis.group, async_op=True)
+
+
+def reduce_scatter_into(out: Tensor, x: Tensor, axis: Axis) -> Work:
+    """Starts summing this rank's part of `x` [size·n, …] into `out` [n, …], which may be that part of `x`."""
+    return DONE if axis.size == 1 else _reduce_scatter_single(out, x, group=axis.group, async_op=True)
+
 
 def all_reduce(x: Tensor, axis: Axis, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
                asynchronous: bool = False) -> Work:
@@ -58,7 +72,7 @@ def start_all_gather(x: Tensor, axis: Axis) -> tuple[Tensor, Work]:
         return x, DONE
     x = x.contiguous()
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
-    return out, dist.all_gather_into_tensor(out, x, group=axis.group, async_op=True)
+    return out, all_gather_into(out, x, axis)
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
@@ -74,7 +88,17 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> tuple[Tensor, Work]:
         return x, DONE
     x = x.contiguous()
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    return out, dist.reduce_scatter_tensor(out, x, group=axis.group, async_op=True)
+    return out, reduce_scatter_into(out, x, axis)
+
+
+def sum_with_peer(x: Tensor, axis: Axis, peer: int) -> None:
+    """Adds the same tensor of the rank at index `peer` to `x`, at both ends (a + b = b + a, bit for bit)."""
+    other = torch.empty_like(x)
+    rank = axis.ranks[peer]
+    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, x, rank, axis.group),
+                                        dist.P2POp(dist.irecv, other, rank, axis.group)]):
+        work.wait()
+    x.add_(other)
 
 
 def my_part(x: Tensor, axis: Axis) -> Tensor:

@@ -1,11 +1,13 @@
 """The mesh: a topology with its process groups.  The only place that creates groups.
 
-A rank needs one group per axis, and three that combine axes:
+A rank needs one group per axis, and two that combine axes:
 
     gradient   data × context    ranks that hold the same parameters and different tokens: gradients are summed here,
                                  and ZeRO shards over it
-    ends       first and last pipeline stage, which share tied embeddings
     world      everybody: the gradient norm and the logged loss
+
+torch names a group after its ranks and the number of groups its process has, so all ranks must create equally many, in
+the same order.  These do: along an axis every rank's group has the same pattern.
 
 `Axis` is what layers get to see.  An axis of size one has no group, and every collective in `collectives` returns at
 once for it: one process runs the same code as 2,048.
@@ -13,7 +15,6 @@ once for it: one process runs the same code as 2,048.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -55,7 +56,6 @@ class Mesh:
     pipeline: Axis
     data: Axis
     gradient: Axis
-    ends: Axis
     world: Axis
 
     @property
@@ -70,15 +70,25 @@ class Mesh:
 def single_mesh(device: torch.device | str = "cpu") -> Mesh:
     """The mesh of one process; needs no `torch.distributed`."""
     axes = {name: Axis.single(name)
-            for name in ("tensor", "context", "pipeline", "data", "gradient", "ends", "world")}
+            for name in ("tensor", "context", "pipeline", "data", "gradient", "world")}
     return Mesh(Topology(), 0, torch.device(device), **axes)
 
 
-def build_mesh(topology: Topology, device: torch.device | str, timeout_seconds: float = 600.0) -> Mesh:
+Groups = dict[tuple[int, ...], dist.ProcessGroup]
+
+
+def build_mesh(topology: Topology, device: torch.device | str, timeout_seconds: float = 600.0,
+               groups: Groups | None = None) -> Mesh:
     """Creates this rank's process groups.  Every rank of the default group must call it with the same topology.
 
     Each rank creates only the groups that it belongs to (`use_local_synchronization`), so the cost does not grow with
-    the size of the job.
+    the size of the job; axes with the same ranks share one group.
+
+    Args:
+        topology: the layout; its world size must be the job's.
+        device: where this rank computes.
+        timeout_seconds: how long a collective waits for a peer before it fails.
+        groups: this rank's groups by their ranks, when a process builds several meshes; new ones are added.
 
     Raises:
         RequestError: the job has another number of processes than the topology.
@@ -90,24 +100,19 @@ def build_mesh(topology: Topology, device: torch.device | str, timeout_seconds: 
         raise RequestError(f"the layout needs {topology.world_size} processes, the job has {world_size}; "
                            "a node that did not join, or a wrong --nproc-per-node")
     timeout = timedelta(seconds=timeout_seconds)
+    known: Groups = {} if groups is None else groups
+    if world_size > 1 and dist.group.WORLD is not None:
+        known.setdefault(tuple(range(world_size)), dist.group.WORLD)
 
-    def axis(name: str, ranks: Sequence[int]) -> Axis:
-        group = None
-        if len(ranks) > 1:
-            group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
-        return Axis(name, tuple(ranks), tuple(ranks).index(rank), group)
+    def axis(name: str, ranks: tuple[int, ...]) -> Axis:
+        if len(ranks) > 1 and ranks not in known:
+            known[ranks] = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        return Axis(name, ranks, ranks.index(rank), known.get(ranks))
 
     def line(name: str, *axes: str) -> Axis:
         return axis(name, topology.group_of(rank, *axes))
 
     tensor, context, pipeline, data = (line(a, a) for a in ("tensor", "context", "pipeline", "data"))
-    if topology.context == 1:
-        gradient = Axis("gradient", data.ranks, data.index, data.group)
-    elif topology.data == 1:
-        gradient = Axis("gradient", context.ranks, context.index, context.group)
-    else:
-        gradient = line("gradient", "data", "context")
-    first_and_last = tuple(dict.fromkeys((pipeline.ranks[0], pipeline.ranks[-1])))
-    ends = axis("ends", first_and_last) if rank in first_and_last else Axis.single("ends", rank)
-    world = Axis("world", tuple(range(world_size)), rank, dist.group.WORLD if world_size > 1 else None)
-    return Mesh(topology, rank, torch.device(device), tensor, context, pipeline, data, gradient, ends, world)
+    gradient = line("gradient", "data", "context")
+    world = axis("world", tuple(range(world_size)))
+    return Mesh(topology, rank, torch.device(device), tensor, context, pipeline, data, gradient, world)

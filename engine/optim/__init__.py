@@ -1,0 +1,1 @@
+"""AdamW over flat shards, learning-rate schedules, gradient norm and clipping."""

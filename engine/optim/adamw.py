@@ -1,0 +1,53 @@
+"""AdamW (Loshchilov and Hutter 2019) on the buckets' shards.
+
+A bucket's shard is one flat fp32 vector, so a step is one fused multi-tensor call for all buckets with weight decay and one
+for those without.  Clipping and the non-finite check ride along in the same pass: torch's fused kernel divides gradients
+by `grad_scale` and leaves everything as it was, step count included, where `found_inf` is 1.  Neither is read by the
+host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from engine.config import OptimConfig
+from engine.parallel.data.buckets import Bucket
+
+
+class AdamW:
+    """Moments of every bucket's shard, and the update."""
+
+    def __init__(self, buckets: Sequence[Bucket], config: OptimConfig) -> None:
+        self.buckets, self.config = buckets, config
+        self.exp_avg = [torch.zeros_like(bucket.master) for bucket in buckets]
+        self.exp_avg_sq = [torch.zeros_like(bucket.master) for bucket in buckets]
+        self.steps = [torch.zeros((), dtype=torch.float32, device=bucket.master.device) for bucket in buckets]
+
+    @torch.no_grad()
+    def step(self, lr: float, grad_divisor: Tensor, found_inf: Tensor) -> None:
+        """Updates masters from the gradient shards.
+
+        Args:
+            lr: learning rate of this step.
+            grad_divisor: fp32 scalar; gradients are divided by it.
+            found_inf: fp32 scalar; 1 makes this step change nothing.
+        """
+        for decay, rows in self._groups():
+            adamw([self.buckets[i].master for i in rows], [self.buckets[i].grad_shard for i in rows],
+                  [self.exp_avg[i] for i in rows], [self.exp_avg_sq[i] for i in rows], [],
+                  [self.steps[i] for i in rows], fused=True, grad_scale=grad_divisor, found_inf=found_inf,
+                  amsgrad=False, beta1=self.config.betas[0], beta2=self.config.betas[1], lr=lr, weight_decay=decay,
+                  eps=self.config.eps, maximize=False)
+        for work in [bucket.start_publish() for bucket in self.buckets]:
+            work.wait()
+
+    def _groups(self) -> Iterator[tuple[float, list[int]]]:
+        """Indices of the buckets with each weight decay."""
+        for decays in (True, False):
+            rows = [i for i, bucket in enumerate(self.buckets) if bucket.kind.decay == decays]
+            if rows:
+                yield self.config.weight_decay if decays else 0.0, rows

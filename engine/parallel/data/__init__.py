@@ -1,0 +1,1 @@
+"""Data parallelism and ZeRO: flat buckets of parameters, reduced, sharded and updated as one vector each."""

@@ -1,0 +1,134 @@
+"""From a model and a mesh to this rank's part of it, in one fixed order of verbs.
+
+    deal the layers to chunks        which layers run here                       pipeline/partition
+    build those chunks on `meta`     no memory yet; names stay global            model/transformer
+    cut every layer                  slices instead of whole weights             tensor/cut
+    move into buckets                memory; gradients get their place           data/buckets
+    lower the schedule               what to do, in which order                  pipeline/lowering
+    give both to the executor        how                                         pipeline/executor
+
+One process goes the same way: one chunk, no cut, one-stage schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.config import Config
+from engine.distributed.mesh import Mesh
+from engine.model.context import Batch
+from engine.model.spec import spec_of
+from engine.model.transformer import Transformer
+from engine.parallel.data.buckets import DEFAULT_BUCKET_ELEMENTS, Bucket, build_buckets
+from engine.parallel.gradients import WeightGradQueue
+from engine.parallel.pipeline.action import Action
+from engine.parallel.pipeline.executor import Executor, forward_only, hoist_receives
+from engine.parallel.pipeline.lowering import lower
+from engine.parallel.pipeline.p2p import Messenger
+from engine.parallel.pipeline.partition import deal_layers, layer_costs
+from engine.parallel.pipeline.schedules import Schedule, build_schedule
+from engine.parallel.tensor.cut import cut_tensor, vocab_parallel_loss
+from engine.parallel.tensor.layers import TensorContext
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class ParallelModel:
+    """This rank's part of the model, ready to run steps.
+
+    Attributes:
+        chunks: this rank's chunks by global chunk index.
+        buckets: the memory of their parameters and gradients.
+        tensor: the tensor axis as the layers see it.
+    """
+
+    config: Config
+    mesh: Mesh
+    chunks: dict[int, Transformer]
+    buckets: list[Bucket]
+    tensor: TensorContext
+    schedule: Schedule
+    executor: Executor
+    program: tuple[Action, ...]
+
+    def initialise(self, seed: int) -> None:
+        """Gives every parameter its share of the global initial values, the same in every layout."""
+        for bucket in self.buckets:
+            for entry in bucket.entries:
+                values = entry.spec.initial_values(seed, self.mesh.device)
+                bucket.store(entry, entry.spec.take_local(values))
+
+    def forward_backward(self, batches: Sequence[Batch], scale: float | Tensor) -> Tensor | None:
+        """One step up to the reduced gradients: afterwards every bucket's `grad_shard` is final.
+
+        Args:
+            batches: this data rank's microbatches.
+            scale: 1 / number of tokens that count in the whole global batch.
+
+        Returns:
+            Summed loss of these microbatches on the last stage, None elsewhere.
+        """
+        for bucket in self.buckets:
+            bucket.begin_step(len(batches))
+        loss = self.executor.run(self.program, batches, scale)
+        for bucket in self.buckets:
+            bucket.finish_reduction()
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor | None:
+        """Summed loss of the microbatches without gradients, as `forward_backward` returns it."""
+        parallel = self.config.parallel
+        schedule = build_schedule(parallel.schedule, parallel.pipeline, len(batches), parallel.virtual_stages)
+        program = lower(schedule).programs[self.mesh.pipeline.index]
+        return self.executor.run(hoist_receives(forward_only(program)), batches, 1.0)
+
+
+def parallelize(config: Config, mesh: Mesh, *, bucket_elements: int = DEFAULT_BUCKET_ELEMENTS) -> ParallelModel:
+    """This rank's part of `config.model` under `config.parallel` (resolved); parameters are not initialised yet."""
+    parallel = config.parallel
+    dtype = DTYPES[config.precision.compute]
+    sequence = parallel.sequence and mesh.tensor.size > 1
+    tensor = TensorContext(mesh.tensor, sequence, WeightGradQueue())
+    schedule = build_schedule(parallel.schedule, parallel.pipeline, config.num_microbatches, parallel.virtual_stages)
+    chunks = build_chunks(config, schedule.placement, mesh.pipeline.index)
+    for chunk in chunks.values():
+        cut_tensor(chunk, tensor)
+    share_tied_weight(chunks)
+    buckets = build_buckets(reversed(chunks.values()), mesh, level=parallel.zero, dtype=dtype, bucket_elements=bucket_elements,
+                            reduce_dtype=DTYPES[config.precision.grad_reduce])
+    length = config.data.seq_len // parallel.context // (mesh.tensor.size if sequence else 1)
+    shape = (length, config.batch.micro, config.model.hidden_size)
+    messenger = Messenger(mesh.pipeline, len(schedule.placement), shape, dtype, mesh.device)
+
+    def loss_sum(logits: Tensor, batch: Batch) -> Tensor:
+        output = chunks[len(schedule.placement) - 1].output_layer
+        assert output is not None and batch.labels_SB is not None
+        losses = vocab_parallel_loss(logits, batch.labels_SB, spec_of(output.weight), tensor)
+        return losses.sum() if batch.loss_mask_SB is None else losses.mul(batch.loss_mask_SB).sum()
+
+    executor = Executor(chunks, schedule.placement, messenger, tensor.weight_grads, loss_sum)
+    program = hoist_receives(lower(schedule).programs[mesh.pipeline.index])
+    return ParallelModel(config, mesh, chunks, buckets, tensor, schedule, executor, program)
+
+
+def build_chunks(config: Config, placement: Sequence[int], stage: int) -> dict[int, Transformer]:
+    """The chunks of one pipeline stage, uncut, on the meta device."""
+    layer, embedding, output = layer_costs(config.model, config.data.seq_len)
+    deal = deal_layers(config.model.num_layers, len(placement), layer=layer, embedding=embedding, output=output)
+    with torch.device("meta"):
+        return {chunk: Transformer(config.model, deal[chunk], first=chunk == 0, last=chunk == len(placement) - 1)
+                for chunk, owner in enumerate(placement) if owner == stage}
+
+
+def share_tied_weight(chunks: dict[int, Transformer]) -> None:
+    """Where embedding and output layer are tied and both here, but in different chunks, they share one parameter."""
+    first = next((c.embedding for c in chunks.values() if c.embedding is not None), None)
+    output = next((c.output_layer for c in chunks.values() if c.output_layer is not None), None)
+    if first is not None and output is not None and spec_of(output.weight).tied_copy:
+        output.weight = first.weight

@@ -1,0 +1,165 @@
+"""The one executor: walks this rank's list of actions and does what each says.
+
+It decides nothing.  The order comes from the schedule, the SENDs and RECVs from its lowering; gradient accumulation on
+one stage is the program F0 BW0 F1 BW1 ….  Between actions it keeps, per chunk and microbatch, only
+
+    the chunk's input        a leaf whose gradient goes to the chunk before
+    the gradient edge        where the backward pass enters; the output itself may be freed once it is sent
+    weight-gradient work     what B left for W
+
+Receives do not block: a RECV directly behind a computation is posted before it, so that the message travels meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.profiler import record_function
+
+from engine.distributed.collectives import DONE, Work
+from engine.model.context import Batch
+from engine.model.transformer import Transformer
+from engine.parallel.gradients import WeightGradQueue
+from engine.parallel.pipeline.action import Action, Kind
+from engine.parallel.pipeline.p2p import Messenger
+
+# logits, microbatch → summed loss, a scalar
+LossSum = Callable[[Tensor, Batch], Tensor]
+Key = tuple[int, int]                      # chunk, microbatch
+
+
+class Executor:
+    """Runs programs over this rank's chunks."""
+
+    def __init__(self, chunks: Mapping[int, Transformer], placement: Sequence[int], messenger: Messenger,
+                 weight_grads: WeightGradQueue, loss_sum: LossSum) -> None:
+        """`chunks`: by global chunk index; `placement`: the stage of every chunk of the pipeline."""
+        self.chunks, self.placement, self.messenger = chunks, placement, messenger
+        self.weight_grads, self.loss_sum = weight_grads, loss_sum
+        self.last_chunk = len(placement) - 1
+        self._do: dict[Kind, Callable[[Action], None]] = {
+            Kind.F: self._forward, Kind.B: self._backward_input, Kind.W: self._backward_weight,
+            Kind.BW: self._backward, Kind.SEND_F: self._send, Kind.SEND_B: self._send,
+            Kind.RECV_F: self._receive_forward, Kind.RECV_B: self._receive_backward,
+            Kind.REDUCE_GRAD: self._reduce_grad,
+        }
+        self._reset([], 0.0)
+
+    def _reset(self, batches: Sequence[Batch], scale: float | Tensor) -> None:
+        self._batches, self._scale = batches, scale
+        self._arrived: dict[Key, tuple[Tensor, Work]] = {}        # inputs of F
+        self._grads: dict[Key, tuple[Tensor, Work]] = {}          # gradients of outputs, for B
+        self._outgoing: dict[Key, Tensor] = {}                    # to be sent
+        self._inputs: dict[Key, Tensor] = {}
+        self._edges: dict[Key, GradientEdge] = {}
+        self._weight_work: dict[Key, list[Callable[[], None]]] = {}
+        self._losses: list[Tensor] = []
+        self.peak_in_flight = 0
+
+    def run(self, program: Sequence[Action], batches: Sequence[Batch], scale: float | Tensor) -> Tensor | None:
+        """Executes one step.
+
+        Args:
+            program: this rank's actions, receives hoisted (`hoist_receives`).
+            batches: the microbatches, by number.
+            scale: the summed loss is multiplied by it before differentiation; 1 / number of tokens of the step.
+
+        Returns:
+            The summed loss, detached, on ranks that hold the last chunk; None elsewhere.
+        """
+        self._reset(batches, scale)
+        for action in program:
+            with record_function(str(action)):
+                self._do[action.kind](action)
+        self.messenger.wait_sent()
+        total = torch.stack(self._losses).sum() if self._losses else None
+        self._reset([], 0.0)
+        return total
+
+    def _forward(self, action: Action) -> None:
+        key = (action.chunk, action.microbatch)
+        batch = self._batches[action.microbatch]
+        if action.chunk == 0:
+            x = batch.tokens_SB
+        else:
+            x, work = self._arrived.pop(key)
+            work.wait()
+            x.requires_grad_(torch.is_grad_enabled())
+        out = self.chunks[action.chunk](x, batch)
+        if action.chunk == self.last_chunk:
+            out = self.loss_sum(out, batch)
+            self._losses.append(out.detach())
+        else:
+            self._hand_over(self._arrived, action, action.chunk + 1, out.detach())
+        if torch.is_grad_enabled():
+            self._inputs[key] = x
+            self._edges[key] = get_gradient_edge(out)
+            self.peak_in_flight = max(self.peak_in_flight, len(self._inputs))
+
+    def _backward(self, action: Action) -> None:
+        self._backward_input(action, defer=False)
+        self._backward_weight(action)
+
+    def _backward_input(self, action: Action, defer: bool = True) -> None:
+        key = (action.chunk, action.microbatch)
+        if action.chunk == self.last_chunk:
+            grad = torch.as_tensor(self._scale, dtype=torch.float32, device=self.messenger.device)
+        else:
+            grad, work = self._grads.pop(key)
+            work.wait()
+        if defer:
+            self.weight_grads.open()
+        torch.autograd.backward(self._edges.pop(key), grad)  # type: ignore[arg-type]
+        if defer:
+            self._weight_work[key] = self.weight_grads.close()
+        if action.chunk > 0:
+            grad_x = self._inputs[key].grad
+            assert grad_x is not None
+            self._hand_over(self._grads, action, action.chunk - 1, grad_x)
+
+    def _backward_weight(self, action: Action) -> None:
+        key = (action.chunk, action.microbatch)
+        for compute in self._weight_work.pop(key, ()):
+            compute()
+        del self._inputs[key]
+
+    def _hand_over(self, local: dict[Key, tuple[Tensor, Work]], action: Action, chunk: int, tensor: Tensor) -> None:
+        """To the neighbouring chunk: directly if it is on this rank, else by the SEND that follows."""
+        if chunk in self.chunks:
+            local[chunk, action.microbatch] = tensor, DONE
+        else:
+            self._outgoing[action.chunk, action.microbatch] = tensor
+
+    def _send(self, action: Action) -> None:
+        tensor = self._outgoing.pop((action.chunk, action.microbatch))
+        self.messenger.send(action, tensor, self.placement[action.partner.chunk])
+
+    def _receive_forward(self, action: Action) -> None:
+        message = self.messenger.receive(action, self.placement[action.partner.chunk])
+        self._arrived[action.chunk, action.microbatch] = message
+
+    def _receive_backward(self, action: Action) -> None:
+        message = self.messenger.receive(action, self.placement[action.partner.chunk])
+        self._grads[action.chunk, action.microbatch] = message
+
+    def _reduce_grad(self, action: Action) -> None:
+        """Nothing to start: a chunk's last contribution has set its buckets off (`engine.parallel.data.buckets`)."""
+
+
+def hoist_receives(program: Sequence[Action]) -> tuple[Action, ...]:
+    """Moves every RECV in front of the computation before it; the order among messages stays."""
+    out: list[Action] = []
+    for action in program:
+        at = len(out)
+        if action.kind in (Kind.RECV_F, Kind.RECV_B) and at and out[at - 1].kind.is_compute:
+            at -= 1
+        out.insert(at, action)
+    return tuple(out)
+
+
+def forward_only(program: Sequence[Action]) -> tuple[Action, ...]:
+    """The part of a program that evaluation needs."""
+    return tuple(action for action in program if action.kind in (Kind.F, Kind.SEND_F, Kind.RECV_F))

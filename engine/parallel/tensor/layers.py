@@ -1,0 +1,170 @@
+"""Column-, row- and vocabulary-parallel layers (Shoeybi et al. 2019; sequence parallelism: Korthikanti et al. 2022).
+
+A linear layer y = x·Wᵀ is cut over T ranks along its output features (column-parallel) or its input features
+(row-parallel).  A column-parallel layer followed by a row-parallel one needs one collective at each end:
+
+    without sequence parallelism                         with it (activations between blocks are [S/T, B, H])
+    column:  x                → y_t                      column:  all-gather x along S   → y_t
+    row:     x_t → partial y  → all-reduce               row:     x_t → partial y        → reduce-scatter along S
+
+and the conjugates backward.  Both are one autograd function here, because its backward pass hides communication: the
+collective on the input gradient runs while the weight gradient's product is computed, and under sequence parallelism
+the input is gathered a second time, under the input gradient's product, rather than kept.
+
+On one rank the same code runs with every collective skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.distributed.collectives import (
+    DONE,
+    Work,
+    all_gather,
+    all_reduce,
+    reduce_scatter,
+    start_all_gather,
+    start_reduce_scatter,
+)
+from engine.distributed.mesh import Axis
+from engine.model.spec import spec_of
+from engine.parallel.gradients import WeightGradQueue, slot_of
+
+
+@dataclass(frozen=True)
+class TensorContext:
+    """What a cut layer needs to know about its peers."""
+
+    axis: Axis
+    sequence: bool
+    weight_grads: WeightGradQueue
+
+
+def sum_over_ranks(x: Tensor, context: TensorContext) -> Tensor:
+    """Partial sums → sums: scattered along the sequence with sequence parallelism, else everywhere."""
+    if context.sequence:
+        return reduce_scatter(x, context.axis)
+    all_reduce(x, context.axis)
+    return x
+
+
+def start_sum_over_ranks(x: Tensor, context: TensorContext) -> tuple[Tensor, Work]:
+    """As `sum_over_ranks`, not waiting."""
+    if context.sequence:
+        return start_reduce_scatter(x, context.axis)
+    return x, all_reduce(x, context.axis, asynchronous=True)
+
+
+def start_full_sequence(x: Tensor, context: TensorContext) -> tuple[Tensor, Work]:
+    """This rank's part of the sequence → all of it; nothing to do without sequence parallelism."""
+    return start_all_gather(x, context.axis) if context.sequence else (x, DONE)
+
+
+def full_sequence(x: Tensor, context: TensorContext) -> Tensor:
+    """As `start_full_sequence`, waiting."""
+    return all_gather(x, context.axis) if context.sequence else x
+
+
+class _Linear(torch.autograd.Function):
+    """forward: x [S', B, in] → y [S'', B, out]; which of the two sequence lengths is the short one depends on `kind`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, context: TensorContext) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.kind, ctx.context, ctx.bias_shape = kind, context, None if bias is None else bias.shape
+        matrix = weight.flatten(0, -2)
+        if kind == "column":
+            return F.linear(full_sequence(x, context), matrix, None if bias is None else bias.flatten())
+        return sum_over_ranks(F.linear(x, matrix), context)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        context: TensorContext = ctx.context
+        matrix = weight.flatten(0, -2)
+        if ctx.kind == "column":
+            grad_out = grads[0]
+            x_full, gathering = start_full_sequence(x, context) if ctx.needs_input_grad[1] else (x, DONE)
+            grad_x, summing = start_sum_over_ranks(grad_out @ matrix, context)
+        else:
+            grad_out = full_sequence(grads[0], context)
+            x_full, gathering = x, DONE
+            grad_x, summing = grad_out @ matrix, DONE
+        grad_bias = None
+        if ctx.bias_shape is not None and ctx.needs_input_grad[2]:
+            grad_bias = grad_out.flatten(0, -2).sum(0).view(ctx.bias_shape)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            gathering.wait()
+            grad_weight = _weight_grad(weight, grad_out.flatten(0, -2), x_full.flatten(0, -2), context.weight_grads)
+        summing.wait()
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _weight_grad(weight: Tensor, grad_out: Tensor, x: Tensor, queue: WeightGradQueue) -> Tensor | None:
+    """dW = dyᵀ·x, into the parameter's slot (now or at the `W` action), or returned to autograd if it has none."""
+    slot = slot_of(weight)
+    if slot is None:
+        return (grad_out.T @ x).view(weight.shape)
+    queue.submit(lambda: slot.add_matmul(grad_out.T, x))
+    return None
+
+
+class ParallelLinear(nn.Module):
+    """A linear layer that holds a slice of its features; see the module docstring for `kind`."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, kind: Literal["column", "row"],
+                 context: TensorContext) -> None:
+        super().__init__()
+        self.weight, self.bias, self.kind, self.context = weight, bias, kind, context
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S or S/T, B, in] → [S or S/T, B, out]."""
+        return _Linear.apply(x, self.weight, self.bias, self.kind, self.context)
+
+
+class _VocabEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, first: int, num_rows: int, context: TensorContext) -> Tensor:
+        local = tokens - first
+        mine = (local >= 0) & (local < num_rows)
+        rows = torch.where(mine, local, 0)
+        ctx.save_for_backward(rows, mine, weight)
+        ctx.context = context
+        out = F.embedding(rows, weight)
+        if context.axis.size == 1:
+            return out
+        return sum_over_ranks(out.masked_fill_(~mine.unsqueeze(-1), 0.0), context)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, mine, weight = ctx.saved_tensors
+        grad = full_sequence(grads[0], ctx.context)
+        if ctx.context.axis.size > 1:
+            grad = grad.masked_fill(~mine.unsqueeze(-1), 0.0)
+        index, values = rows.flatten(), grad.flatten(0, -2)
+        slot = slot_of(weight)
+        if slot is None:
+            return None, torch.zeros_like(weight).index_add_(0, index, values.to(weight.dtype)), None, None, None
+        slot.add_rows(index, values)
+        return None, None, None, None, None
+
+
+class VocabEmbedding(nn.Module):
+    """Embedding whose rows are spread over the tensor axis: a rank looks up its own, and the sum has them all."""
+
+    def __init__(self, weight: nn.Parameter, context: TensorContext) -> None:
+        super().__init__()
+        self.weight, self.context = weight, context
+        box = spec_of(weight).box
+        self.first, self.num_rows = box.offset[0], box.size[0]
+
+    def forward(self, tokens_SB: Tensor) -> Tensor:
+        """[S, B] → [S, B, H], or [S/T, B, H] with sequence parallelism."""
+        return _VocabEmbedding.apply(tokens_SB, self.weight, self.first, self.num_rows, self.context)

@@ -1,0 +1,135 @@
+"""Running a layout on real processes and putting its shards together again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.config import Config
+from engine.distributed.boxes import Box
+from engine.distributed.topology import Topology
+from engine.model.context import Batch
+from engine.optim.adamw import AdamW
+from engine.optim.gradients import clip_divisor, sum_over_world
+from engine.optim.schedule import learning_rate
+from engine.parallel.data.buckets import Bucket
+from engine.parallel.parallelize import ParallelModel, parallelize
+from tests.distributed import mesh_for, run_distributed
+from tests.reference import global_batch, num_tokens
+
+Shards = list[tuple[str, tuple[int, ...], Box, Tensor]]
+
+TINY = {
+    "run": {"seed": 7},
+    "model": {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 4, "ffn_hidden_size": 64,
+              "vocab_size": 97, "max_seq_len": 64},
+    "precision": {"compute": "fp32"},
+    "data": {"seq_len": 16},
+    "batch": {"micro": 1, "global": 8},
+    "steps": 10,
+    # Adam turns rounding into sign flips where a gradient is near zero; a large eps keeps the comparison meaningful.
+    "optim": {"lr": 1e-2, "warmup_steps": 2, "eps": 1e-2, "weight_decay": 0.1, "grad_clip": 0.5},
+}
+
+
+def tiny_config(**sections: dict[str, Any]) -> Config:
+    """`TINY` with some keys changed, resolved for the number of ranks its degrees ask for."""
+    values = {k: dict(v) if isinstance(v, dict) else v for k, v in TINY.items()}
+    for section, changes in sections.items():
+        values[section] = values.get(section, {}) | changes
+    parallel = {"data": 1} | values.get("parallel", {})
+    config = Config.model_validate(values | {"parallel": parallel})
+    return config.with_world_size(config.parallel.world_size)
+
+
+@dataclass
+class Result:
+    """What one rank saw."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    gradients: Shards = field(default_factory=list)
+    weights: Shards = field(default_factory=list)
+    initial: Shards = field(default_factory=list)
+    parameters_equal_masters: bool = True
+
+
+def topology_of(config: Config) -> Topology:
+    parallel = config.parallel
+    return Topology(parallel.pipeline, parallel.data_size, parallel.context, parallel.tensor)
+
+
+def microbatches(config: Config, batch: Batch, data_index: int) -> list[Batch]:
+    """This data rank's share of a global batch."""
+    micro, data = config.batch.micro, config.parallel.data_size
+
+    def take(x: Tensor | None, dim: int, start: int) -> Tensor | None:
+        return x if x is None or x.shape[dim] == 1 else x.narrow(dim, start, micro)
+
+    out = []
+    for m in range(config.num_microbatches):
+        start = (m * data + data_index) * micro
+        out.append(Batch(take(batch.tokens_SB, 1, start), take(batch.positions_SB, 1, start),
+                         take(batch.labels_SB, 1, start), take(batch.loss_mask_SB, 1, start),
+                         take(batch.attention_mask, 0, start)))
+    return out
+
+
+def shards(buckets: Iterable[Bucket], which: str) -> Shards:
+    return [(spec.name, spec.shape, box, view.clone()) for bucket in buckets
+            for spec, box, view in bucket.boxes(getattr(bucket, which))]
+
+
+def train_layout(config: Config, num_steps: int) -> Result:
+    """Runs on one rank: `num_steps` steps in the layout of `config`."""
+    mesh = mesh_for(topology_of(config))
+    model = parallelize(config, mesh, bucket_elements=6000)
+    model.initialise(config.run.seed)
+    optimizer = AdamW(model.buckets, config.optim)
+    out = Result(initial=shards(model.buckets, "master"))
+    for step in range(1, num_steps + 1):
+        batch = global_batch(config, step)
+        scale = 1 / num_tokens(batch)
+        loss = model.forward_backward(microbatches(config, batch, mesh.data.index), scale)
+        sums = sum_over_world(loss, model.buckets, mesh)
+        if step == 1:
+            out.gradients = shards(model.buckets, "grad_shard")
+        optimizer.step(learning_rate(step, config.steps, config.optim),
+                       clip_divisor(sums.grad_norm, config.optim.grad_clip), torch.zeros(()))
+        out.losses.append(sums.loss_sum.item() * scale)
+        out.grad_norms.append(sums.grad_norm.item())
+    out.weights = shards(model.buckets, "master")
+    out.parameters_equal_masters = parameters_match(model)
+    return out
+
+
+def parameters_match(model: ParallelModel) -> bool:
+    """Whether the parameters used by the layers are the updated masters."""
+    return all(torch.equal(bucket.param_buffer[bucket.shard].float(), bucket.master) for bucket in model.buckets)
+
+
+def assemble(parts: Iterable[Shards]) -> dict[str, Tensor]:
+    """Global tensors from everybody's shards; every element must be there, and replicas must agree exactly."""
+    whole: dict[str, Tensor] = {}
+    for name, shape, box, values in (item for part in parts for item in part):
+        target = whole.setdefault(name, torch.full(shape, float("nan")))
+        there = target[box.slices]
+        known = ~there.isnan()
+        assert torch.equal(there[known], values[known]), f"replicas of {name} at {box} differ"
+        target[box.slices] = values
+    for name, values in whole.items():
+        assert not values.isnan().any(), f"{name}: {int(values.isnan().sum())} elements on no rank"
+    return whole
+
+
+def run_layout(config: Config, num_steps: int) -> list[Result]:
+    return run_distributed(train_layout, config.parallel.world_size, config, num_steps)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Largest difference relative to the largest magnitude of the tensor."""
+    return ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()

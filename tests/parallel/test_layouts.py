@@ -1,0 +1,109 @@
+"""Every layout is the same mathematics as one process: loss, every gradient, ten steps; initial weights bit for bit."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+
+from engine.config import Config
+from tests.parallel.layouts import assemble, relative_error, run_layout, tiny_config
+from tests.reference import Reference, train_reference
+
+TOLERANCE = 1e-5
+NUM_STEPS = 10
+
+
+@cache
+def reference(model: tuple, data: tuple, batch: tuple) -> Reference:
+    """One process, whole batch; depends on what is trained, never on the layout."""
+    return train_reference(tiny_config(model=dict(model), data=dict(data), batch=dict(batch)), NUM_STEPS)
+
+
+def check(config: Config, want: Reference) -> None:
+    results = run_layout(config, NUM_STEPS)
+    initial = assemble(r.initial for r in results)
+    assert initial.keys() == want.initial.keys()
+    for name, values in initial.items():
+        assert torch.equal(values, want.initial[name]), f"initial {name}"
+    for r in results:
+        assert r.parameters_equal_masters
+        assert r.losses == pytest.approx(want.losses, rel=TOLERANCE)
+        assert r.grad_norms == pytest.approx(want.grad_norms, rel=TOLERANCE)
+    for what in ("gradients", "weights"):
+        for name, values in assemble(getattr(r, what) for r in results).items():
+            error = relative_error(values, getattr(want, what)[name])
+            assert error < TOLERANCE, f"{what} of {name}: {error:.2e}"
+
+
+def layouts_up_to_four() -> list[dict[str, object]]:
+    """Every (tensor, pipeline, data) with product ≤ 4, with sequence parallelism on and off, and the schedules."""
+    found: list[dict[str, object]] = []
+    for tensor, pipeline, data in product((1, 2, 4), (1, 2, 3, 4), (1, 2, 3, 4)):
+        if tensor * pipeline * data > 4 or data == 3:
+            continue
+        for sequence in ((True, False) if tensor > 1 else (True,)):
+            for schedule in (("gpipe", "1f1b", "interleaved") if pipeline > 1 else ("1f1b",)):
+                chunks = 2 if schedule == "interleaved" else 1
+                if pipeline * chunks > 4 or schedule == "interleaved" and (8 // data) % pipeline:
+                    continue
+                found.append({"tensor": tensor, "pipeline": pipeline, "data": data, "sequence": sequence,
+                              "schedule": schedule, "virtual_stages": chunks})
+    return found
+
+
+def name_of(layout: dict[str, object]) -> str:
+    return "-".join(f"{k[0:2]}{v}" for k, v in layout.items())
+
+
+LARGER = [
+    {"tensor": 2, "pipeline": 3, "data": 1}, {"tensor": 2, "pipeline": 1, "data": 3},
+    {"tensor": 1, "pipeline": 3, "data": 2, "schedule": "gpipe"}, {"tensor": 1, "pipeline": 2, "data": 3, "sequence": False},
+    {"tensor": 2, "pipeline": 2, "data": 2}, {"tensor": 2, "pipeline": 2, "data": 2, "sequence": False, "zero": 0},
+    {"tensor": 2, "pipeline": 2, "data": 2, "schedule": "interleaved", "virtual_stages": 2},
+    {"tensor": 2, "pipeline": 2, "data": 2, "schedule": "gpipe"}, {"tensor": 4, "pipeline": 2, "data": 1},
+    {"tensor": 4, "pipeline": 1, "data": 2}, {"tensor": 1, "pipeline": 4, "data": 2}, {"tensor": 2, "pipeline": 4, "data": 1},
+    {"tensor": 2, "pipeline": 1, "data": 4}, {"tensor": 1, "pipeline": 2, "data": 4, "zero": 0},
+    {"tensor": 2, "pipeline": 4, "data": 1, "sequence": False, "schedule": "gpipe"},
+]
+# What the model and the data can bring into a layout, each in layouts that it touches.
+SHAPES = {
+    "gqa-bias": {"num_kv_heads": 2, "qkv_bias": True},
+    "tied-odd-vocabulary": {"tie_embeddings": True, "vocab_size": 61},
+    "five-layers": {"num_layers": 5},
+    "one-kv-head": {"num_kv_heads": 1, "head_dim": 12},
+}
+
+
+def run_case(layout: dict[str, object], model: dict[str, object], data: dict[str, object], batch: dict[str, int]) -> None:
+    want = reference(*(tuple(section.items()) for section in (model, data, batch)))
+    check(tiny_config(parallel=layout, model=model, data=data, batch=batch), want)
+
+
+@pytest.mark.parametrize("layout", layouts_up_to_four(), ids=name_of)
+def test_layout(layout: dict[str, object]) -> None:
+    run_case(layout, {}, {}, {})
+
+
+@pytest.mark.parametrize("layout", LARGER, ids=name_of)
+def test_larger_layout(layout: dict[str, object]) -> None:
+    global_batch = 12 if layout["data"] == 3 else 8
+    run_case(layout, {}, {}, {"global": global_batch})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", [
+    {"tensor": 2, "pipeline": 2}, {"tensor": 2, "pipeline": 2, "sequence": False}, {"tensor": 1, "pipeline": 3},
+    {"tensor": 2, "pipeline": 1, "data": 2}, {"tensor": 1, "pipeline": 2, "schedule": "interleaved", "virtual_stages": 2},
+], ids=name_of)
+def test_model_shapes(layout: dict[str, object], shape: str) -> None:
+    if shape == "one-kv-head":
+        layout = layout | {"tensor": 1}
+    run_case(layout, SHAPES[shape], {}, {})
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}, {"pipeline": 2, "data": 2, "zero": 0}], ids=name_of)
+def test_document_masks_and_larger_microbatches(layout: dict[str, object]) -> None:
+    run_case(layout, {}, {"document_mask": True}, {"micro": 2})

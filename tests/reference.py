@@ -1,0 +1,81 @@
+"""The plain computation that every layout is compared with: one process, torch's own autograd, cross-entropy and AdamW.
+
+It shares the model's definition with the engine (`engine.model`, itself compared with `transformers` in
+tests/model/test_transformers_parity.py) and nothing else: no buckets, no slots, no executor, no cut layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.config import Config
+from engine.model.context import Batch, document_mask, document_positions
+from engine.model.spec import initialise, spec_of
+from engine.model.transformer import Transformer
+from engine.optim.schedule import learning_rate
+
+
+@dataclass
+class Reference:
+    """Loss per token and gradients of the first step; losses, norms and weights after all."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    initial: dict[str, Tensor]
+
+
+def global_batch(config: Config, step: int) -> Batch:
+    """A random global batch; with `document_mask` its documents have random lengths, and some labels are masked."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    shape = (config.data.seq_len, config.batch.global_)
+    tokens = torch.randint(0, config.model.vocab_size, (shape[0] + 1, shape[1]), generator=generator)
+    positions, attention_mask, loss_mask = torch.arange(shape[0]).unsqueeze(1), None, None
+    if config.data.document_mask:
+        ids = (torch.rand(shape[1], shape[0], generator=generator) < 0.1).cumsum(1)
+        positions, attention_mask = document_positions(ids), document_mask(ids)
+        loss_mask = torch.rand(shape, generator=generator) < 0.8
+    return Batch(tokens[:-1], positions, tokens[1:], loss_mask, attention_mask)
+
+
+def num_tokens(batch: Batch) -> int:
+    """Labels that count."""
+    assert batch.labels_SB is not None
+    return batch.labels_SB.numel() if batch.loss_mask_SB is None else int(batch.loss_mask_SB.sum())
+
+
+def train_reference(config: Config, num_steps: int) -> Reference:
+    """`num_steps` of training on the whole global batch at once."""
+    model = Transformer(config.model)
+    initialise(model, config.run.seed)
+    named = {spec_of(p).name: p for p in model.parameters()}
+    groups = [{"params": [p for p in named.values() if spec_of(p).decay], "weight_decay": config.optim.weight_decay},
+              {"params": [p for p in named.values() if not spec_of(p).decay], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
+    out = Reference([], [], {}, {}, {name: p.detach().clone() for name, p in named.items()})
+    for step in range(1, num_steps + 1):
+        batch = global_batch(config, step)
+        losses = F.cross_entropy(model(batch.tokens_SB, batch).flatten(0, 1), batch.labels_SB.flatten(), reduction="none")
+        if batch.loss_mask_SB is not None:
+            losses = losses * batch.loss_mask_SB.flatten()
+        loss = losses.sum() / num_tokens(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 1:
+            out.gradients = {name: p.grad.clone() for name, p in named.items()}
+        norm = torch.nn.utils.get_total_norm([p.grad for p in named.values()])
+        if config.optim.grad_clip and norm > config.optim.grad_clip:
+            for p in named.values():
+                p.grad.mul_(config.optim.grad_clip / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.steps, config.optim)
+        optimizer.step()
+        out.losses.append(loss.item())
+        out.grad_norms.append(norm.item())
+    out.weights = {name: p.detach().clone() for name, p in named.items()}
+    return out
