@@ -19,18 +19,11 @@ from engine import __version__
 from engine.errors import OctantError
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Examples keep their line breaks, and names stand beside their explanation."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28)
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with the nearest name where a word is not known."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
@@ -53,8 +46,12 @@ class Verb:
 
 def _actions(parser: Parser, *actions: tuple[str, str, str]) -> list[Parser]:
     """Sub-parsers, one per (name, help, example), stored in `args.action`."""
-    table = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
-    return [table.add_parser(name, help=text, description=_sentence(text), epilog=f"example:\n  octant {example}")
+    table = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help=argparse.SUPPRESS,
+                                  parser_class=Parser)
+    parser.usage = f"{parser.prog} ACTION …"
+    parser.description = f"{parser.description}\n\nactions:\n" + "\n".join(
+        f"  {name:<15}{text}" for name, text, _ in actions)
+    return [table.add_parser(name, description=_sentence(text), epilog=f"example:\n  octant {example}")
             for name, text, example in actions]
 
 
@@ -238,12 +235,15 @@ VERBS = (
 
 def build_parser() -> Parser:
     """The parser of the whole command line; `args.verb` names the row of `VERBS`."""
-    parser = Parser(prog="octant", description="A 3D-parallel training engine for Llama-family language models.",
+    verbs = "\n".join(f"  {verb.name:<12}{verb.help}" for verb in VERBS)
+    parser = Parser(prog="octant", usage="octant VERB …",
+                    description=f"A 3D-parallel training engine for Llama-family language models.\n\nverbs:\n{verbs}",
                     epilog="start here:\n  octant demo\n\n`octant VERB --help` explains a verb.")
     parser.add_argument("--version", action="version", version=f"octant {__version__}")
-    table = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs", parser_class=Parser)
+    table = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS, prog="octant",
+                                  parser_class=Parser)
     for verb in VERBS:
-        verb.add_arguments(table.add_parser(verb.name, help=verb.help, description=_sentence(verb.help),
+        verb.add_arguments(table.add_parser(verb.name, description=_sentence(verb.help),
                                             epilog=f"example:\n  octant {verb.example}"))
     return parser
 

@@ -38,8 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built in a copy (a build leaves folders behind), unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, folder / "tree", ignore=lambda path, names: [
-        name for name in names if name.startswith(".") or name in ("__pycache__", "build", "runs", "data")
-        and Path(path) == ROOT])
+        name for name in names if Path(path) == ROOT and (name.startswith(".") or name in ("build", "data", "runs"))])
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
                     "--wheel-dir", str(folder), str(folder / "tree")], check=True)
     (archive,) = folder.glob("octant-*.whl")
