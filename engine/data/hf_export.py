@@ -1,12 +1,14 @@
 """Our tokenizer as a Hugging Face folder whose `AutoTokenizer` gives exactly the same ids.
 
-SentencePiece BPE and the `tokenizers` library merge alike but store it differently: SentencePiece gives each piece a score and
-joins, among all neighbours whose union is a piece, the best-scored and then leftmost; `tokenizers` ranks *pairs*.  So every
-way to split a piece into two pieces becomes a pair, ranked by (-score, id) of the piece it makes.  Around that: unknown characters
-become bytes, `▁` stands for spaces and one is put in front, no other normalisation and no splitting before the merges.
+SentencePiece BPE and the `tokenizers` library merge alike but store it differently: SentencePiece gives each piece a
+score and joins, among all neighbours whose union is a piece, the best-scored and then leftmost; `tokenizers` ranks
+*pairs*.  So every way to split a piece into two pieces becomes a pair, ranked by (-score, id) of the piece it makes.
+Around that: unknown characters become bytes, `▁` stands for spaces and one is put in front, no other normalisation and
+no splitting before the merges.
 
 The folder says `split_special_tokens`: a text that contains `</s>` is text there too, as it is in SentencePiece.  Who
-formats chats by hand and wants such words read as special tokens passes `split_special_tokens=False` to `from_pretrained`.
+formats chats by hand and wants such words read as special tokens gives `from_pretrained` the argument
+`split_special_tokens=False`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from engine.data.sentencepiece_model import (
     USER_DEFINED,
     SentencePieceModel,
 )
-from engine.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from engine.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from engine.errors import DataError
 
 Json = dict[str, Any]
@@ -47,8 +49,8 @@ def export_hf_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
         _write(directory, sentencepiece_json(tokenizer.model), _special_pieces(tokenizer))
     elif isinstance(tokenizer, ByteTokenizer):
         _write(directory, byte_json(), {"eos_token": END_OF_DOCUMENT})
-    else:
-        _copy(tokenizer, directory)
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        _copy(tokenizer.path.parent, directory)
 
 
 def _refuse_inexact(model: SentencePieceModel, path: Path) -> None:
@@ -108,9 +110,9 @@ def sentencepiece_json(model: SentencePieceModel) -> Json:
 
 
 def ranked_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
-    """Every pair of pieces whose union is a piece, best union first; among the splits of one piece, longest left first."""
+    """Every pair of pieces whose union is a piece, best union first; of the splits of one piece, longest left first."""
     usable = {piece.text for piece in model.pieces if piece.type == NORMAL}
-    ranked = []
+    ranked: list[tuple[float, int, int, tuple[str, str]]] = []
     for index, piece in enumerate(model.pieces):
         if piece.type not in (NORMAL, UNUSED):
             continue
@@ -177,8 +179,7 @@ def _write(directory: Path, tokenizer_json: Json, special: dict[str, str]) -> No
     _dump(directory / "special_tokens_map.json", special)
 
 
-def _copy(tokenizer: Tokenizer, directory: Path) -> None:
-    source = Path(getattr(tokenizer, "path")).parent
+def _copy(source: Path, directory: Path) -> None:
     for name in HF_FILES:
         if (source / name).exists() and (source / name).resolve() != (directory / name).resolve():
             shutil.copyfile(source / name, directory / name)

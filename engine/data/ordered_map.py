@@ -103,11 +103,11 @@ class _Pool(Generic[Item, Result]):
 
     def _receive(self, connection: Connection) -> Result:
         try:
-            result, error, trace = connection.recv()
+            result, refusal, trace = connection.recv()
         except (EOFError, OSError) as error:
             raise self._death(connection) from error
-        if isinstance(error, OctantError):
-            raise error
+        if isinstance(refusal, OctantError):
+            raise refusal
         if trace:
             raise WorkerError(f"a worker process failed:\n{trace}")
         return result
@@ -131,7 +131,7 @@ def _serve(connection: Connection, setup: Callable[[], Callable[[Any], Any]]) ->
             return
         try:
             function = function or setup()
-            answer = (function(item), None, "")
+            answer: tuple[Any, OctantError | None, str] = (function(item), None, "")
         except OctantError as error:
             answer = (None, error, "")
         except BaseException:

@@ -1,7 +1,7 @@
 """How far a long pass over files has come: share of the input read, MB/s of text, time left.
 
-A bar on a terminal; elsewhere (a log file) a plain line now and then.  The share counts bytes of the files as they lie on disk, the
-speed counts text, which for compressed files is more.
+A bar on a terminal; elsewhere (a log file) a plain line now and then.  The share counts bytes of the files as they lie
+on disk, the speed counts text, which for compressed files is more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ class Progress:
         self._before = [0, *accumulate(file.num_bytes for file in files)]  # bytes of all files before this one
         self._console = Console(stderr=True)
         self._bar = Bar(
-            TextColumn("{task.percentage:>3.0f}%"), BarColumn(), TextColumn("{task.fields[state]}"), console=self._console
+            TextColumn("{task.percentage:>3.0f}%"),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            console=self._console,
         )
         self._task = self._bar.add_task("", total=max(1, self._before[-1]), state="starting")
         self._text_bytes = 0
@@ -39,7 +42,9 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._console.is_terminal:
             self._bar.stop()
 

@@ -9,8 +9,8 @@ each also gzip (`.gz`) or zstd (`.zst`).  A field that holds a list of strings i
 holds more than a block and the longest record, whatever the size of the corpus; blocks are cut by content only, so
 compressing a file, or reading it with more workers, changes nothing.
 
-A record that cannot be used becomes an `BadRecord` (file, where, why) inside its block: the caller decides whether to stop
-or to go on.
+A record that cannot be used becomes a `BadRecord` (file, where, why) inside its block: the caller decides whether to
+stop or to go on.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import glob
 import json
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
+from engine.data.json_values import LONGEST_RECORD_BYTES, json_values
 from engine.errors import DataError, RequestError
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
@@ -33,9 +35,6 @@ COMPRESSIONS = (".gz", ".zst")
 BLOCK_BYTES = 1 << 20  # text handed to a worker at a time
 READ_BYTES = 1 << 18
 LONGEST_DOCUMENT_BYTES = 1 << 26  # of a .txt file
-LONGEST_RECORD_BYTES = 1 << 28  # of a JSON record; more than this is a file without line ends
-
-_DECODE = json.JSONDecoder().raw_decode
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,9 @@ class BadRecord:
 class Block:
     """Some consecutive records of one file.
 
-    Exactly one of `lines` (JSON lines, still unparsed) and `texts` is used.  `continues`: the first text goes on with the
-    document of the block before; `ends`: the last text ends its document; `abandon`: forget the unfinished document.
+    Exactly one of `lines` (JSON lines, still unparsed) and `texts` is used.  A fragment of a document is a block's only
+    text: it `continues` the document of the block before, and leaves it open unless it `ends`.  `abandon`: forget the
+    open document.
     """
 
     path: str
@@ -88,7 +88,7 @@ def expand_inputs(files: Iterable[str | Path]) -> list[InputFile]:
     found: dict[str, InputFile] = {}
     for name in map(str, files):
         if name == "-":
-            found.setdefault(name, InputFile(name, ".jsonl"))
+            found.setdefault(name, InputFile(name, ".jsonl", modified_ns=time.time_ns()))  # never the same twice
             continue
         for path in _matching(name):
             found.setdefault(str(path.resolve()), _input_file(path))
@@ -202,7 +202,7 @@ def _cut(chunks: Iterable[bytes], size: int, limit: int, keep_newline: bool) -> 
             window = min(max(size, searched + size), limit)
             if len(buffer) <= window:
                 break
-            end = buffer.rfind(b"\n", 1, window)
+            end = buffer.rfind(b"\n", max(1, searched), window)
             if end < 0 and window < limit:
                 searched = window
                 continue
@@ -264,7 +264,7 @@ def _json_blocks(path: str, chunks: Iterable[bytes], text_field: str) -> Iterato
     texts: list[str] = []
     bad: list[BadRecord] = []
     num_characters = 0
-    for number, record in enumerate(_json_values(chunks), start=1):
+    for number, record in enumerate(json_values(chunks), start=1):
         try:
             texts.append(text_of(record, text_field))
             num_characters += len(texts[-1])
@@ -275,99 +275,6 @@ def _json_blocks(path: str, chunks: Iterable[bytes], text_field: str) -> Iterato
             texts, bad, num_characters = [], [], 0
     if texts or bad:
         yield Block(path, texts=tuple(texts), bad=tuple(bad))
-
-
-def _json_values(chunks: Iterable[bytes]) -> Iterator[Any]:
-    """The values of one JSON list, or of JSON values in a row."""
-    reader = _JsonReader(chunks)
-    if reader.next_character() != "[":
-        while reader.next_character():
-            yield reader.value()
-        return
-    reader.position += 1
-    closed = reader.next_character() == "]"
-    while not closed:
-        yield reader.value()
-        separator = reader.next_character()
-        if separator not in (",", "]"):
-            reader.fail("expected ',' or ']' after a record" if separator else "the list is not closed; was it cut off?")
-        reader.position += 1
-        closed = separator == "]"
-    reader.position += closed and reader.position < len(reader.text) and reader.text[reader.position] == "]"
-    if reader.next_character():
-        reader.fail("something follows the list")
-
-
-class _JsonReader:
-    """A window of JSON text that grows as a value needs it and forgets what was read."""
-
-    def __init__(self, chunks: Iterable[bytes]) -> None:
-        self.text = ""
-        self.position = 0
-        self._line = 1  # of the window's first character
-        self._chunks = _decoded(chunks)
-
-    def next_character(self) -> str:
-        """Skip blank space; the character there, or "" at the end of the file."""
-        while True:
-            while self.position < len(self.text) and self.text[self.position] in " \t\r\n":
-                self.position += 1
-            if self.position < len(self.text):
-                return self.text[self.position]
-            if not self._grow():
-                return ""
-
-    def value(self) -> Any:
-        """The next JSON value; the position moves behind it."""
-        self.next_character()
-        while True:
-            try:
-                value, end = _DECODE(self.text, self.position)
-            except json.JSONDecodeError as error:
-                unfinished = len(self.text[error.pos :].lstrip()) < 10 or error.msg.startswith("Unterminated")
-                if not (unfinished and self._grow()):
-                    self.fail(f"invalid JSON: {error.msg}", error.pos)
-                continue
-            if end == len(self.text) and self.text[end - 1] not in '}]"' and self._grow():
-                continue  # a number may go on in the next chunk
-            self.position = end
-            return value
-
-    def fail(self, why: str, position: int | None = None) -> NoReturn:
-        """Raise DataError naming the line."""
-        line = self._line + self.text.count("\n", 0, self.position if position is None else position)
-        raise DataError(f"line {line}: {why}")
-
-    def _grow(self) -> bool:
-        """Double the unread text; False at the end of the file."""
-        self._line += self.text.count("\n", 0, self.position)
-        self.text, self.position = self.text[self.position :], 0
-        if len(self.text) > LONGEST_RECORD_BYTES:
-            self.fail(f"a record is longer than {LONGEST_RECORD_BYTES:,} characters")
-        wanted = 2 * len(self.text) + 1
-        parts, length = [self.text], len(self.text)
-        for chunk in self._chunks:
-            parts.append(chunk)
-            length += len(chunk)
-            if length >= wanted:
-                break
-        grown = length > len(self.text)
-        self.text = "".join(parts)
-        return grown
-
-
-def _decoded(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Chunks of UTF-8 as text.  Raises DataError naming the byte where it is none."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    offset = 0
-    for chunk in chunks:
-        try:
-            yield decoder.decode(chunk)
-        except UnicodeDecodeError as error:
-            raise DataError(f"invalid UTF-8 near byte {offset + error.start:,}; convert the file to UTF-8") from error
-        offset += len(chunk)
-    if decoder.getstate()[0]:
-        raise DataError("the file ends inside a UTF-8 character; was it cut off?")
 
 
 def _parquet_blocks(file: InputFile, raw: BinaryIO, text_field: str) -> Iterator[Block]:
@@ -410,7 +317,7 @@ def parse_lines(block: Block, text_field: str) -> tuple[list[str], list[BadRecor
             bad.append(BadRecord(block.path, f"line {number}", f"invalid UTF-8 (byte {error.start} of the line)"))
         except json.JSONDecodeError as error:
             bad.append(BadRecord(block.path, f"line {number}", f"invalid JSON: {error.msg} (column {error.colno})"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             bad.append(BadRecord(block.path, f"line {number}", str(error)))
     return texts, bad
 
@@ -430,7 +337,7 @@ def text_of(record: Any, text_field: str) -> str:
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     if text_field not in record:
-        raise ValueError(f"no field {text_field!r}; its fields are {', '.join(map(str, record)) or '(none)'}; see --field")
+        raise ValueError(f"no field {text_field!r} (see --field); its fields are {', '.join(record) or '(none)'}")
     text = record[text_field]
     if isinstance(text, list) and all(isinstance(part, str) for part in text):
         text = "\n".join(text)

@@ -1,10 +1,10 @@
 """The part of SentencePiece's `.model` file we need, read and written without protobuf.
 
-A `.model` is one protobuf message.  On the wire a message is a list of fields: a varint key `number << 3 | wire`
-followed by a varint (wire 0), eight bytes (1), a length and that many bytes (2), or four bytes (5).  Repeated fields are
-simply repeated, wherever they stand, and for a scalar the last one wins.  Two useful things follow: reading takes
-twenty lines, and *appending an encoded piece to the bytes appends it to the vocabulary*, which is how one model's pieces
-are added to another's (`tokenizer_extend`).
+A `.model` is one protobuf message.  On the wire a message is a list of fields: a varint key `number << 3 | wire`, then
+a varint (wire 0), eight bytes (1), a length and that many bytes (2), or four bytes (5).  Repeated fields are simply
+repeated, wherever they stand; for a scalar the last one wins.  Two useful things follow: reading takes twenty lines,
+and *appending an encoded piece to the bytes appends it to the vocabulary*, which is how one model's pieces are added to
+another's (`tokenizer_extend`).
 
 Field numbers and defaults: sentencepiece_model.proto (github.com/google/sentencepiece, Apache-2.0).
 """
@@ -66,14 +66,16 @@ def read_model(path: str | Path) -> SentencePieceModel:
 
 def parse_model(data: bytes) -> SentencePieceModel:
     """Bytes of a `.model` -> its pieces and settings (see `SentencePieceModel`)."""
-    pieces, trainer, normalizer = [], {}, {}
+    pieces: list[Piece] = []
+    trainer: dict[int, WireValue] = {}
+    normalizer: dict[int, WireValue] = {}
     for number, value in _fields(data):
         if number == 1:
             pieces.append(_parse_piece(_bytes(value)))
         elif number == 2:
-            trainer = dict(_fields(_bytes(value)))
+            trainer.update(_fields(_bytes(value)))
         elif number == 3:
-            normalizer = dict(_fields(_bytes(value)))
+            normalizer.update(_fields(_bytes(value)))
     if not pieces:
         raise ValueError("no pieces")
     return SentencePieceModel(
@@ -94,7 +96,20 @@ def encode_piece(piece: Piece) -> bytes:
     body = b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", piece.score)
     if piece.type != NORMAL:
         body += b"\x18" + _varint(piece.type)
-    return b"\x0a" + _varint(len(body)) + body
+    return _nested(1, body)
+
+
+def with_settings(data: bytes, *, vocab_size: int | None = None, dummy_prefix: bool | None = None) -> bytes:
+    """A model with settings replaced: a message met twice is merged by its readers, so what is appended wins."""
+    if vocab_size is not None:
+        data += _nested(2, b"\x20" + _varint(vocab_size))  # trainer_spec.vocab_size
+    if dummy_prefix is not None:
+        data += _nested(3, b"\x18" + _varint(dummy_prefix))  # normalizer_spec.add_dummy_prefix
+    return data
+
+
+def _nested(number: int, body: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(body)) + body
 
 
 def _parse_piece(data: bytes) -> Piece:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer_base import Tokenizer
 from engine.errors import DataError
 
 END_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|im_end|>")  # where no config names one
@@ -25,7 +25,7 @@ END_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|im_end|>") 
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`, given as the file or as the folder that holds it."""
 
-    kind = "huggingface"
+    kind = "hf"
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)

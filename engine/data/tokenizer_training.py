@@ -30,8 +30,9 @@ def train_tokenizer(
 ) -> Path:
     """Train on documents and write `<output>.model` (and `.vocab`); returns the model's path.
 
-    `character_coverage` is the share of characters that get a piece of their own, the rest being bytes; `max_lines` lines,
-    drawn evenly, bound memory.  Raises RequestError where the vocabulary is too small, or too large for the text.
+    `character_coverage` is the share of characters that get a piece of their own, the rest being bytes; `max_lines`
+    lines, drawn evenly, bound memory.  Raises RequestError where the vocabulary is too small, or too large for the
+    text.
     """
     if vocab_size <= NUM_RESERVED:
         raise RequestError(
