@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 from engine import __version__
 from engine.errors import OctantError
 
+TEXT_FILES = ".txt .jsonl .json .parquet, each also .gz or .zst"
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with the nearest name where a word is not known."""
@@ -74,8 +76,8 @@ def _tokenizer(p: Parser) -> None:
         ("verify", "compare a model with its Hugging Face export on text files",
          "tokenizer verify data/*.txt --tokenizer tok.model"))
     for action in (train, verify):
-        action.add_argument("files", nargs="+", metavar="FILE", help=".txt .jsonl .json .parquet, each also .gz or .zst")
-        action.add_argument("--field", default="text", help="key of the text in JSON and parquet (default: %(default)s)")
+        action.add_argument("files", nargs="+", metavar="FILE", help=TEXT_FILES)
+        action.add_argument("--field", default="text", help="key of the text in JSON and parquet (default: text)")
     train.add_argument("--vocab-size", type=int, required=True)
     train.add_argument("--output", required=True, help="the .model file to write")
     extend.add_argument("model", metavar="MODEL", help="the .model whose ids stay as they are")
@@ -87,7 +89,7 @@ def _tokenizer(p: Parser) -> None:
 
 
 def _prepare(p: Parser) -> None:
-    p.add_argument("files", nargs="+", metavar="FILE", help=".txt .jsonl .json .parquet, each also .gz or .zst")
+    p.add_argument("files", nargs="+", metavar="FILE", help=TEXT_FILES)
     p.add_argument("--tokenizer", required=True, metavar="T",
                    help="a .model, a Hugging Face tokenizer folder or tokenizer.json, or `bytes`")
     p.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx, PREFIX.json")
