@@ -58,9 +58,9 @@ class Console:
 
     def evaluation(self, step: int, valid_loss: float) -> None:
         """One line for an evaluation."""
-        perplexity = f"{math.exp(valid_loss):.4g}" if valid_loss < 700 else "inf"
-        self._print(f"{_position(step, self.total_steps)} │ validation loss {valid_loss:.4f} │ perplexity {perplexity}",
-                    style="cyan")
+        perplexity = math.inf if valid_loss > 700 else math.exp(valid_loss)
+        self._print(f"{_position(step, self.total_steps)} │ validation loss {valid_loss:.4f} │ "
+                    f"perplexity {perplexity:.4g}", style="cyan")
 
     def checkpoint(self, step: int, path: object, seconds: float | None = None) -> None:
         """One line for a checkpoint; `seconds` is how long training waited for it."""
@@ -105,6 +105,8 @@ class Console:
         self._bar.start()
 
     def _print(self, line: str, style: str = "") -> None:
+        encoding = self._stream.encoding or "utf-8"
+        line = line.encode(encoding, "replace").decode(encoding)          # a log in ASCII must not end the run
         if self._bar is not None:
             self._bar.console.print(Text(line, style=style), soft_wrap=True)
         else:

@@ -103,8 +103,8 @@ class TensorboardSink:
 
     def __init__(self, run_dir: Path, resumed_step: int = 0) -> None:
         _require("tensorboard", "log.tensorboard=false")
-        from torch.utils.tensorboard import SummaryWriter
-        self._writer = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resumed_step + 1)
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        self._writer = writer(str(Path(run_dir) / "tensorboard"), purge_step=resumed_step + 1)
 
     def log(self, record: Record) -> None:
         for name, value in _scalars(record):
