@@ -7,12 +7,13 @@ chunk?  And does it get to the end: a walk through the programs must not stop be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 from engine.errors import ConfigError
 from engine.parallel.pipeline.action import Action, Kind
 from engine.parallel.pipeline.program import Program, Schedule, missing_input, walk
 
-GRID_COLUMNS = 11                                            # as much of the programs as a terminal shows
+GRID_WIDTH = 100                                             # characters, without the ranks
 
 
 def validate(schedule: Schedule) -> None:
@@ -43,11 +44,12 @@ def program_grid(programs: Sequence[Program], rank: int, position: int) -> str:
 
     `position` may be one past the end of the program: the mark then stands where something is missing.
     """
-    first = max(0, position - GRID_COLUMNS // 2)
-    columns = range(first, first + GRID_COLUMNS)
+    width = 2 + max(len(str(action)) for program in programs for action in program)      # with the brackets
+    num_columns = GRID_WIDTH // (width + 1)
+    first = max(0, position - num_columns // 2)
+    columns = range(first, first + num_columns)
     rows = [[str(program[i]) if i < len(program) else "" for i in columns] for program in programs]
     rows[rank][position - first] = f"[{rows[rank][position - first] or 'end'}]"
-    width = max(len(cell) for row in rows for cell in row)
     lines = ["position " + " ".join(f"{i:^{width}}" for i in columns)]
     lines += [f"rank {i:<3} " + " ".join(f"{cell:^{width}}" for cell in row) for i, row in enumerate(rows)]
     lines[rank + 1] = lines[rank + 1].rstrip() + "  <-- here"
@@ -70,18 +72,26 @@ def _check_progress(schedule: Schedule) -> None:
     for rank, action in walk(schedule):
         position[rank] += 1
         done.update(action.parts)
-    stuck: list[tuple[int, str]] = []
+    waits: list[tuple[float, int, str]] = []                 # how far ahead what it waits for is, rank, in words
     for rank, program in enumerate(schedule.programs):
         if position[rank] == len(program):
             continue
         action = program[position[rank]]
         missing = missing_input(schedule, action, done, waiting=())
-        if missing in program[position[rank]:]:              # no other rank is to blame
+        assert missing is not None
+        owner = schedule.placement[missing.chunk]
+        ahead = _distance(schedule.programs[owner][position[owner]:], missing)
+        if owner == rank and ahead < inf:                    # no other rank is to blame
             raise _error(schedule, rank, position[rank], f"{action} comes before {missing}")
-        stuck.append((rank, f"rank {rank} waits at {action} for {missing}"))
-    if stuck:
-        rank = stuck[0][0]
-        raise _error(schedule, rank, position[rank], "deadlock: " + ", ".join(text for _, text in stuck))
+        waits.append((ahead, rank, f"\n  rank {rank} waits at {action} for {missing}"))
+    if waits:
+        _, rank, _ = max(waits)                              # likely the one that is out of order
+        raise _error(schedule, rank, position[rank], "deadlock" + "".join(text for _, _, text in waits))
+
+
+def _distance(program: Sequence[Action], wanted: Action) -> float:
+    """How many actions come before `wanted`; infinity where it does not come at all."""
+    return next((i for i, action in enumerate(program) if wanted in action.parts), inf)
 
 
 def _error(schedule: Schedule, rank: int, position: int, problem: str) -> ConfigError:
