@@ -151,7 +151,7 @@ def _require(package: str, without: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise RequestError(f"The configuration logs to {package}, which isn't installed here ({error}). "
-                           f'Install it with `pip install -e ".[viz]"`, or set {without}.') from error
+                           f"Install it with pip install 'octant[viz]', or set {without}.") from error
 
 
 def open_sinks(log_config: LogConfig, run_dir: Path, resumed_step: int = 0) -> list[Sink]:

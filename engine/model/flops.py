@@ -1,16 +1,16 @@
 """Parameters and floating-point operations of a model, counted from its configuration.
 
-A matrix product of `[tokens, n]` with `[n, m]` costs `2·tokens·n·m` operations: one multiplication and one addition for
-each weight and token.  Training does three such products per weight: the forward pass, the gradient of the input and the
-gradient of the weight.  Hence, per token,
+A matrix product of `[tokens, n]` with `[n, m]` costs `2·tokens·n·m` operations: one multiplication and one addition
+for each weight and token.  Training does three such products per weight: the forward pass, the gradient of the input
+and the gradient of the weight.  Hence, per token,
 
     matrices   = 6 · N_matmul
 
-where N_matmul counts the weights that take part in a matrix product: the blocks and the LM head.  The input embedding is
-a table look-up and costs nothing; a tied LM head still multiplies, so it counts.  Norms and biases are left out (one part
-in ten thousand).
+where N_matmul counts the weights that take part in a matrix product: the blocks and the LM head.  The input embedding
+is a table look-up and costs nothing; a tied LM head still multiplies, so it counts.  Norms and biases are left out (one
+part in ten thousand).
 
-Attention multiplies activations with activations.  For one query of a layer with `num_heads · head_dim = h`, the scores
+Attention multiplies activations with activations.  For one query of a layer with `h = num_heads · head_dim`, the scores
 `q·k` against s keys cost `2·s·h` and the weighted sum of the values again `2·s·h`; with the backward pass (twice the
 forward) that is `12·s·h`.  A causal query attends to `s/2` keys on average:
 
@@ -21,8 +21,8 @@ Grouped-query attention shares keys and values among queries; it changes N_matmu
 counts query heads.  Recomputed activations do not count: model FLOPs measure useful work, so recomputation lowers the
 utilisation and never raises it.
 
-The two conventions differ by 2 % (65B at 2k tokens) to 34 % (13B at 32k tokens), so whoever prints a number names the one
-it uses.  Octant's records and console use the causal one.
+The two conventions differ by 2 % (65B at 2k tokens) to 34 % (13B at 32k tokens), so whoever prints a number names the
+one it uses.  Octant's records and console use the causal one.
 """
 
 from __future__ import annotations
