@@ -136,7 +136,14 @@ class SourceConfig(Section):
 
     path: str
     weight: Positive = 1.0                                   # relative to the other sources
-    max_epochs: Positive | None = None                       # refuse to repeat the corpus more often than this
+    epochs: Positive | None = None                           # instead of `weight`: in proportion to epochs × size
+    max_epochs: Positive | None = None                       # leave the mixture after so many
+
+    @model_validator(mode="after")
+    def _weight_or_epochs(self) -> SourceConfig:
+        if self.epochs is not None and self.weight != 1.0:
+            raise ValueError(f"{self.path} has weight {self.weight} and epochs {self.epochs}; give one of them")
+        return self
 
 
 class DataConfig(Section):
@@ -147,7 +154,7 @@ class DataConfig(Section):
     train: tuple[SourceConfig, ...] = ()
     valid: tuple[SourceConfig, ...] = ()
     document_mask: bool = False                              # attention does not cross documents
-    skip: tuple[tuple[NonNegative, NonNegative], ...] = ()   # consumed-sample ranges [a, b) passed over
+    skip: tuple[tuple[NonNegative, NonNegative], ...] = ()   # ranges [a, b) of samples to leave out
 
 
 class BatchConfig(Section):

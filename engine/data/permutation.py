@@ -1,17 +1,18 @@
 """A shuffle without a shuffled list: pseudo-random permutations of range(n) computed one element at a time.
 
-Shuffling n samples usually means storing n indices, built at start, saved, and rebuilt whenever anything changes.  A Feistel network
-gives the same thing as arithmetic.  Write an index as a pair (left, right) with left in Z_a and right in Z_b, a·b ≥ n, and apply
-rounds
+Shuffling n samples usually means storing n indices, built at start, saved, and rebuilt whenever anything
+changes.  A Feistel network gives the same thing as arithmetic.  Write an index as a pair (left, right) with
+left in Z_a and right in Z_b, a·b ≥ n, and apply rounds
 
     left  ← (left  + F(key_0, right)) mod a
     right ← (right + F(key_1, left))  mod b
     …
 
-Each round changes one half by a function of the *other* half, so it can be undone whatever F is: the network is a permutation of
-Z_a × Z_b, and with a good keyed F and enough rounds it looks random (Luby and Rackoff 1988).  Taking a = ⌈√n⌉ and b = ⌈n/a⌉ makes a·b exceed n by
-less than √n + 1.  *Cycle walking* removes even that excess: apply the network again until the result is below n; the path from an element below n
-must come back below n because the network is a permutation (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+Each round changes one half by a function of the *other* half, so it can be undone whatever F is: the network is
+a permutation of Z_a × Z_b, and with a good keyed F and enough rounds it looks random (Luby and Rackoff 1988).
+Taking a = ⌈√n⌉ and b = ⌈n/a⌉ makes a·b exceed n by less than √n + 1.  *Cycle walking* removes even that excess:
+apply the network again until the result is below n; the path from an element below n must come back below n
+because the network is a permutation (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 
 So element i costs a few multiplications, memory is a handful of keys, and nothing is ever built, saved or resumed.
 """
@@ -33,7 +34,7 @@ _MULTIPLIER_0, _MULTIPLIER_1 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmi
 
 
 def derive_key(*parts: int | str) -> bytes:
-    """A key from a name, e.g. `derive_key(seed, source, epoch)`: the same on every machine and in every version of Python."""
+    """A key from a name, e.g. `derive_key(seed, source, epoch)`: the same on every machine."""
     text = "\0".join(f"{type(part).__name__}:{part}" for part in parts)
     return hashlib.blake2b(text.encode(), digest_size=8 * NUM_ROUNDS, person=b"octant-order").digest()
 
@@ -41,10 +42,10 @@ def derive_key(*parts: int | str) -> bytes:
 class Permutation:
     """The permutation of range(num_items) that belongs to a key from `derive_key`.
 
-    `p(i)` takes an int or an integer array with 0 ≤ i < num_items; `p.inverse` undoes it.  Raises IndexError outside that range.
-    """
+    `p(i)` takes an int or an integer array with 0 ≤ i < num_items; `p.inverse` undoes it.  Raises IndexError
+    outside that range. """
 
-    __slots__ = ("num_items", "_keys", "_rounds", "_num_left", "_num_right")
+    __slots__ = ("_keys", "_num_left", "_num_right", "_rounds", "num_items")
 
     def __init__(self, num_items: int, key: bytes) -> None:
         if not 1 <= num_items <= MAX_ITEMS:
@@ -95,7 +96,9 @@ class Permutation:
 
     def _walk_array(self, values: npt.NDArray[np.integer], inverse: bool) -> npt.NDArray[np.int64]:
         if values.size and not (0 <= int(values.min()) and int(values.max()) < self.num_items):
-            raise IndexError(f"indices {int(values.min())} to {int(values.max())} are outside 0 to {self.num_items - 1}")
+            raise IndexError(
+                f"indices {int(values.min())} to {int(values.max())} are outside 0 to {self.num_items - 1}"
+            )
         network = self._backward_array if inverse else self._forward_array
         result = network(values.astype(np.uint64).reshape(-1))
         outside = np.flatnonzero(result >= self.num_items)

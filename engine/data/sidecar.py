@@ -1,7 +1,8 @@
-"""`PREFIX.json`, the file beside a corpus that says what it is: which tokenizer made it, how much there is, and every file's hash.
+"""`PREFIX.json`, the file beside a corpus that says what it is: which tokenizer made it, how much there is, and
+every file's hash.
 
-Megatron's format records neither.  With this file training refuses a corpus made by another tokenizer before it starts, and
-`octant data verify` finds a flipped bit.  Foreign Megatron data has none and is read all the same.
+Megatron's format records neither.  With this file training refuses a corpus made by another tokenizer before it
+starts, and `octant data verify` finds a flipped bit.  Foreign Megatron data has none and is read all the same.
 """
 
 from __future__ import annotations
@@ -61,22 +62,30 @@ class Sidecar:
 
     @staticmethod
     def read(prefix: str | os.PathLike[str]) -> Sidecar | None:
-        """The side file of a corpus, or None where there is none.  Raises DataError for one that cannot be understood."""
+        """The side file of a corpus, or None where there is none.  Raises DataError for one that is no side file."""
         path = sidecar_path(prefix)
         try:
             return _parse(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{path}: not a corpus's side file of version {VERSION} ({type(error).__name__}: {error}). "
-                            "Prepare the corpus again, or remove the file to read it as foreign Megatron data, unchecked.") from error
+            raise DataError(
+                f"{path}: not a corpus's side file of version {VERSION} ({type(error).__name__}: {error}). "
+                "Prepare the corpus again, or remove the file to read it as foreign Megatron data, unchecked."
+            ) from error
 
 
 def _parse(fields: dict[str, Any]) -> Sidecar:
     if fields["version"] != VERSION:
         raise ValueError(f"version is {fields['version']}")
     files = {suffix: FileInfo(int(info["bytes"]), str(info["sha256"])) for suffix, info in fields["files"].items()}
-    return Sidecar(TokenizerInfo(**fields["tokenizer"]), int(fields["num_documents"]), int(fields["num_tokens"]), str(fields["dtype"]), files)
+    return Sidecar(
+        TokenizerInfo(**fields["tokenizer"]),
+        int(fields["num_documents"]),
+        int(fields["num_tokens"]),
+        str(fields["dtype"]),
+        files,
+    )
 
 
 def sidecar_path(prefix: str | os.PathLike[str]) -> Path:
@@ -93,6 +102,14 @@ def describe_file(path: str | os.PathLike[str]) -> FileInfo:
     return FileInfo(num_bytes, digest.hexdigest())
 
 
-def make_sidecar(prefix: str | os.PathLike[str], tokenizer: TokenizerInfo, num_documents: int, num_tokens: int, dtype: str) -> Sidecar:
+def make_sidecar(
+    prefix: str | os.PathLike[str], tokenizer: TokenizerInfo, num_documents: int, num_tokens: int, dtype: str
+) -> Sidecar:
     """The side file for a finished corpus: its counts as given, its files hashed."""
-    return Sidecar(tokenizer, num_documents, num_tokens, dtype, {suffix: describe_file(f"{os.fspath(prefix)}{suffix}") for suffix in SUFFIXES})
+    return Sidecar(
+        tokenizer,
+        num_documents,
+        num_tokens,
+        dtype,
+        {suffix: describe_file(f"{os.fspath(prefix)}{suffix}") for suffix in SUFFIXES},
+    )
