@@ -17,9 +17,9 @@ so on to the end.
 **Why it is fast.**  A tensor leaves as soon as it exists, and its RECV stands at the receiver's first pause after
 that rather than right before its use: the message travels while the receiver computes.  An executor that starts both
 without blocking, waits only where the tensor is used, and starts a RECV before the computation it directly follows
-(which keeps the order among messages, hence the argument above) reaches the simulated time.  The simulation behind
-the order gives messages a little time for this reason: without it, SEND and use would fall on the same moment all
-over the pipeline.
+(which keeps the order among messages, hence the argument above) takes the simulated time; with many chunks per rank up
+to 3 % more.  The simulation behind the order gives messages a little time for this reason: without it, SEND and use
+would fall on the same moment all over the pipeline.
 
 Chunks that are neighbours on the same rank (the turn of zb-v, a pipeline of one stage) hand their tensors over
 directly. REDUCE_GRAD stands behind the last action that adds to a chunk's gradients, and behind the SEND of that

@@ -140,7 +140,7 @@ def _ruler(first_column: int, num_columns: int, scale: float) -> str:
 
 def _key(timeline: Timeline, lower_case: bool) -> str:
     kinds = _kinds(timeline)
-    second = ["lower case: second chunk"] if lower_case and timeline.schedule.num_chunks > 1 else []
+    second = ["lower case: every second chunk"] if lower_case and timeline.schedule.num_chunks > 1 else []
     return "   ".join([*(f"{kind} {MEANING[kind]}" for kind in kinds), f"{IDLE} idle", *second])
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from math import inf
 
 from engine.errors import RequestError
 from engine.parallel.pipeline.action import Action, Kind
@@ -33,7 +34,7 @@ class Costs:
     """Times of one microbatch on a whole physical stage, and of one message between ranks; any one unit.
 
     Raises:
-        RequestError: a negative cost, or no work at all.
+        RequestError: a cost that is negative or not finite, or no work at all.
     """
 
     forward: float = 1
@@ -43,8 +44,8 @@ class Costs:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not getattr(self, field.name) >= 0:
-                raise RequestError(f"cost of {field.name} = {getattr(self, field.name)}: a time cannot be negative")
+            if not 0 <= getattr(self, field.name) < inf:
+                raise RequestError(f"cost of {field.name} = {getattr(self, field.name)}: give a time of zero or more")
         if not self.work > 0:
             raise RequestError("forward, backward and weight all cost nothing: give at least one of them a time")
 
@@ -88,8 +89,9 @@ class Timeline:
 
     @property
     def bubble_time(self) -> float:
-        """T - M(F+B+W)."""
-        return self.makespan - self.schedule.num_microbatches * self.costs.work
+        """T - M(F+B+W), free of rounding where that is nothing."""
+        lost = self.makespan - self.schedule.num_microbatches * self.costs.work
+        return lost if lost > 1e-12 * self.makespan else 0.0
 
     @property
     def bubble(self) -> float:

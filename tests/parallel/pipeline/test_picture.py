@@ -48,7 +48,7 @@ def test_the_number_of_letters_is_the_time() -> None:
     text = schedule_grid(timeline("zb-v", 4, 8), width=100)
     row = next(line for line in text.splitlines() if line.startswith("rank 2"))
     assert {letter: row.count(letter) for letter in "FBWfbw"} == dict.fromkeys("FBWfbw", 8)
-    assert "lower case: second chunk" in text
+    assert "lower case: every second chunk" in text
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -92,7 +92,7 @@ def test_the_command_draws_and_names_the_next_one(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(("arguments", "words"), [
     ("zb-v --stages 2 --microbatches 4 --chunks 3", "not 3"),
     ("1f1b --stages 0 --microbatches 4", "stages = 0"),
-    ("1f1b --stages 2 --microbatches 4 --cost-forward -1", "cost of forward = -1"),
+    ("1f1b --stages 2 --microbatches 4 --cost-forward -1", "cost of forward = -1.0"),
     ("1f1b --stages 2 --microbatches 4 --svg /dev/null/x.svg", "cannot write the picture"),
 ])
 def test_a_wrong_request_ends_with_code_2(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

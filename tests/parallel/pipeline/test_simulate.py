@@ -145,7 +145,8 @@ def test_no_schedule_beats_the_laws(name: str, p: int, m: int, work: tuple[int, 
     assert timeline.elapsed >= p * (costs.forward + costs.backward) + 2 * (p - 1) * message - 1e-9
 
 
-@pytest.mark.parametrize("costs", [(-1, 1, 1, 0), (1, 1, 1, -2), (0, 0, 0, 1), (float("nan"), 1, 1, 0)])
+@pytest.mark.parametrize("costs", [(-1, 1, 1, 0), (1, 1, 1, -2), (0, 0, 0, 1), (float("nan"), 1, 1, 0),
+                                   (1, float("inf"), 1, 0)])
 def test_impossible_costs_are_refused(costs: tuple[float, ...]) -> None:
     with pytest.raises(RequestError):
         Costs(*costs)
