@@ -38,7 +38,7 @@ class Planner:
 
     def agree(self, step: int, pieces: Sequence[Piece], save_id: int, ready: bool) -> Agreement:
         """Every rank of the group must call this.  `save_id` counts on the first rank only."""
-        rows = _announcement(pieces)
+        rows = announce(pieces)
         changed = rows.tobytes() != self._announced
         first = rank_in(self._group) == 0
         any_changed, most, latest, earliest, chosen_id, unready = maximum(
@@ -50,7 +50,7 @@ class Planner:
         return Agreement(f"{chosen_id:012x}", not unready, latest == -earliest, self._mine)
 
 
-def _announcement(pieces: Sequence[Piece]) -> np.ndarray:
+def announce(pieces: Sequence[Piece]) -> np.ndarray:
     """`[pieces, 2]`: digest of the box's name, and its bytes."""
     rows = np.zeros((len(pieces), 2), np.int64)
     for row, piece in zip(rows, pieces, strict=True):

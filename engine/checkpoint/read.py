@@ -25,7 +25,7 @@ import torch
 from engine.checkpoint.content_hash import hash_file
 from engine.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint, StoredTensor, decode_manifest
 from engine.checkpoint.pieces import Piece, inside
-from engine.checkpoint.shard import DTYPES, Entry, ShardFile, integer_type
+from engine.checkpoint.shard import DTYPES, Entry, ShardFile, integer_type, memory_of
 from engine.distributed.boxes import Box
 from engine.errors import CheckpointError
 
@@ -251,7 +251,7 @@ class CheckpointReader:
         if not (view.is_contiguous() and contiguous_in(copy.region, copy.entry.box)):
             yield partial(_copy_strided, file, copy, view)
             return
-        memory = view.reshape(-1).view(torch.uint8).numpy().data
+        memory = memory_of(view)
         start = file.locate(copy.entry) + flat_position(copy.region, copy.entry.box) * copy.entry.dtype.itemsize
         for done in range(0, len(memory), READ_BYTES):
             yield partial(file.read_into, memory[done:done + READ_BYTES], start + done)

@@ -106,7 +106,7 @@ def open_checkpoint(path: Path, progress: Progress | None = None) -> CheckpointR
             return reader
         tried.append(f"{candidate}: {'; '.join(problems)}")
     if not tried:
-        raise CheckpointError(f"{path}: no checkpoint there; give one (a folder with {MANIFEST_NAME}), or a run's folder")
+        raise CheckpointError(f"{path}: no checkpoint there; give a folder with {MANIFEST_NAME}, or a run's")
     raise CheckpointError("no checkpoint there is whole:\n  " + "\n  ".join(tried))
 
 
