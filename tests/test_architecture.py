@@ -24,14 +24,14 @@ LEVELS = (
     ("data", "optim", "precision"),
     ("checkpoint", "metrics", "reliability"),
     ("generate", "train"),
-    ("rl", "plan", "checkpoints_tools"),
+    ("rl", "plan", "bench", "checkpoints_tools"),
     ("commands",),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
-OPTIONAL = {"amp_C", "apex", "flash_attn", "matplotlib", "megatron", "orjson", "pyarrow", "rensa", "tensorboard",
+OPTIONAL = {"amp_C", "apex", "fasttext", "flash_attn", "gigatoken", "matplotlib", "megatron", "orjson", "pyarrow", "rensa", "tensorboard",
             "tokenizers", "transformer_engine", "transformers", "triton", "wandb", "zstandard"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 

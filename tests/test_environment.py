@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pathlib import Path
+
 from engine.distributed.environment import child_environment, first_host, launch_environment
 from engine.errors import RequestError
 
@@ -73,10 +75,10 @@ def test_a_world_of_another_size_is_refused() -> None:
 
 
 def test_a_child_reads_what_its_parent_wrote() -> None:
-    environ = child_environment(2, 4, 5555, {"PATH": "/bin"})
+    environ = child_environment(2, 4, Path("/tmp/meeting/store"), {"PATH": "/bin"})
     found = launch_environment(environ)
     assert found is not None
-    assert (found.rank, found.world_size, found.local_rank, found.master_port) == (2, 4, 2, 5555)
+    assert (found.rank, found.world_size, found.local_rank, found.init_method) == (2, 4, 2, "file:///tmp/meeting/store")
     assert found.master_addr == "127.0.0.1" and environ["GLOO_SOCKET_IFNAME"].startswith("lo")
     assert environ["PATH"] == "/bin" and int(environ["OMP_NUM_THREADS"]) >= 1
-    assert child_environment(0, 1, 1, {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+    assert child_environment(0, 1, Path("store"), {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"

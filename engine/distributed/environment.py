@@ -4,7 +4,8 @@ Two launchers are understood.  torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTE
 task per device sets SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID; the rendezvous address is then the first
 host of the step's node list, and the port follows from job and restart, so that a requeued job never meets its
 predecessor's sockets.  Started plainly there is neither, and the caller launches local processes itself, each with
-the variables of `child_environment`.
+the variables of `child_environment`: torchrun's, but for a file (OCTANT_STORE) in which the ranks meet, so that nothing
+listens on the network.
 
 A batch script or an interactive shell inside an allocation has SLURM variables too, but no step of several tasks: that
 counts as started plainly.
@@ -17,6 +18,7 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from engine.errors import RequestError
@@ -28,12 +30,21 @@ FIRST_PORT, NUM_PORTS = 20_000, 10_000                       # below the ports t
 class LaunchEnvironment:
     """This process's place in the job, as its launcher says."""
 
-    launcher: Literal["torchrun", "slurm"]
+    launcher: Literal["torchrun", "slurm", "octant"]
     rank: int
     world_size: int
     local_rank: int
     master_addr: str
     master_port: int
+    store: str | None = None
+
+    @property
+    def init_method(self) -> str:
+        """Where the ranks meet, as `torch.distributed.init_process_group` wants it."""
+        if self.store is not None:
+            return f"file://{self.store}"
+        # torchrun keeps a store of its own that its workers join; torch finds it through the environment
+        return "env://" if self.launcher == "torchrun" else f"tcp://{self.master_addr}:{self.master_port}"
 
     def expect(self, world_size: int) -> None:
         """Refuse a job that came up with fewer or more processes than its configuration asks for.
@@ -52,6 +63,9 @@ def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnviron
     Raises:
         RequestError: a variable is missing or is not a number.
     """
+    if "OCTANT_STORE" in environ:
+        return LaunchEnvironment("octant", _number(environ, "RANK"), _number(environ, "WORLD_SIZE"),
+                                 _number(environ, "LOCAL_RANK"), "127.0.0.1", 0, environ["OCTANT_STORE"])
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return LaunchEnvironment(
             "torchrun", _number(environ, "RANK"), _number(environ, "WORLD_SIZE"), _number(environ, "LOCAL_RANK", "0"),
@@ -64,12 +78,12 @@ def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnviron
     return None
 
 
-def child_environment(rank: int, world_size: int, port: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables of one local process: torchrun's, on the loopback interface, and a fair share of the cores."""
+def child_environment(rank: int, world_size: int, store: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables of one local process: meeting in `store`, on the loopback interface, a fair share of the cores."""
     threads = max(1, available_cores() // world_size)
     return {"OMP_NUM_THREADS": str(threads)} | dict(environ) | {
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": _loopback_interface()}
+        "OCTANT_STORE": str(store), "GLOO_SOCKET_IFNAME": _loopback_interface()}
 
 
 def _loopback_interface() -> str:

@@ -42,8 +42,15 @@ class AdamW:
                   [self.steps[i] for i in rows], fused=True, grad_scale=grad_divisor, found_inf=found_inf,
                   amsgrad=False, beta1=self.config.betas[0], beta2=self.config.betas[1], lr=lr, weight_decay=decay,
                   eps=self.config.eps, maximize=False)
-        for work in [bucket.start_publish() for bucket in self.buckets]:
-            work.wait()
+
+    def num_steps(self) -> int:
+        """Updates made so far; skipped ones do not count."""
+        return int(self.steps[0].item()) if self.steps else 0
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Takes over the count of a checkpoint."""
+        for step in self.steps:
+            step.fill_(num_steps)
 
     def _groups(self) -> Iterator[tuple[float, list[int]]]:
         """Indices of the buckets with each weight decay."""

@@ -20,10 +20,11 @@ from engine.parallel.data.buckets import Bucket
 
 @dataclass(frozen=True)
 class StepSums:
-    """Totals of a step, on every rank, on the device."""
+    """Totals of a step, on every rank, on the device: fp32 scalars."""
 
     loss_sum: Tensor
     grad_norm: Tensor
+    flag: Tensor
 
 
 def squared_norm(buckets: Sequence[Bucket], mesh: Mesh) -> Tensor:
@@ -34,12 +35,20 @@ def squared_norm(buckets: Sequence[Bucket], mesh: Mesh) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(grad) for grad in counted]).square().sum()
 
 
-def sum_over_world(loss: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh) -> StepSums:
-    """Adds up loss and gradient norm; `loss` is None on ranks without the last chunk, and tensor peers share one."""
-    mine = loss if loss is not None and mesh.tensor.index == 0 else torch.zeros((), device=mesh.device)
-    totals = torch.stack((mine.float(), squared_norm(buckets, mesh)))
+def sum_over_world(loss: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh, flag: bool = False) -> StepSums:
+    """Adds up loss and gradient norm over all ranks.
+
+    Args:
+        loss: this rank's summed loss; None on ranks without the last chunk, and tensor peers share one.
+        buckets: with their reductions finished; none where only the loss matters.
+        mesh: all ranks call this.
+        flag: something any rank may want to tell all others, such as a request to stop; they are counted.
+    """
+    nothing = torch.zeros((), device=mesh.device)
+    mine = loss.float() if loss is not None and mesh.tensor.index == 0 else nothing
+    totals = torch.stack((mine, squared_norm(buckets, mesh), nothing + float(flag)))
     all_reduce(totals, mesh.world)
-    return StepSums(totals[0], totals[1].sqrt())
+    return StepSums(totals[0], totals[1].sqrt(), totals[2])
 
 
 def clip_divisor(grad_norm: Tensor, max_norm: float) -> Tensor:

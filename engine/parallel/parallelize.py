@@ -80,6 +80,11 @@ class ParallelModel:
             bucket.finish_reduction()
         return loss
 
+    def publish(self) -> None:
+        """Makes the masters, all shards of them, the weights that the layers use."""
+        for work in [bucket.start_publish() for bucket in self.buckets]:
+            work.wait()
+
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor | None:
         """Summed loss of the microbatches without gradients, as `forward_backward` returns it."""

@@ -100,6 +100,7 @@ def train_layout(config: Config, num_steps: int) -> Result:
             out.gradients = shards(model.buckets, "grad_shard")
         optimizer.step(learning_rate(step, config.steps, config.optim),
                        clip_divisor(sums.grad_norm, config.optim.grad_clip), torch.zeros(()))
+        model.publish()
         out.losses.append(sums.loss_sum.item() * scale)
         out.grad_norms.append(sums.grad_norm.item())
     out.weights = shards(model.buckets, "master")

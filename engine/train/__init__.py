@@ -1,0 +1,1 @@
+"""The training loop: batches in, steps, evaluation, checkpoints, metrics out."""

@@ -1,0 +1,218 @@
+"""The loop.
+
+    trainer = Trainer.start(config, mesh, console)      # model, data, and the checkpoint to go on from
+    trainer.run()                                       # steps, evaluation, checkpoints, metrics
+
+A step is: load this rank's microbatches; run the schedule; sum loss and gradient norm over everybody; clip and update;
+publish the new weights.  The host reads nothing back from the device except on steps that are logged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.checkpoint.compatibility import require_compatible
+from engine.checkpoint.resume import find_latest, open_verified
+from engine.checkpoint.write import CheckpointWriter, SaveReport
+from engine.config import Config
+from engine.data.training_data import TrainingData
+from engine.distributed.mesh import Mesh
+from engine.errors import CheckpointError
+from engine.metrics.console import Console
+from engine.metrics.peaks import peak_tflops
+from engine.metrics.sinks import Sink, open_sinks
+from engine.metrics.throughput import throughput
+from engine.model.flops import flops_per_token
+from engine.optim.adamw import AdamW
+from engine.optim.gradients import StepSums, clip_divisor, sum_over_world
+from engine.optim.schedule import learning_rate
+from engine.parallel.parallelize import parallelize
+from engine.train.batches import load_step
+from engine.train.corpora import Corpora
+from engine.train.state import TrainState
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class Trainer:
+    """A run in progress on this rank.
+
+    Attributes:
+        console, sinks: where progress goes; on rank 0 only.
+        stop_requested: asked after every logged step; when any rank says yes, all save and stop.
+    """
+
+    config: Config
+    mesh: Mesh
+    corpora: Corpora
+    state: TrainState
+    writer: CheckpointWriter
+    console: Console | None
+    sinks: list[Sink]
+    stop_requested: Callable[[], bool]
+    saved_step: int = -1
+
+    @staticmethod
+    def start(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: Callable[[], bool]) -> Trainer:
+        """Builds this rank's part of the run and takes over the checkpoint it goes on from, if there is one.
+
+        Raises:
+            CheckpointError: a checkpoint was asked for, or is there, and none can be used.
+        """
+        model = parallelize(config, mesh)
+        model.initialise(config.run.seed)
+        state = TrainState(model, AdamW(model.buckets, config.optim))
+        directory = Path(config.run.dir)
+        group = dist.group.WORLD if mesh.world.size > 1 else None
+        notes = _take_over(state, config, corpora, directory / CHECKPOINTS, group)
+        writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_, group)
+        console, sinks = None, []
+        if mesh.rank == 0:
+            console = Console(config.steps, first_step=state.step)
+            sinks = open_sinks(config.log, directory, state.step)
+            for note in notes:
+                console.note(note)
+        return Trainer(config, mesh, corpora, state, writer, console, sinks, stop_requested,
+                       saved_step=state.step if state.step else -1)
+
+    def run(self) -> bool:
+        """Trains to `config.steps`; False when it stopped earlier because it was asked to.
+
+        The state at the end, whichever it is, has been saved.
+        """
+        every, stopped = self.config.checkpoint.every, False
+        seconds, steps = 0.0, 0                      # since the last logged step, evaluation and saving left out
+        while self.state.step < self.config.steps and not stopped:
+            start = time.perf_counter()
+            lr, num_tokens, sums = self._step()
+            done, steps = self.state.step, steps + 1
+            record: dict[str, Any] | None = None
+            if done % self.config.log.every == 0 or done == self.config.steps:
+                record, stopped = self._record(lr, num_tokens, sums)
+            seconds += time.perf_counter() - start
+            if record is not None:
+                record |= self._speed(seconds / steps)
+                seconds, steps = 0.0, 0
+            evaluate = self.config.eval.every and self.corpora.valid and done % self.config.eval.every == 0
+            valid_loss = self._evaluate() if evaluate else None
+            self._log(record, valid_loss)
+            if every and done % every == 0 and done < self.config.steps:
+                self._save()
+            self._report_saves(self.writer.poll())
+        if self.saved_step != self.state.step:
+            self._save()
+        self._report_saves(self.writer.wait())
+        return not stopped
+
+    def _step(self) -> tuple[float, float | torch.Tensor, StepSums]:
+        """One step; returns its learning rate, the number of labels that counted, and the totals on the device."""
+        config, state = self.config, self.state
+        batches = load_step(self.corpora.train, state.consumed_samples, config, self.mesh)
+        loss = state.model.forward_backward(batches.microbatches, 1 / batches.num_tokens)
+        sums = sum_over_world(loss, state.model.buckets, self.mesh, self.stop_requested())
+        lr = learning_rate(state.step + 1, config.steps, config.optim)
+        found_inf = torch.isfinite(sums.grad_norm).logical_not().float()
+        state.optimizer.step(lr, clip_divisor(sums.grad_norm, config.optim.grad_clip), found_inf)
+        state.model.publish()
+        state.step += 1
+        state.consumed_samples += config.batch.global_
+        return lr, batches.num_tokens, sums
+
+    def _record(self, lr: float, num_tokens: float | torch.Tensor, sums: StepSums) -> tuple[dict[str, Any], bool]:
+        """The metrics of the step just done, and whether anybody asked to stop; waits for the device."""
+        state, device = self.state, self.mesh.device
+        loss_sum, grad_norm, flag = torch.stack((sums.loss_sum, sums.grad_norm, sums.flag)).tolist()
+        record = {"step": state.step, "loss": loss_sum / float(num_tokens), "grad_norm": grad_norm, "lr": lr,
+                  "tokens": state.consumed_samples * self.config.data.seq_len,
+                  "consumed_samples": state.consumed_samples,
+                  "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+                  "skipped": state.step - state.optimizer.num_steps()}
+        return record, flag > 0
+
+    def _speed(self, step_seconds: float) -> dict[str, Any]:
+        """The metrics that follow from the mean duration of the latest steps."""
+        config, device = self.config, self.mesh.device
+        peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        speed = throughput(config.batch.global_ * config.data.seq_len, step_seconds,
+                           flops_per_token(config.model, config.data.seq_len), self.mesh.world.size, peak)
+        return {"step_seconds": step_seconds, **speed.record()}
+
+    def _evaluate(self) -> float:
+        """Mean loss per label over `eval.batches` global batches of the held-out corpora, always the same ones."""
+        loss_sum, num_tokens = torch.zeros((), device=self.mesh.device), 0.0
+        assert self.corpora.valid is not None
+        for batch in range(self.config.eval.batches):
+            batches = load_step(self.corpora.valid, batch * self.config.batch.global_, self.config, self.mesh)
+            loss = self.state.model.evaluate(batches.microbatches)
+            loss_sum += sum_over_world(loss, [], self.mesh).loss_sum
+            num_tokens += float(batches.num_tokens)
+        return loss_sum.item() / num_tokens
+
+    def _log(self, record: dict[str, Any] | None, valid_loss: float | None) -> None:
+        if self.console is None:
+            return
+        if record is not None:
+            self.console.step(record)
+        if valid_loss is not None:
+            record = (record or {"step": self.state.step}) | {"valid_loss": valid_loss}
+            self.console.evaluation(self.state.step, valid_loss)
+        for sink in self.sinks if record is not None else ():
+            sink.log(record)
+
+    def _save(self) -> None:
+        metadata = self.state.metadata(self.config, self.corpora.fingerprint())
+        self.writer.save(self.state.step, self.state.pieces(), metadata)
+        self.saved_step = self.state.step
+
+    def _report_saves(self, reports: list[SaveReport]) -> None:
+        for report in reports if self.console is not None else ():
+            if report.error is not None:
+                self.console.warning(f"step {report.step} was not saved: {report.error}")
+            else:
+                self.console.checkpoint(report.step, report.path, report.stalled_seconds)
+
+    def close(self) -> None:
+        """Closes what writes to files."""
+        if self.console is not None:
+            self.console.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+def _take_over(state: TrainState, config: Config, corpora: Corpora, directory: Path, group: Any) -> list[str]:
+    """Loads what `checkpoint.resume` and `checkpoint.load` ask for; returns what a person should know of it."""
+    asked = config.checkpoint
+    current = state.metadata(config, corpora.fingerprint())
+    notes: list[str] = []
+    reader = None
+    if asked.resume == "auto":
+        reader, skipped = find_latest(directory, group)
+        notes += [f"checkpoint of {entry}" for entry in skipped]
+    elif asked.resume != "never":
+        reader = _open(Path(asked.resume), group)
+    if reader is not None:
+        differing = require_compatible(reader.metadata, current)
+        state.load(reader)
+        notes += [f"changed since the checkpoint: {difference}" for difference in differing]
+        notes.append(f"resumed from {reader.path} (step {state.step}, {state.consumed_samples} samples consumed)")
+    elif asked.load is not None:
+        reader = _open(Path(asked.load), group)
+        require_compatible(reader.metadata, current, weights_only=True)
+        state.load_weights(reader)
+        notes.append(f"weights from {reader.path}")
+    return notes
+
+
+def _open(path: Path, group: Any) -> Any:
+    reader, problems = open_verified(path, group)
+    if reader is None:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
+    return reader
