@@ -99,6 +99,8 @@ def _prepare(p: Parser) -> None:
                    help="what to do with a record that cannot be read (default: %(default)s)")
     p.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True,
                    help="end every document with the end-of-document id (default: on)")
+    p.add_argument("--backend", choices=("auto", "reference"), default="auto",
+                   help="auto: gigatoken where it is installed and gives the same ids (default: %(default)s)")
 
 
 def _data(p: Parser) -> None:
@@ -178,8 +180,7 @@ def _schedule(p: Parser) -> None:
 
 
 def _bench(p: Parser) -> None:
-    p.add_argument("action", metavar="WHAT", choices=("mfu", "kernels", "data", "checkpoint", "generate"),
-                   help="mfu, kernels, data, checkpoint or generate")
+    p.add_argument("action", metavar="WHAT", choices=("matmul",), help="matmul: the speed of plain matrix products")
     p.add_argument("rest", nargs=argparse.REMAINDER, metavar="…", help="options of that benchmark; try --help after it")
 
 
@@ -229,7 +230,7 @@ VERBS = (
          "schedule 1f1b --stages 4 --microbatches 8", _schedule),
     Verb("rehearse", "one rank of a job of any size, alone, with its real memory and time",
          "rehearse configs/llama-65b.yaml --rank 0 --world 2048", _rehearse),
-    Verb("bench", "measured tables", "bench mfu", _bench),
+    Verb("bench", "measured tables", "bench matmul", _bench),
     Verb("report", "report.html and pictures of a run", "report runs/x", _report),
     Verb("doctor", "the environment, and what is used of it; paste it into an issue", "doctor", _doctor),
 )

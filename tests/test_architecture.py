@@ -31,8 +31,8 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
-OPTIONAL = {"amp_C", "apex", "fasttext", "flash_attn", "gigatoken", "matplotlib", "megatron", "orjson", "pyarrow", "rensa", "tensorboard",
-            "tokenizers", "transformer_engine", "transformers", "triton", "wandb", "zstandard"}
+OPTIONAL = {"amp_C", "apex", "fasttext", "flash_attn", "gigatoken", "matplotlib", "megatron", "pyarrow", "rensa",
+            "tensorboard", "tokenizers", "transformer_engine", "transformers", "triton", "wandb", "zstandard"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

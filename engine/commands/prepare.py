@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> int:
         text_field=args.field,
         on_error=args.on_error,
         append_eod=args.append_eod,
+        backend=args.backend,
     )
     seconds = time.monotonic() - start
     print(

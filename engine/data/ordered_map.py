@@ -9,7 +9,6 @@ at each end, a parent that is killed closes them all and the workers leave by th
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -22,11 +21,6 @@ from engine.errors import OctantError, WorkerError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 AHEAD = 4  # items per worker that may be under way or waiting for their turn
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ordered_map(

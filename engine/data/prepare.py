@@ -22,13 +22,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.fast_backend import FastTokenizer, accelerated
 from engine.data.indexed import best_dtype
-from engine.data.ordered_map import available_cores, ordered_map
+from engine.data.ordered_map import ordered_map
 from engine.data.parts import NUM_EXAMPLES, Counts, Documents, Parts, Position
 from engine.data.progress import Progress
 from engine.data.readers import BadRecord, Block, InputFile, expand_inputs, parse_lines, read_blocks
 from engine.data.sidecar import TokenizerInfo
 from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.distributed.environment import available_cores
 from engine.errors import DataError, RequestError
 
 PART_SECONDS = 20.0  # how much work a kill may cost
@@ -66,6 +68,8 @@ class Encoder:
         block = task.block
         texts, bad = parse_lines(block, self.text_field) if block.lines else (list(block.texts), [])
         bad = [*block.bad, *bad]
+        if isinstance(self.tokenizer, FastTokenizer) and texts:
+            self.tokenizer.check(texts[0])
         tokens, lengths = self._encode(texts, block)
         counts = Counts(
             text_bytes=sum(len(text.encode()) for text in texts),
@@ -87,9 +91,10 @@ class Encoder:
         return np.concatenate(arrays or [end[:0]]).astype(self.dtype), lengths
 
 
-def _encoder(spec: str, text_field: str, append_eod: bool, dtype: str) -> Encoder:
+def _encoder(spec: str, backend: str, text_field: str, append_eod: bool, dtype: str) -> Encoder:
     """An Encoder built where it works, so that only these few words travel to a worker."""
-    return Encoder(load_tokenizer(spec), text_field, append_eod, dtype)
+    tokenizer = load_tokenizer(spec)
+    return Encoder(accelerated(tokenizer) if backend == "auto" else tokenizer, text_field, append_eod, dtype)
 
 
 def prepare(
@@ -101,6 +106,7 @@ def prepare(
     text_field: str = "text",
     on_error: str = "stop",
     append_eod: bool = True,
+    backend: str = "auto",
     part_seconds: float = PART_SECONDS,
     say: Callable[[str], None] = print,
 ) -> Counts:
@@ -108,10 +114,13 @@ def prepare(
 
     `workers`: processes, by default one per core; with more than one, a script that calls this needs the usual
     `if __name__ == "__main__"`.  `on_error`: `stop` at the first unusable record, or `skip` it and count.
+    `backend`: `auto` uses gigatoken where it is installed and agrees (`fast_backend`), `reference` never does.
     Raises DataError for the corpus (file and line) and RequestError for the request.
     """
     if on_error not in ("stop", "skip"):
         raise RequestError(f"--on-error {on_error}: use stop or skip")
+    if backend not in ("auto", "reference"):
+        raise RequestError(f"--backend {backend}: use auto or reference")
     if workers is not None and workers < 1:
         raise RequestError(f"--workers {workers}: at least one process is needed")
     inputs = expand_inputs(files)
@@ -122,7 +131,7 @@ def prepare(
     parts = Parts(Path(f"{prefix}.parts"), key_of, dtype, part_seconds)
     if parts.finished:
         say(f"{prefix}: {len(parts.finished)} finished part(s) kept, {parts.total().text_bytes / 1e6:,.0f} MB of text")
-    encoder = functools.partial(_encoder, str(tokenizer), text_field, append_eod, dtype.name)
+    encoder = functools.partial(_encoder, str(tokenizer), backend, text_field, append_eod, dtype.name)
     tasks = _tasks(inputs, parts.end, text_field, loaded.joins_at_newline)
     try:
         with Progress(inputs) as progress:

@@ -100,12 +100,19 @@ def encode_piece(piece: Piece) -> bytes:
 
 
 def with_settings(data: bytes, *, vocab_size: int | None = None, dummy_prefix: bool | None = None) -> bytes:
-    """A model with settings replaced: a message met twice is merged by its readers, so what is appended wins."""
-    if vocab_size is not None:
-        data += _nested(2, b"\x20" + _varint(vocab_size))  # trainer_spec.vocab_size
-    if dummy_prefix is not None:
-        data += _nested(3, b"\x18" + _varint(dummy_prefix))  # normalizer_spec.add_dummy_prefix
-    return data
+    """A model's bytes with settings replaced: added at the end of the message they belong to, where they win."""
+    added = {
+        2: b"" if vocab_size is None else b"\x20" + _varint(vocab_size),  # trainer_spec.vocab_size
+        3: b"" if dummy_prefix is None else b"\x18" + _varint(dummy_prefix),  # normalizer_spec.add_dummy_prefix
+    }
+    out, start = bytearray(), 0
+    for number, value, end in _fields_until(data):
+        if added.get(number):
+            out += _nested(number, _bytes(value) + added[number])
+        else:
+            out += data[start:end]
+        start = end
+    return bytes(out)
 
 
 def _nested(number: int, body: bytes) -> bytes:
@@ -146,13 +153,18 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
 
 def _fields(data: bytes) -> Iterator[tuple[int, WireValue]]:
     """Each field of a message as (number, value): an int for varints, the raw bytes for everything else."""
+    return ((number, value) for number, value, _ in _fields_until(data))
+
+
+def _fields_until(data: bytes) -> Iterator[tuple[int, WireValue, int]]:
+    """`_fields`, and the offset at which each ends."""
     position = 0
     while position < len(data):
         key, position = _read_varint(data, position)
         number, wire = key >> 3, key & 7
         if wire == 0:
             value, position = _read_varint(data, position)
-            yield number, value
+            yield number, value, position
             continue
         if wire == 2:
             size, position = _read_varint(data, position)
@@ -160,7 +172,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, WireValue]]:
             size = 8 if wire == 1 else 4
         else:
             raise ValueError(f"unknown wire type {wire}")
-        if position + size > len(data):
-            raise ValueError("the file ends inside a field")
-        yield number, data[position : position + size]
         position += size
+        if position > len(data):
+            raise ValueError("the file ends inside a field")
+        yield number, data[position - size : position], position

@@ -22,6 +22,7 @@ class Tokenizer(ABC):
     eod_id: int
     pad_id: int | None
     joins_at_newline: bool = False  # a text may be encoded in parts that begin with a line end, with the same ids
+    special_texts: tuple[str, ...] = ()  # how the special ids are written, which plain text may contain by chance
 
     @abstractmethod
     def encode_array(self, text: str, *, continues: bool = False) -> npt.NDArray[np.int32]:

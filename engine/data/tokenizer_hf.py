@@ -38,6 +38,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.name = self.path.parent.name if self.path.name == "tokenizer.json" else self.path.name
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self.special_texts = tuple(token.content for token in added if token.special)
         config = _special_tokens(self.path.parent)
         self.bos_id = self._id_of(config.get("bos_token"))
         self.pad_id = self._id_of(config.get("pad_token"))

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
-from engine.data.sentencepiece_model import BPE, SPACE, SentencePieceModel, read_model
+from engine.data.sentencepiece_model import BPE, CONTROL, SPACE, UNKNOWN, SentencePieceModel, read_model
 from engine.data.tokenizer_base import Tokenizer
 from engine.errors import DataError
 
@@ -44,6 +44,7 @@ class SentencePieceTokenizer(Tokenizer):
         if eod_id is None:
             raise DataError(f"{self.path} has no end-of-sentence piece (</s>), so documents could not be ended")
         self.eod_id = eod_id
+        self.special_texts = tuple(piece.text for piece in self.model.pieces if piece.type in (CONTROL, UNKNOWN))
         self._words = _word_pattern(self.model)
         self.joins_at_newline = self._words is not None and r"\n" in self._words.pattern
         self._space = next((i for i, piece in enumerate(self.model.pieces) if piece.text == SPACE), 0)

@@ -1,7 +1,7 @@
-"""Do three implementations cut a corpus alike: ours, SentencePiece itself, and the folder exported for Hugging Face?
+"""Do all implementations cut a corpus alike: ours, SentencePiece, the folder exported for Hugging Face, gigatoken?
 
 A difference of one id in a million tokens makes a converted model subtly wrong, and nobody notices.  So every document
-and every line of it is encoded three ways and compared id by id.
+and every line of it is encoded every way and compared id by id.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.data.fast_backend import FastTokenizer, accelerated
 from engine.data.hf_export import export_hf_tokenizer
 from engine.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from engine.errors import RequestError
@@ -50,6 +51,9 @@ def verify_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> VerifyReport
         others = {"exported Hugging Face tokenizer": _hugging_face(folder)}
     if isinstance(tokenizer, SentencePieceTokenizer):
         others = {"SentencePiece": tokenizer.processor.encode, **others}
+    fast = accelerated(tokenizer)
+    if isinstance(fast, FastTokenizer):
+        others["gigatoken"] = fast.encode
     report = VerifyReport(num_different=dict.fromkeys(others, 0))
     for text in texts:
         lines = text.split("\n")
