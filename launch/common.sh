@@ -21,7 +21,7 @@ export_settings() {
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
     export CUDA_DEVICE_MAX_CONNECTIONS=1            # kernels start in program order: collectives overlap as written
     export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-    export TORCH_NCCL_TRACE_BUFFER_SIZE=2000        # flight recorder: the last collectives of each rank …
+    export TORCH_FR_BUFFER_SIZE=2000                # flight recorder: the last collectives of each rank …
     export TORCH_NCCL_DUMP_ON_TIMEOUT=1             # … written down when one of them hangs
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1     # without it a restart reads the old round's keys and never meets
     export NCCL_IB_TIMEOUT=22                       # 4 µs × 2^22 = 17 s: a rerouting fabric is not a dead one
@@ -58,8 +58,9 @@ run_job() { # CONFIG [key=value …]
     echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $SLURM_JOB_NUM_NODES nodes, $MASTER_ADDR:$MASTER_PORT"
     srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash launch/node.sh "$@" &
     srun_pid=$!
-    trap 'signal="${signal:-USR1}"; again=yes; kill -USR1 "$srun_pid" 2>/dev/null' USR1
-    trap 'signal=TERM; again=yes; kill -TERM "$srun_pid" 2>/dev/null' TERM
+    # Only the first USR1 is passed on: a second one would break off torchrun's waiting for the ranks.
+    trap 'again=yes; [[ -n $signal ]] || { signal=USR1; kill -USR1 "$srun_pid"; }' USR1
+    trap 'again=yes; signal=TERM; kill -TERM "$srun_pid"' TERM
     while :; do # a trapped signal ends `wait` early
         again="" status=0
         wait "$srun_pid" || status=$?
