@@ -1,0 +1,21 @@
+"""`octant bench NAME [options]`: a table of benchmarks, each with options of its own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+from engine.bench import matmul
+from engine.errors import RequestError
+
+BENCHMARKS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType({
+    "matmul": matmul.run,
+})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Hand the remaining arguments to the benchmark that was named."""
+    if args.action not in BENCHMARKS:
+        raise RequestError(f"there is no benchmark {args.action!r}; there are: {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[args.action](args.rest)
