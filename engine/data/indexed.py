@@ -179,14 +179,14 @@ class IndexedDataset:
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Positions p, `start < p < stop`, at which a document starts: int64, ascending, found by binary search."""
-        starts = _DocumentStarts(self)
-        first, last = bisect_right(starts, start), bisect_left(starts, stop)
-        if first >= last:
+        itemsize, pointers, marks = self.dtype.itemsize, self.sequence_pointers, self.document_indices
+        first = bisect_right(pointers, start * itemsize)
+        last = bisect_left(pointers, stop * itemsize, first)
+        if first == last:
             return np.zeros(0, np.int64)
-        # Slices only: the arrays are unaligned (34 + 4·S), and numpy would copy them whole to index with an array.
-        sequences = np.array(self.document_indices[first:last])
-        pointers = np.array(self.sequence_pointers[sequences[0] : sequences[-1] + 1])
-        return np.unique(pointers[sequences - sequences[0]] // self.dtype.itemsize)
+        # `bisect` and slices only: the arrays are unaligned (34 + 4·S), and numpy would copy them whole to search them.
+        starting = marks[bisect_left(marks, first) : bisect_left(marks, last)] - first
+        return np.unique(pointers[first:last][starting] // itemsize)
 
     def close(self) -> None:
         """Give the file back; reading opens it again."""
@@ -200,19 +200,6 @@ class IndexedDataset:
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
         """Another process opens the files itself."""
         return (IndexedDataset, (self.prefix,))
-
-
-class _DocumentStarts(Sequence[int]):
-    """The start of every document as a sorted sequence, for `bisect`."""
-
-    def __init__(self, dataset: IndexedDataset) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return self._dataset.num_documents
-
-    def __getitem__(self, document: int) -> int:  # type: ignore[override]
-        return self._dataset.document_start(document)
 
 
 class IndexedWriter:

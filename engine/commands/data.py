@@ -1,0 +1,180 @@
+"""`octant data inspect|verify|clean`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from engine.config import load_config
+from engine.data.indexed import IndexedDataset, bin_path, idx_path
+from engine.data.inspect import histogram_lines, segments, share_lines, statistics
+from engine.data.sidecar import Sidecar
+from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.data.training_data import Sample
+from engine.data.verify import num_bytes_to_read, verify
+from engine.errors import DataError, RequestError
+from engine.train.corpora import Corpora
+
+CONFIG_SUFFIXES = (".yaml", ".yml")
+CORPUS_SUFFIXES = (".bin", ".idx")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.action == "clean":
+        from engine.data.cleaning.command import run as clean
+
+        return clean(args)
+    return {"inspect": _inspect, "verify": _verify}[args.action](args)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    if args.target[0].endswith(CONFIG_SUFFIXES):
+        return _inspect_config(args)
+    if args.samples is not None:
+        raise RequestError(
+            f"--samples {args.samples}: a corpus alone has no order of training. Give the CONFIG.yaml of a run."
+        )
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    for target in args.target:
+        prefix = _prefix(target)
+        if args.document is None:
+            _print_statistics(prefix, args.json)
+        else:
+            _print_document(prefix, args.document, tokenizer, args.json)
+    return 0
+
+
+def _prefix(target: str) -> str:
+    """`data/web`, also when it is given as `data/web.bin`."""
+    return target[:-4] if target.endswith(CORPUS_SUFFIXES) else target
+
+
+def _print_statistics(prefix: str, as_json: bool) -> None:
+    dataset, sidecar = IndexedDataset(prefix), Sidecar.read(prefix)
+    found = statistics(dataset)
+    if as_json:
+        fields = asdict(found) | {"prefix": prefix, "mean_length": found.mean_length}
+        print(json.dumps(fields | {"tokenizer": asdict(sidecar.tokenizer) if sidecar else None}, ensure_ascii=False))
+        return
+    print(f"{prefix}: {found.documents:,} documents, {found.tokens:,} tokens ({found.dtype})")
+    if sidecar is not None:
+        made_by = sidecar.tokenizer
+        print(
+            f"tokenizer {made_by.name} ({made_by.kind}, {made_by.vocab_size:,} ids, end of document {made_by.eod_id}, "
+            f"sha256 {made_by.sha256[:12]}…)"
+        )
+    if found.documents:
+        print(f"length {found.shortest:,} to {found.longest:,} tokens, {found.mean_length:,.1f} on average\n")
+        print("\n".join(histogram_lines(found)))
+    print(f"\nnext: octant data inspect {prefix} --document 0 --tokenizer T   |   octant data verify {prefix}")
+
+
+def _print_document(prefix: str, number: int, tokenizer: Tokenizer | None, as_json: bool) -> None:
+    tokens = IndexedDataset(prefix).document(number).tolist()
+    text = tokenizer.decode(tokens) if tokenizer else None
+    if as_json:
+        fields = {"prefix": prefix, "document": number, "tokens": tokens}
+        print(json.dumps(fields | ({"text": text} if tokenizer else {}), ensure_ascii=False))
+        return
+    print(f"{prefix}, document {number}: {len(tokens):,} tokens")
+    print(text if tokenizer else " ".join(map(str, tokens)))
+
+
+def _inspect_config(args: argparse.Namespace) -> int:
+    """The samples a run consumes, or without `--samples` what it takes from every source."""
+    if args.document is not None:
+        raise RequestError(f"--document {args.document}: documents are those of a corpus. Give its PREFIX.")
+    config = load_config(args.target[0], args.target[1:])
+    data = Corpora.open(config).train
+    if args.samples is None:
+        num_samples = config.steps * config.batch.global_
+        shares = data.report(num_samples)
+        if args.json:
+            print("\n".join(json.dumps(asdict(share)) for share in shares))
+            return 0
+        print(f"{config.steps:,} steps of {config.batch.global_:,} samples of {data.seq_len:,} tokens\n")
+        print("\n".join(share_lines(shares)))
+        print(f"\nnext: octant data inspect {args.target[0]} --samples 0:2")
+        return 0
+    first, last = _range(args.samples)
+    spec = args.tokenizer or (None if args.json else config.data.tokenizer)
+    tokenizer = load_tokenizer(spec) if spec else None
+    for index in range(first, last):
+        sample = data.sample(index)
+        if args.json:
+            _print_sample_json(index, sample, tokenizer)
+        else:
+            _print_sample(index, sample, data.source_names[sample.source], tokenizer)
+    return 0
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise RequestError(f"--samples {text}: give A:B for samples A to B - 1, such as 0:8.")
+    return int(first), int(last)
+
+
+def _print_sample_json(index: int, sample: Sample, tokenizer: Tokenizer | None) -> None:
+    tokens = sample.tokens.tolist()
+    fields = {"index": index, "source": sample.source, "window": sample.window, "tokens": tokens}
+    print(json.dumps(fields | ({"text": tokenizer.decode(tokens)} if tokenizer else {}), ensure_ascii=False))
+
+
+def _print_sample(index: int, sample: Sample, name: str, tokenizer: Tokenizer | None) -> None:
+    """What is to be predicted, in segments of one document and one loss mask."""
+    num_targets = len(sample.tokens) - 1
+    print(f"── sample {index}: source {sample.source} ({name}), window {sample.window}, {num_targets:,} targets")
+    for segment in segments(sample):
+        learned = "" if segment.learned else ", not learned"
+        print(f"   document {segment.document}, {len(segment.tokens):,} tokens{learned}")
+        ids = segment.tokens.tolist()
+        print(tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids)))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """Exit 1 when anything is wrong with any of them."""
+    prefixes = [_prefix(target) for target in args.target]
+    for prefix in prefixes:
+        if not bin_path(prefix).exists() and not idx_path(prefix).exists():
+            raise DataError(f"{prefix}: neither {prefix}.bin nor {prefix}.idx is there; give the PREFIX of a corpus.")
+    failed = False
+    with _progress() as progress:
+        task = progress.add_task("verifying", total=sum(map(num_bytes_to_read, prefixes)))
+        for prefix in prefixes:
+            verdict = verify(prefix, _advancer(progress, task))
+            failed |= bool(verdict.problems)
+            if args.json:
+                print(json.dumps(asdict(verdict) | {"whole": not verdict.problems}, ensure_ascii=False))
+            else:
+                print(f"{prefix}: {'DAMAGED' if verdict.problems else 'whole'}")
+                print("".join(f"  {line}\n" for line in (*verdict.problems, *verdict.notes)), end="")
+    if not args.json and failed:
+        print("next: prepare the damaged corpora again, or copy them from where they are whole")
+    elif not args.json:
+        print(f"next: octant data inspect {prefixes[0]}")
+    return 1 if failed else 0
+
+
+def _progress() -> Progress:
+    console = Console(file=sys.stderr)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn("verifying"), *columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _advancer(progress: Progress, task: TaskID) -> Callable[[int], None]:
+    return lambda num_bytes: progress.advance(task, num_bytes)
