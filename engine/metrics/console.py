@@ -44,6 +44,7 @@ class Console:
         self._stream = stream if stream is not None else sys.stdout
         self._clock = clock
         self._times: deque[tuple[int, float]] = deque(maxlen=ETA_WINDOW + 1)
+        self._skipped = None if first_step else 0           # a count; what it was before a resume isn't known here
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if self._stream.isatty() if is_terminal is None else is_terminal:
@@ -52,7 +53,12 @@ class Console:
     def step(self, record: Mapping[str, Any]) -> None:
         """One line for one record of `metrics.jsonl`."""
         self._times.append((record["step"], self._clock()))
-        self._print(step_line(record, self.total_steps, self.seconds_left()))
+        line = step_line(record, self.total_steps, self.seconds_left())
+        skipped = record.get("skipped") or 0
+        if self._skipped is not None and skipped > self._skipped:
+            line += f" │ SKIPPED {skipped - self._skipped}: not finite, weights unchanged"
+        self._skipped = skipped
+        self._print(line)
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"])
 
@@ -119,8 +125,6 @@ def step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float |
              f"grad norm {_number(record.get('grad_norm'), '.3g')}", f"lr {_number(record.get('lr'), '.2e')}",
              f"{_thousands(record.get('tokens_per_second'))} tokens/s", mfu_text(record.get("mfu")),
              f"ETA {duration(seconds_left)}"]
-    if record.get("skipped"):
-        parts.append("SKIPPED: the weights were not updated")
     return " │ ".join(parts)
 
 

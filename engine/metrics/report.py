@@ -67,10 +67,10 @@ def _loss_chart(runs: Sequence[Run]) -> Chart:
     alone = len(runs) == 1
     validation = [Series("validation" if alone else "", run.points("valid_loss"), 1 if alone else index, "dashed")
                   for index, run in enumerate(runs) if run.values("valid_loss")]
-    skipped = [record["step"] for run in runs for record in run.records if record.get("skipped")]
+    skipped = [step for run in runs for step in run.skipped_at()]
     title = "Loss" if alone or not validation else "Loss (dashed: validation)"
     return Chart(title, [*training.series, *validation], clipped=True, marks=skipped,
-                 mark_label="skipped step" if len(skipped) == 1 else "skipped steps", width=1140, height=340)
+                 mark_label="with skipped updates", width=1140, height=340)
 
 
 def _chart(runs: Sequence[Run], key: str, title: str, unit: str, smooth: bool = True, scale: float = 1.0) -> Chart:
@@ -97,24 +97,22 @@ def _wide(runs: Sequence[Run], key: str) -> bool:
 
 def facts(run: Run) -> dict[str, str]:
     """What a reader wants to know about a run, as text."""
-    config, last = run.config, run.records[-1]
+    config = run.config
     model, counts = config.model, count_parameters(config.model)
     batch, losses = config.batch, run.values("loss")
     step_tokens = batch.global_ * config.data.seq_len
     valid = run.points("valid_loss")
     peak_memory = max(run.values("memory_bytes"), default=None)
-    skipped = sum(bool(record.get("skipped")) for record in run.records)
     return {
         "Progress": _progress(run),
         "Loss": f"{_fixed(losses[0])} → {_fixed(losses[-1])}" if losses else "n/a",
         "Validation loss": f"{_fixed(valid[-1][1])} at step {valid[-1][0]:,}" if valid else "not evaluated",
-        "Tokens": f"{number(last['tokens'])} ({last.get('consumed_samples', 0):,} samples)" if "tokens" in last
-                  else "n/a",
+        "Tokens": f"{_rounded(run.latest('tokens'))} ({_rounded(run.latest('consumed_samples'))} samples)",
         "Throughput": f"{_rounded(run.steady('tokens_per_second'))} tokens/s, "
                       f"{_rounded(run.steady('step_seconds'))} s a step (medians)",
         "Utilisation": f"{_rounded(run.steady('tflops_per_device'))} TFLOP/s per device, {mfu_text(run.steady('mfu'))}",
         "Peak memory": "n/a" if peak_memory is None else f"{peak_memory / 2**30:.2f} GiB on rank 0",
-        "Skipped steps": f"{skipped:,}",
+        "Skipped updates": _rounded(run.latest("skipped")),
         "Model": f"{model.num_layers} layers, hidden {model.hidden_size:,}, {model.num_heads} heads "
                  f"({model.num_kv_heads} key-value), FFN {model.ffn_hidden_size:,}, vocabulary {model.vocab_size:,}",
         "Parameters": f"{counts.total:,} ({counts.matmul:,} in matrix products)",
@@ -227,12 +225,11 @@ def _subtitle(runs: Sequence[Run]) -> str:
 
 
 def _tiles(run: Run) -> str:
-    last_valid = next(reversed(run.values("valid_loss")), None)
     tiles = {
-        "last loss": _fixed(next(reversed(run.values("loss")), None)),
-        "validation loss": _fixed(last_valid),
+        "last loss": _fixed(run.latest("loss")),
+        "validation loss": _fixed(run.latest("valid_loss")),
         f"steps of {run.config.steps:,}": f"{run.last_step:,}",
-        "tokens": _rounded(run.records[-1].get("tokens")),
+        "tokens": _rounded(run.latest("tokens")),
         "tokens/s": _rounded(run.steady("tokens_per_second")),
         "TFLOP/s a device": _rounded(run.steady("tflops_per_device")),
         "MFU (causal)": mfu_text(run.steady("mfu")).removeprefix("MFU ").removesuffix(" (causal)"),

@@ -44,6 +44,15 @@ class Run:
         values = [record[key] for record in self.records[1:] or self.records if record.get(key) is not None]
         return median(values) if values else None
 
+    def latest(self, key: str) -> float | None:
+        """The last finite value of `key`."""
+        return next(reversed(self.values(key)), None)
+
+    def skipped_at(self) -> list[int]:
+        """The records' steps at which the count of skipped updates had grown."""
+        counts = [(0, 0), *((record["step"], record["skipped"] or 0) for record in self.records if "skipped" in record)]
+        return [step for (_, before), (step, after) in pairwise(counts) if after > before]
+
     @property
     def last_step(self) -> int:
         return int(self.records[-1]["step"])

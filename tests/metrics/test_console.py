@@ -33,9 +33,16 @@ def test_what_is_unknown_is_said_to_be() -> None:
     assert "MFU n/a (causal)" in line and "loss n/a" in line and line.endswith("ETA –")
 
 
-def test_skipped_step_is_visible() -> None:
-    assert "SKIPPED" in step_line(RECORD | {"skipped": True}, 1000, None)
-    assert "SKIPPED" not in step_line(RECORD | {"skipped": False}, 1000, None)
+@pytest.mark.parametrize(("first_step", "flagged"),
+                         [(0, [False, True, False, True]), (100, [False, False, False, True])])
+def test_updates_skipped_since_the_last_line_are_visible(first_step: int, flagged: list[bool]) -> None:
+    stream = io.StringIO()
+    console = Console(1000, stream, first_step=first_step)
+    for step, skipped in enumerate([0, 1, 1, 3] if first_step == 0 else [1, 1, 1, 3], first_step + 1):
+        console.step(RECORD | {"step": step, "skipped": skipped})
+    lines = stream.getvalue().splitlines()
+    assert ["SKIPPED" in line for line in lines] == flagged
+    assert "SKIPPED 2" in lines[3]
 
 
 @pytest.mark.parametrize(("tokens_per_second", "text"), [

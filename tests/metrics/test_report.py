@@ -62,7 +62,7 @@ def test_facts_of_a_run(tmp_path: Path) -> None:
     assert found["Throughput"] == "1,024 tokens/s, 0.5 s a step (medians)"      # the slow first step does not count
     assert found["Utilisation"] == "0.25 TFLOP/s per device, MFU n/a (causal)"
     assert found["Peak memory"] == "3.00 GiB on rank 0"
-    assert found["Skipped steps"] == "1"
+    assert found["Skipped updates"] == "1"
     assert found["Layout"].startswith("tensor 2 × pipeline 2 × data 2 = 8 ranks; 1f1b")
     assert found["Batch"] == "8 sequences × 64 tokens = 512 tokens a step (micro 1)"
 
