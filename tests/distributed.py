@@ -95,7 +95,8 @@ def _pools() -> dict[int, Pool]:
     return pools
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120) -> list[Any]:
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any,
+                    timeout_seconds: float = 120) -> list[Any]:
     """Runs `function(*args)` on every rank and returns the results by rank; both must pickle."""
     pools = _pools()
     pool = pools.pop(world_size, None) or Pool(world_size)

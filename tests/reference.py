@@ -60,7 +60,8 @@ def train_reference(config: Config, num_steps: int) -> Reference:
     out = Reference([], [], {}, {}, {name: p.detach().clone() for name, p in named.items()})
     for step in range(1, num_steps + 1):
         batch = global_batch(config, step)
-        losses = F.cross_entropy(model(batch.tokens_SB, batch).flatten(0, 1), batch.labels_SB.flatten(), reduction="none")
+        logits = model(batch.tokens_SB, batch).flatten(0, 1)
+        losses = F.cross_entropy(logits, batch.labels_SB.flatten(), reduction="none")
         if batch.loss_mask_SB is not None:
             losses = losses * batch.loss_mask_SB.flatten()
         loss = losses.sum() / num_tokens(batch)

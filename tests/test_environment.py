@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from pathlib import Path
+
+import pytest
 
 from engine.distributed.environment import child_environment, first_host, launch_environment
 from engine.errors import RequestError

@@ -42,14 +42,10 @@ def _world_remedy(config: Config, world_size: int) -> str:
 
 
 def _batch_problems(config: Config, data: int) -> Iterator[str]:
-    parallel, batch = config.parallel, config.batch
+    batch = config.batch
     if batch.global_ % (batch.micro * data):
         yield (f"batch.global({batch.global_}) is not batch.micro({batch.micro}) × data({data}) × a whole number of "
                f"microbatches: make it a multiple of {batch.micro * data}")
-    elif parallel.schedule == "interleaved" and config.num_microbatches % parallel.pipeline:
-        yield (f"the interleaved schedule needs microbatches({config.num_microbatches} = {batch.global_} / "
-               f"({batch.micro} × {data})) to be a multiple of pipeline({parallel.pipeline}): change batch.global or "
-               "use `1f1b`")
 
 
 def _tensor_problems(config: Config) -> Iterator[str]:

@@ -226,8 +226,6 @@ class Config(Section):
                             "shorten the sequences or raise the model's maximum")
         if self.optim.min_lr > self.optim.lr:
             problems.append(f"optim.min_lr({self.optim.min_lr}) > optim.lr({self.optim.lr})")
-        if self.optim.warmup_steps > self.steps:
-            problems.append(f"optim.warmup_steps({self.optim.warmup_steps}) > steps({self.steps})")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -78,7 +78,8 @@ def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnviron
     return None
 
 
-def child_environment(rank: int, world_size: int, store: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def child_environment(rank: int, world_size: int, store: Path,
+                      environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables of one local process: meeting in `store`, on the loopback interface, a fair share of the cores."""
     threads = max(1, available_cores() // world_size)
     return {"OMP_NUM_THREADS": str(threads)} | dict(environ) | {

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, SIGTERM, Signals, signal
+from types import FrameType
 
 from engine.distributed.environment import child_environment
 from engine.errors import WorkerError
@@ -67,8 +68,11 @@ def launch_local(arguments: Sequence[str], world_size: int, run_dir: Path) -> in
     with tempfile.TemporaryDirectory(prefix="octant-") as meeting:
         children = [_start(arguments, rank, world_size, Path(meeting) / "store", run_dir) for rank in range(world_size)]
         # A terminal's Ctrl-C reaches the children directly; a TERM to us is passed on.  They save, stop, and we follow.
-        previous = {SIGINT: signal(SIGINT, SIG_IGN),
-                    SIGTERM: signal(SIGTERM, lambda *_: [child.terminate() for child in children])}
+        def pass_on(number: int, _: FrameType | None) -> None:
+            for child in children:
+                child.send_signal(number)
+
+        previous = {SIGINT: signal(SIGINT, SIG_IGN), SIGTERM: signal(SIGTERM, pass_on)}
         try:
             return _wait(children, run_dir)
         finally:
@@ -102,8 +106,8 @@ def _first_cause(codes: Sequence[int | None], run_dir: Path) -> RankFailure:
     for rank, code in enumerate(codes):
         if code is not None and code < 0 and not error_path(run_dir, rank).exists():
             hint = "; out of memory?" if -code == Signals.SIGKILL else ""
-            return RankFailure(f"rank {rank} was ended by {Signals(-code).name}{hint} (its log: {log_path(run_dir, rank)})",
-                               1)
+            return RankFailure(f"rank {rank} was ended by {Signals(-code).name}{hint} "
+                               f"(its log: {log_path(run_dir, rank)})", 1)
     written = []
     for rank in range(len(codes)):
         if error_path(run_dir, rank).exists():

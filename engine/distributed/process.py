@@ -27,7 +27,7 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and count == 0):
         return torch.device("cpu")
     if local_rank >= count:
-        raise RequestError(f"run.device: {wanted} needs a GPU for local rank {local_rank}, and this host shows {count}; "
+        raise RequestError(f"run.device: {wanted} needs a GPU for local rank {local_rank}, and this host has {count}: "
                            "start fewer processes per host, or set run.device: cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -1,8 +1,8 @@
 """What a forward pass knows besides the hidden states: positions, masks, caches.
 
 Shape letters used by the model: S sequence (this rank's part), B micro-batch, H hidden, G key-value groups, Q query
-heads per group, D head dimension, F feed-forward, V vocabulary columns, T keys.  Activations are sequence-first, [S, B, H],
-so that sequence parallelism gathers and scatters along dimension 0 without a copy.
+heads per group, D head dimension, F feed-forward, V vocabulary columns, T keys.  Activations are sequence-first,
+[S, B, H], so that sequence parallelism gathers and scatters along dimension 0 without a copy.
 """
 
 from __future__ import annotations

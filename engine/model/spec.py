@@ -91,7 +91,7 @@ class ParamSpec:
         return self if parts == 1 else replace(self, cut=Cut(dim, parts, index))
 
     def initial_values(self, seed: int, device: torch.device | str) -> Tensor:
-        """The global tensor at initialisation, fp32: the same in every layout, for it depends on seed and name alone."""
+        """The global tensor at initialisation, fp32; it depends on seed and name alone, not on the layout."""
         values = torch.empty(self.shape, dtype=torch.float32, device=device)
         if self.init == "normal":
             return values.normal_(0.0, self.init_std, generator=generator_for(seed, "init", self.name, device=device))

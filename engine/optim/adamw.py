@@ -1,9 +1,9 @@
 """AdamW (Loshchilov and Hutter 2019) on the buckets' shards.
 
-A bucket's shard is one flat fp32 vector, so a step is one fused multi-tensor call for all buckets with weight decay and one
-for those without.  Clipping and the non-finite check ride along in the same pass: torch's fused kernel divides gradients
-by `grad_scale` and leaves everything as it was, step count included, where `found_inf` is 1.  Neither is read by the
-host.
+A bucket's shard is one flat fp32 vector, so a step is one fused multi-tensor call for all buckets with weight decay
+and one for those without.  Clipping and the non-finite check ride along in the same pass: torch's fused kernel divides
+gradients by `grad_scale` and leaves everything as it was, step count included, where `found_inf` is 1.  Neither is read
+by the host.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ gradient is a matrix product add it there with one fused multiply-accumulate; ev
 through autograd and a hook.  A slot counts the contributions of a step (microbatches × uses), and the last one tells
 the bucket, which starts reducing while the backward pass still runs.
 
-`WeightGradQueue` is the other half of a zero-bubble pipeline: while it is open, layers leave their weight gradient in it
-as a closure instead of computing it, and the schedule's `W` action runs them later.
+`WeightGradQueue` is the other half of a zero-bubble pipeline: while it is open, layers leave their weight gradient in
+it as a closure instead of computing it, and the schedule's `W` action runs them later.
 
 A parameter without a slot behaves as in any torch model: its gradient is returned to autograd.
 """

@@ -105,8 +105,8 @@ def parallelize(config: Config, mesh: Mesh, *, bucket_elements: int = DEFAULT_BU
     for chunk in chunks.values():
         cut_tensor(chunk, tensor)
     share_tied_weight(chunks)
-    buckets = build_buckets(reversed(chunks.values()), mesh, level=parallel.zero, dtype=dtype, bucket_elements=bucket_elements,
-                            reduce_dtype=DTYPES[config.precision.grad_reduce])
+    buckets = build_buckets(reversed(chunks.values()), mesh, level=parallel.zero, dtype=dtype,
+                            reduce_dtype=DTYPES[config.precision.grad_reduce], bucket_elements=bucket_elements)
     length = config.data.seq_len // parallel.context // (mesh.tensor.size if sequence else 1)
     shape = (length, config.batch.micro, config.model.hidden_size)
     messenger = Messenger(mesh.pipeline, len(schedule.placement), shape, dtype, mesh.device)

@@ -32,7 +32,7 @@ class Corpora:
             tokenizer = load_tokenizer(data.tokenizer)
             sha256 = tokenizer.sha256
             if tokenizer.vocab_size > vocab_size:
-                raise DataError(f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, the model's vocabulary only "
+                raise DataError(f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, the model's vocabulary "
                                 f"{vocab_size}: raise model.vocab_size or use another tokenizer")
         train = TrainingData.open(data.train, data.seq_len, config.run.seed, vocab_size, skip=data.skip,
                                   document_mask=data.document_mask, tokenizer_sha256=sha256)

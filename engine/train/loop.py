@@ -22,7 +22,6 @@ from engine.checkpoint.compatibility import require_compatible
 from engine.checkpoint.resume import find_latest, open_verified
 from engine.checkpoint.write import CheckpointWriter, SaveReport
 from engine.config import Config
-from engine.data.training_data import TrainingData
 from engine.distributed.mesh import Mesh
 from engine.errors import CheckpointError
 from engine.metrics.console import Console
@@ -73,7 +72,8 @@ class Trainer:
         directory = Path(config.run.dir)
         group = dist.group.WORLD if mesh.world.size > 1 else None
         notes = _take_over(state, config, corpora, directory / CHECKPOINTS, group)
-        writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_, group)
+        writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_,
+                                  group)
         console, sinks = None, []
         if mesh.rank == 0:
             console = Console(config.steps, first_step=state.step)
@@ -157,15 +157,15 @@ class Trainer:
         return loss_sum.item() / num_tokens
 
     def _log(self, record: dict[str, Any] | None, valid_loss: float | None) -> None:
-        if self.console is None:
+        if self.console is None or (record is None and valid_loss is None):
             return
         if record is not None:
             self.console.step(record)
         if valid_loss is not None:
-            record = (record or {"step": self.state.step}) | {"valid_loss": valid_loss}
             self.console.evaluation(self.state.step, valid_loss)
-        for sink in self.sinks if record is not None else ():
-            sink.log(record)
+        row = (record or {"step": self.state.step}) | ({} if valid_loss is None else {"valid_loss": valid_loss})
+        for sink in self.sinks:
+            sink.log(row)
 
     def _save(self) -> None:
         metadata = self.state.metadata(self.config, self.corpora.fingerprint())
@@ -173,7 +173,9 @@ class Trainer:
         self.saved_step = self.state.step
 
     def _report_saves(self, reports: list[SaveReport]) -> None:
-        for report in reports if self.console is not None else ():
+        if self.console is None:
+            return
+        for report in reports:
             if report.error is not None:
                 self.console.warning(f"step {report.step} was not saved: {report.error}")
             else:

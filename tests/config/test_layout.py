@@ -42,8 +42,6 @@ def test_data_takes_what_is_left(parallel: dict[str, Any], world_size: int, data
     (make({"pipeline": 2, "schedule": "interleaved"}), 2, "virtual_stages ≥ 2 (it is 1)"),
     (make({"pipeline": 2, "virtual_stages": 2}), 2, "the 1f1b schedule needs parallel.virtual_stages = 1 (it is 2)"),
     (make({"pipeline": 2, "schedule": "zb-v"}), 2, "the zb-v schedule needs parallel.virtual_stages = 2 (it is 1)"),
-    (make({"pipeline": 4, "schedule": "interleaved", "virtual_stages": 2}, {"global": 6}), 4,
-     "microbatches(6 = 6 / (1 × 1)) to be a multiple of pipeline(4)"),
     (make({"pipeline": 4, "schedule": "interleaved", "virtual_stages": 3}), 4,
      "model.num_layers(8) < pipeline(4) × virtual_stages(3) = 12"),
     (make({"tensor": 4}, seq_len=63), 4, "data.seq_len(63) is not divisible by tensor(4)"),

@@ -47,7 +47,7 @@ def layouts_up_to_four() -> list[dict[str, object]]:
         for sequence in ((True, False) if tensor > 1 else (True,)):
             for schedule in (("gpipe", "1f1b", "interleaved") if pipeline > 1 else ("1f1b",)):
                 chunks = 2 if schedule == "interleaved" else 1
-                if pipeline * chunks > 4 or schedule == "interleaved" and (8 // data) % pipeline:
+                if pipeline * chunks > 4:
                     continue
                 found.append({"tensor": tensor, "pipeline": pipeline, "data": data, "sequence": sequence,
                               "schedule": schedule, "virtual_stages": chunks})
@@ -60,12 +60,13 @@ def name_of(layout: dict[str, object]) -> str:
 
 LARGER = [
     {"tensor": 2, "pipeline": 3, "data": 1}, {"tensor": 2, "pipeline": 1, "data": 3},
-    {"tensor": 1, "pipeline": 3, "data": 2, "schedule": "gpipe"}, {"tensor": 1, "pipeline": 2, "data": 3, "sequence": False},
+    {"tensor": 1, "pipeline": 3, "data": 2, "schedule": "gpipe"}, {"tensor": 1, "pipeline": 2, "data": 3},
     {"tensor": 2, "pipeline": 2, "data": 2}, {"tensor": 2, "pipeline": 2, "data": 2, "sequence": False, "zero": 0},
     {"tensor": 2, "pipeline": 2, "data": 2, "schedule": "interleaved", "virtual_stages": 2},
     {"tensor": 2, "pipeline": 2, "data": 2, "schedule": "gpipe"}, {"tensor": 4, "pipeline": 2, "data": 1},
-    {"tensor": 4, "pipeline": 1, "data": 2}, {"tensor": 1, "pipeline": 4, "data": 2}, {"tensor": 2, "pipeline": 4, "data": 1},
-    {"tensor": 2, "pipeline": 1, "data": 4}, {"tensor": 1, "pipeline": 2, "data": 4, "zero": 0},
+    {"tensor": 4, "pipeline": 1, "data": 2}, {"tensor": 1, "pipeline": 4, "data": 2},
+    {"tensor": 2, "pipeline": 4, "data": 1}, {"tensor": 2, "pipeline": 1, "data": 4},
+    {"tensor": 1, "pipeline": 2, "data": 4, "zero": 0},
     {"tensor": 2, "pipeline": 4, "data": 1, "sequence": False, "schedule": "gpipe"},
 ]
 # What the model and the data can bring into a layout, each in layouts that it touches.
@@ -77,7 +78,8 @@ SHAPES = {
 }
 
 
-def run_case(layout: dict[str, object], model: dict[str, object], data: dict[str, object], batch: dict[str, int]) -> None:
+def run_case(layout: dict[str, object], model: dict[str, object], data: dict[str, object],
+             batch: dict[str, int]) -> None:
     want = reference(*(tuple(section.items()) for section in (model, data, batch)))
     check(tiny_config(parallel=layout, model=model, data=data, batch=batch), want)
 
@@ -96,7 +98,8 @@ def test_larger_layout(layout: dict[str, object]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", [
     {"tensor": 2, "pipeline": 2}, {"tensor": 2, "pipeline": 2, "sequence": False}, {"tensor": 1, "pipeline": 3},
-    {"tensor": 2, "pipeline": 1, "data": 2}, {"tensor": 1, "pipeline": 2, "schedule": "interleaved", "virtual_stages": 2},
+    {"tensor": 2, "pipeline": 1, "data": 2}, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2},
+    {"pipeline": 2, "schedule": "zb-v", "virtual_stages": 2},
 ], ids=name_of)
 def test_model_shapes(layout: dict[str, object], shape: str) -> None:
     if shape == "one-kv-head":
@@ -104,6 +107,15 @@ def test_model_shapes(layout: dict[str, object], shape: str) -> None:
     run_case(layout, SHAPES[shape], {}, {})
 
 
-@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}, {"pipeline": 2, "data": 2, "zero": 0}], ids=name_of)
+@pytest.mark.parametrize("layout", [
+    {"tensor": 2, "pipeline": 2, "schedule": "zb-h1"}, {"pipeline": 4, "schedule": "zb-h2", "data": 2},
+    {"tensor": 2, "pipeline": 2, "schedule": "zb-v", "virtual_stages": 2}, {"pipeline": 1, "schedule": "zb-h1"},
+], ids=name_of)
+def test_zero_bubble(layout: dict[str, object]) -> None:
+    run_case(layout, {}, {}, {})
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}, {"pipeline": 2, "data": 2, "zero": 0}],
+                         ids=name_of)
 def test_document_masks_and_larger_microbatches(layout: dict[str, object]) -> None:
     run_case(layout, {}, {"document_mask": True}, {"micro": 2})

@@ -112,7 +112,7 @@ class Executor:
             work.wait()
         if defer:
             self.weight_grads.open()
-        torch.autograd.backward(self._edges.pop(key), grad)  # type: ignore[arg-type]
+        torch.autograd.backward(self._edges.pop(key), grad)
         if defer:
             self._weight_work[key] = self.weight_grads.close()
         if action.chunk > 0:

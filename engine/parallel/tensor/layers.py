@@ -72,7 +72,7 @@ def full_sequence(x: Tensor, context: TensorContext) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """forward: x [S', B, in] → y [S'', B, out]; which of the two sequence lengths is the short one depends on `kind`."""
+    """x [S', B, in] → y [S'', B, out]; which of the two sequence lengths is the short one depends on `kind`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, context: TensorContext) -> Tensor:
