@@ -14,6 +14,7 @@ import os
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -109,7 +110,7 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-hash")
         self._staging = Staging(threads)
         self._thread: threading.Thread | None = None
-        self._reports: list[SaveReport] = []
+        self._reports: deque[SaveReport] = deque()
         if self._rank == 0:
             tidy(self.directory)
 
@@ -155,7 +156,7 @@ class CheckpointWriter:
         """Reports of saves that have finished since the last call; each is given once.  Costs nothing."""
         if self._thread is not None and not self._thread.is_alive():
             self._collect()
-        return self._take() if self._thread is None else []
+        return self._take()
 
     def wait(self) -> list[SaveReport]:
         """Waits for the save in flight; otherwise as `poll`.  Call it before the process ends."""
@@ -168,8 +169,7 @@ class CheckpointWriter:
             self._thread = None
 
     def _take(self) -> list[SaveReport]:
-        reports, self._reports = self._reports, []
-        return reports
+        return [self._reports.popleft() for _ in range(len(self._reports))]     # the thread may be adding one
 
     def _begin(self, step: int, pieces: Sequence[Piece]) -> tuple[Save, Agreement, str | None]:
         """The first rank makes the directory, then all settle who writes what."""
