@@ -114,11 +114,19 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """Token ids [S, B] (first chunk) or hidden states [S, B, H] → hidden states, or logits [S, B, V] (last)."""
+        x = self.hidden_states(x, batch)
+        return x if self.output_layer is None else self.logits(x)
+
+    def hidden_states(self, x: Tensor, batch: Batch) -> Tensor:
+        """Token ids [S, B] or hidden states [S, B, H] → hidden states behind the last layer of this chunk."""
         if self.embedding is not None:
             x = self.embedding(x)
         angles = rotary_angles(self.config, batch.positions_SB, x.dtype)
         for layer in self.layers.values():
             x = layer(x, angles, batch)
-        if self.final_layernorm is not None and self.output_layer is not None:
-            x = self.output_layer(self.final_layernorm(x))
         return x
+
+    def logits(self, x_SBH: Tensor) -> Tensor:
+        """Norm and output layer of the last chunk: [S, B, H] → [S, B, V]."""
+        assert self.final_layernorm is not None and self.output_layer is not None
+        return self.output_layer(self.final_layernorm(x_SBH))

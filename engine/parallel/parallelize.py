@@ -12,7 +12,7 @@ One process goes the same way: one chunk, no cut, one-stage schedule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +21,11 @@ from torch import Tensor
 from engine.config import Config
 from engine.distributed.mesh import Mesh
 from engine.model.context import Batch
-from engine.model.spec import spec_of
+from engine.model.spec import new_parameter, spec_of
 from engine.model.transformer import Transformer
-from engine.parallel.data.buckets import DEFAULT_BUCKET_ELEMENTS, Bucket, build_buckets
+from engine.parallel.data.buckets import Bucket
+from engine.parallel.data.build import DEFAULT_BUCKET_ELEMENTS, build_buckets
+from engine.parallel.data.streaming import ParameterStream
 from engine.parallel.gradients import WeightGradQueue
 from engine.parallel.pipeline.action import Action
 from engine.parallel.pipeline.executor import Executor, forward_only, hoist_receives
@@ -61,7 +63,8 @@ class ParallelModel:
         for bucket in self.buckets:
             for entry in bucket.entries:
                 values = entry.spec.initial_values(seed, self.mesh.device)
-                bucket.store(entry, entry.spec.take_local(values))
+                bucket.set_master(entry, entry.spec.take_local(values))
+        self.publish()
 
     def forward_backward(self, batches: Sequence[Batch], scale: float | Tensor) -> Tensor | None:
         """One step up to the reduced gradients: afterwards every bucket's `grad_shard` is final.
@@ -94,19 +97,30 @@ class ParallelModel:
         return self.executor.run(hoist_receives(forward_only(program)), batches, 1.0)
 
 
-def parallelize(config: Config, mesh: Mesh, *, bucket_elements: int = DEFAULT_BUCKET_ELEMENTS) -> ParallelModel:
-    """This rank's part of `config.model` under `config.parallel` (resolved); parameters are not initialised yet."""
+def parallelize(config: Config, mesh: Mesh, *, training: bool = True,
+                bucket_elements: int = DEFAULT_BUCKET_ELEMENTS) -> ParallelModel:
+    """This rank's part of `config.model` under `config.parallel` (resolved); parameters are not initialised yet.
+
+    Without `training` it can evaluate and generate only: there are weights in the compute dtype and nothing else, no
+    buckets, and no sequence parallelism, so that any number of tokens can pass.
+    """
     parallel = config.parallel
     dtype = DTYPES[config.precision.compute]
-    sequence = parallel.sequence and mesh.tensor.size > 1
+    sequence = training and parallel.sequence and mesh.tensor.size > 1
     tensor = TensorContext(mesh.tensor, sequence, WeightGradQueue())
     schedule = build_schedule(parallel.schedule, parallel.pipeline, config.num_microbatches, parallel.virtual_stages)
     chunks = build_chunks(config, schedule.placement, mesh.pipeline.index)
     for chunk in chunks.values():
         cut_tensor(chunk, tensor)
     share_tied_weight(chunks)
-    buckets = build_buckets(reversed(chunks.values()), mesh, level=parallel.zero, dtype=dtype,
-                            reduce_dtype=DTYPES[config.precision.grad_reduce], bucket_elements=bucket_elements)
+    buckets: list[Bucket] = []
+    if training:
+        buckets = build_buckets(list(reversed(chunks.values())), mesh, level=parallel.zero, dtype=dtype,
+                                reduce_dtype=DTYPES[config.precision.grad_reduce], bucket_elements=bucket_elements)
+    else:
+        allocate_weights(chunks.values(), dtype, mesh.device)
+    if parallel.zero == 3:
+        ParameterStream(chunks.values(), buckets)
     length = config.data.seq_len // parallel.context // (mesh.tensor.size if sequence else 1)
     shape = (length, config.batch.micro, config.model.hidden_size)
     messenger = Messenger(mesh.pipeline, len(schedule.placement), shape, dtype, mesh.device)
@@ -129,6 +143,15 @@ def build_chunks(config: Config, placement: Sequence[int], stage: int) -> dict[i
     with torch.device("meta"):
         return {chunk: Transformer(config.model, deal[chunk], first=chunk == 0, last=chunk == len(placement) - 1)
                 for chunk, owner in enumerate(placement) if owner == stage}
+
+
+def allocate_weights(chunks: Iterable[Transformer], dtype: torch.dtype, device: torch.device) -> None:
+    """Memory for the parameters (on the meta device until here) and for nothing else; they take no gradients."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            if parameter.is_meta:
+                weight = new_parameter(spec_of(parameter), device, dtype).requires_grad_(False)
+                torch.utils.swap_tensors(parameter, weight)
 
 
 def share_tied_weight(chunks: dict[int, Transformer]) -> None:
