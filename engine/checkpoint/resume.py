@@ -90,18 +90,19 @@ def open_verified(path: Path, group: Group = None,
     return (None if found else reader), found
 
 
-def open_checkpoint(path: Path, progress: Progress | None = None) -> CheckpointReader:
-    """For whoever reads in one process: the checkpoint at `path`, or the newest that verifies in a run's folder.
+def open_checkpoint(path: Path, progress: Progress | None = None, group: Group = None) -> CheckpointReader:
+    """For whoever only reads: the checkpoint at `path`, or the newest that verifies in a run's folder.
 
-    Touches nothing: damaged checkpoints stay where they are.
+    Every rank of `group` must call this; all get the same answer.  Touches nothing: damaged checkpoints stay where they
+    are.
 
     Raises:
         CheckpointError: nothing there can be used; every attempt is listed.
     """
     path = Path(path)
     tried = []
-    for candidate in reversed(checkpoints_at(path)):
-        reader, problems = open_verified(candidate, None, progress)
+    for candidate in map(Path, share_json([str(found) for found in reversed(checkpoints_at(path))], group)):
+        reader, problems = open_verified(candidate, group, progress)
         if reader is not None:
             return reader
         tried.append(f"{candidate}: {'; '.join(problems)}")
