@@ -140,16 +140,24 @@ def _eval(p: Parser) -> None:
 
 
 def _convert(p: Parser) -> None:
-    actions = _actions(
+    to_hf, from_hf, to_megatron, from_megatron = actions = _actions(
         p, ("to-hf", "a checkpoint as a Hugging Face model", "convert to-hf runs/x/checkpoints/step-00001000 out/"),
         ("from-hf", "a Hugging Face Llama, Mistral or Qwen2 model as a checkpoint", "convert from-hf model/ out/"),
         ("to-megatron", "a checkpoint as megatron-core's torch_dist", "convert to-megatron runs/x out/"),
-        ("from-megatron", "megatron-core's torch_dist as a checkpoint", "convert from-megatron iter_0000010 out/"))
+        ("from-megatron", "megatron-core's torch_dist as a checkpoint",
+         "convert from-megatron iter_0000010 out/ --config configs/llama-7b.yaml"))
     for action in actions:
         action.add_argument("source", metavar="FROM")
-        action.add_argument("output", metavar="OUT")
+        action.add_argument("output", metavar="OUT", help="a folder that is not there yet, or empty")
+        action.add_argument("--skip-check", action="store_true", help="do not compare the result with its source")
+    for action in (to_hf, to_megatron):
         action.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
-        action.add_argument("--skip-check", action="store_true", help="do not compare the logits of both")
+    to_hf.add_argument("--tokenizer", metavar="T", help="where the run's tokenizer is now; `none`: write none "
+                                                        "(default: where the run found it)")
+    from_hf.add_argument("--allow-pickle", action="store_true",
+                         help="read pytorch_model.bin where there are no safetensors, as tensors only")
+    from_megatron.add_argument("--config", required=True, metavar="CONFIG.yaml",
+                               help="its model section says what these checkpoints do not: the model's shape")
 
 
 def _checkpoint(p: Parser) -> None:

@@ -1,0 +1,152 @@
+"""Do both compute the same?
+
+Where the machine has room for both models, their logits on random tokens are compared, in fp32: Octant's model with the
+checkpoint's weights, `transformers`' with the folder's.  That tests names, arrangement, configuration and arithmetic at
+once.  Where it has not, or `transformers` is not installed, every tensor is read back and compared with the one it was
+made from, bit for bit, one at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from checkpoints_tools.hf_files import HFWeights
+from checkpoints_tools.names import Part, hf_parts
+from checkpoints_tools.progress import Begin, quiet
+from checkpoints_tools.source import Source
+from engine.config import ModelConfig
+from engine.errors import CheckpointError
+from engine.model.context import Batch
+from engine.model.spec import spec_of
+from engine.model.transformer import Transformer
+
+TOLERANCE = 1e-5                        # of the largest logit, or of 1 where that is smaller
+NUM_SEQUENCES, NUM_TOKENS = 2, 64
+SPARE_BYTES = 1 << 30                   # activations, logits, what loading takes besides
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was compared, and how far it is apart."""
+
+    what: str
+    largest_difference: float
+    allowed: float
+
+    def __str__(self) -> str:
+        return f"{self.what}: largest difference {self.largest_difference:.2g} (allowed: {self.allowed:.2g})"
+
+    def require(self) -> Checked:
+        """
+        Raises:
+            CheckpointError: too far apart, or not a number.
+        """
+        if not self.largest_difference <= self.allowed:
+            raise CheckpointError(f"the conversion is wrong, and nothing was written: {self}")
+        return self
+
+
+def check_hf(source: Source, folder: Path, dtype: torch.dtype, allow_pickle: bool = False,
+             begin: Begin = quiet, available: int | None = None) -> Checked:
+    """Compares a checkpoint with a Hugging Face folder.
+
+    Args:
+        dtype: what the weights were rounded to on their way, so that rounding does not count as a difference.
+        available: bytes of memory that may be used; None: what the machine has free.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    needed = 2 * sum(_num_bytes(parts, torch.float32) for parts in hf_parts(source.config).values()) + SPARE_BYTES
+    available = available_bytes() if available is None else available
+    if find_spec("transformers") is None:
+        why = "transformers is not installed (pip install 'octant[hf]'), so instead of logits: "
+    elif needed > available:
+        why = (f"the logits of both models would take {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free, so "
+               "instead of logits: ")
+    else:
+        return compare_logits(source, folder, dtype, allow_pickle).require()
+    return compare_tensors(source, folder, dtype, allow_pickle, why, begin).require()
+
+
+def compare_logits(source: Source, folder: Path, dtype: torch.dtype, allow_pickle: bool = False) -> Checked:
+    """Logits of both models on the same random tokens."""
+    length = min(NUM_TOKENS, source.config.max_seq_len)
+    tokens_BS = torch.randint(0, source.config.vocab_size, (NUM_SEQUENCES, length),
+                              generator=torch.Generator().manual_seed(0))
+    ours = octant_logits(source.config, lambda name: source.read(name, dtype), tokens_BS)
+    name, theirs = _hf_logits(folder, tokens_BS, allow_pickle)
+    largest = ours.abs().max().item()
+    what = (f"logits of {tokens_BS.numel()} random tokens, Octant's model against {name}, fp32, largest {largest:.3g}")
+    return Checked(what, (ours - theirs).abs().max().item(), TOLERANCE * max(1.0, largest))
+
+
+@torch.inference_mode()
+def octant_logits(config: ModelConfig, read: Callable[[str], torch.Tensor], tokens_BS: torch.Tensor) -> torch.Tensor:
+    """fp32 logits [B, S, V] of the model whose parameters `read` gives."""
+    model = Transformer(config)
+    for parameter in model.parameters():
+        parameter.copy_(read(spec_of(parameter).name))
+    tokens_SB = tokens_BS.T
+    logits: torch.Tensor = model(tokens_SB, Batch(tokens_SB, torch.arange(len(tokens_SB)).unsqueeze(1)))
+    return logits.transpose(0, 1)
+
+
+@torch.inference_mode()
+def _hf_logits(folder: Path, tokens_BS: torch.Tensor, allow_pickle: bool) -> tuple[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM  # optional package
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True,
+                                                 use_safetensors=None if allow_pickle else True).float().eval()
+    return f"transformers' {type(model).__name__}", model(tokens_BS).logits
+
+
+def compare_tensors(source: Source, folder: Path, dtype: torch.dtype, allow_pickle: bool = False, why: str = "",
+                    begin: Begin = quiet) -> Checked:
+    """Every tensor of the folder against the block of ours that it is."""
+    weights = HFWeights(folder, allow_pickle)
+    table = hf_parts(source.config)
+    largest = 0.0
+    with begin("comparing", sum(_num_bytes(parts, dtype) for parts in table.values())) as advance:
+        for name, parts in table.items():
+            ours = source.read(name, dtype)
+            for part in parts:
+                theirs = weights.read(part.name).reshape(part.box.size)
+                largest = max(largest, _difference(ours[part.box.slices], theirs.to(dtype)))
+            advance(_num_bytes(parts, dtype))
+    num_tensors = sum(map(len, table.values()))
+    return Checked(f"{why}all {num_tensors} tensors against the checkpoint, bit for bit", largest, 0.0)
+
+
+def _num_bytes(parts: Sequence[Part], dtype: torch.dtype) -> int:
+    return sum(part.num_elements for part in parts) * dtype.itemsize
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference; infinite where one of them is not a number, and zero only for equal values."""
+    return 0.0 if torch.equal(a, b) else (a - b).abs().float().nan_to_num(float("inf")).max().item()
+
+
+def available_bytes() -> int:
+    """Memory that a process can still take: what the machine has free, or its control group if that is less."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"))
+    limits = [int(found[1]) * 1024] if found else []
+    limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        limits.append(int(limit) - int(used))
+    return min(limits, default=0)
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except OSError:
+        return ""

@@ -1,0 +1,93 @@
+"""A Hugging Face Llama, Mistral or Qwen2 model as one of our checkpoints: weights in fp32, at step 0.
+
+Every value of the folder lands in the checkpoint unchanged (bf16 and fp16 fit into fp32), so converting back gives the
+same bits.  What the folder holds and we have no place for is refused, except what is known to be no weight.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints_tools.check import Checked, check_hf
+from checkpoints_tools.hf_config import read_hf_config
+from checkpoints_tools.hf_files import HFWeights
+from checkpoints_tools.names import PREFIX, Part, hf_parts, parameter_shapes
+from checkpoints_tools.output import committed, divide
+from checkpoints_tools.progress import Advance, Begin, quiet
+from checkpoints_tools.source import Source, require_shapes
+from engine.checkpoint.read import CheckpointReader
+from engine.checkpoint.shard import Entry
+from engine.checkpoint.stream import write_checkpoint
+from engine.config import ModelConfig
+from engine.data.tokenizer import load_tokenizer
+from engine.distributed.boxes import Box
+from engine.errors import CheckpointError
+
+FILE_BYTES = 5 * 10**9
+NO_WEIGHT = ".rotary_emb.inv_freq"      # computed from the configuration; old files carry it along
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def convert_from_hf(folder: Path, output: Path, *, allow_pickle: bool = False, check: bool = True,
+                    begin: Begin = quiet) -> Checked | None:
+    """Writes the model of a Hugging Face folder as a checkpoint at `output`.
+
+    Args:
+        allow_pickle: read `.bin` files where there are no safetensors.
+        check: compare both before the checkpoint is put in place.
+        begin: told what is going on, and how far it has come.
+
+    Returns:
+        What was compared.
+
+    Raises:
+        CheckpointError: the model is none that Octant has, its weights are incomplete or damaged, the check fails, or
+            `output` is there already or cannot be written.
+    """
+    _, config = read_hf_config(folder)
+    weights = HFWeights(folder, allow_pickle)
+    parts = hf_parts(config)
+    _require_weights(config, weights, parts)
+    entries = [Entry(PREFIX + name, shape, Box.whole(shape), torch.float32)
+               for name, shape in parameter_shapes(config).items()]
+    num_bytes = sum(entry.num_bytes for entry in entries)
+    files = divide(entries, lambda entry: entry.num_bytes, FILE_BYTES)
+    metadata = _metadata(config, folder)
+    with committed(output, num_bytes) as place:
+        with begin("writing", num_bytes) as advance:
+            write_checkpoint(place, 0, metadata, files, lambda entry: _assemble(entry, parts, weights, advance))
+        source = Source.of(CheckpointReader(place))
+        return check_hf(source, folder, torch.float32, allow_pickle, begin) if check else None
+
+
+def _assemble(entry: Entry, parts: dict[str, list[Part]], weights: HFWeights, advance: Advance) -> torch.Tensor:
+    """One of our parameters from the foreign tensors that are cut out of it."""
+    tensor = torch.empty(entry.global_shape, dtype=entry.dtype)
+    for part in parts[entry.key.removeprefix(PREFIX)]:
+        tensor[part.box.slices] = weights.read(part.name).reshape(part.box.size)
+    advance(entry.num_bytes)
+    return tensor
+
+
+def _require_weights(config: ModelConfig, weights: HFWeights, parts: dict[str, list[Part]]) -> None:
+    found = {name: weights.shape(name) for name in weights.names() if not name.endswith(NO_WEIGHT)}
+    if config.tie_embeddings and HEAD in found and EMBEDDING in found:
+        if not torch.equal(weights.read(HEAD), weights.read(EMBEDDING)):
+            raise CheckpointError(f"{weights.folder}: config.json says tie_word_embeddings, but {HEAD} is not "
+                                  f"{EMBEDDING}; set it to false to keep both")
+        del found[HEAD]
+    expected = {part.name: part.shape for of_one in parts.values() for part in of_one}
+    require_shapes(expected, found, weights.folder)
+
+
+def _metadata(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """What a run would have saved, as far as a foreign model can know it."""
+    spec, sha256 = None, None
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        spec = str(folder.resolve())
+        sha256 = load_tokenizer(spec).sha256
+    return {"config": {"model": config.model_dump(mode="json"), "data": {"tokenizer": spec}},
+            "data": {"tokenizer": sha256}}

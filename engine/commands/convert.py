@@ -1,0 +1,54 @@
+"""`octant convert to-hf|from-hf|to-megatron|from-megatron`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from checkpoints_tools.check import Checked
+from checkpoints_tools.from_hf import convert_from_hf
+from checkpoints_tools.progress import on_console
+from checkpoints_tools.to_hf import convert_to_hf
+from engine.checkpoint.folder import checkpoints_at
+from engine.checkpoint.read import CheckpointReader
+from engine.checkpoint.resume import open_checkpoint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def run(args: argparse.Namespace) -> int:
+    actions = {"to-hf": _to_hf, "from-hf": _from_hf}
+    return actions[args.action](args)
+
+
+def _to_hf(args: argparse.Namespace) -> int:
+    source = _open(args.source)
+    checked = convert_to_hf(source, Path(args.output), DTYPES[args.dtype], tokenizer=args.tokenizer,
+                            check=not args.skip_check, begin=on_console)
+    _report(f"{args.output}: step {source.step} of {source.path} for transformers, {args.dtype}", checked)
+    print(f'next: python -c "from transformers import pipeline; '
+          f"print(pipeline('text-generation', '{args.output}')('The'))\"")
+    return 0
+
+
+def _from_hf(args: argparse.Namespace) -> int:
+    checked = convert_from_hf(Path(args.source), Path(args.output), allow_pickle=args.allow_pickle,
+                              check=not args.skip_check, begin=on_console)
+    _report(f"{args.output}: the model of {args.source} as a checkpoint", checked)
+    print(f'next: octant generate {args.output} --prompt "The"   (or train on: checkpoint.load={args.output})')
+    return 0
+
+
+def _open(path: str) -> CheckpointReader:
+    """The checkpoint at `path`, or the newest of a run, every byte verified."""
+    found = checkpoints_at(Path(path))
+    with on_console("verifying", CheckpointReader(found[-1]).manifest.num_bytes if found else 0) as advance:
+        return open_checkpoint(Path(path), advance)
+
+
+def _report(done: str, checked: Checked | None) -> None:
+    print(done)
+    print(f"checked: {checked}" if checked is not None else "not checked (--skip-check)")
+
