@@ -31,13 +31,15 @@ def _extend(args: argparse.Namespace) -> int:
     plan_path = Path(args.output).with_suffix(".plan.json")
     plan_path.write_text(json.dumps(plan.to_json(), ensure_ascii=False))
     print(f"{args.output}: {plan.old_vocab_size:,} + {plan.num_new:,} = {plan.vocab_size:,} pieces")
+    if plan.unreachable:
+        print(f"{len(plan.unreachable):,} of the new pieces are never produced: no two pieces join to them")
     print(f"{plan_path}: each new embedding row as the mean of the old rows of the pieces it replaces")
     print(f"next: octant tokenizer verify FILE… --tokenizer {args.output}")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    report = verify_tokenizer(args.tokenizer, read_texts(args.files, args.field))
+    report = verify_tokenizer(load_tokenizer(args.tokenizer), read_texts(args.files, args.field))
     print(report.text())
     if not report.differences:
         print(f"next: octant prepare FILE… --tokenizer {args.tokenizer} --output data/corpus")

@@ -127,8 +127,8 @@ def _normalizers(model: SentencePieceModel) -> list[Json]:
     steps: list[Json] = []
     if model.charsmap:
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(model.charsmap).decode()})
-    if model.remove_extra_spaces:
-        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
+    if model.remove_extra_spaces:  # spaces only: the library's own Strip would take line ends too
+        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
     if model.dummy_prefix:
         steps.append({"type": "Prepend", "prepend": SPACE})

@@ -75,6 +75,8 @@ class _Window:
                 if not (unfinished and self._grow()):
                     self.fail(f"invalid JSON: {error.msg}", error.pos)
                 continue
+            except RecursionError:
+                self.fail("nested too deeply")
             if end == len(self.text) and self.text[end - 1] not in '}]"' and self._grow():
                 continue  # a number may go on in the next chunk
             self.position = end

@@ -25,10 +25,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from engine.data.json_values import LONGEST_RECORD_BYTES, json_values
 from engine.errors import DataError, RequestError
+
+Item = TypeVar("Item")
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
@@ -196,7 +198,8 @@ def _cut(chunks: Iterable[bytes], size: int, limit: int, keep_newline: bool) -> 
     """
     buffer = bytearray()
     searched = 0  # no line end before this offset
-    for chunk in chunks:
+    damage: list[DataError] = []
+    for chunk in _until_damage(chunks, damage):
         buffer += chunk
         while len(buffer) > size:
             window = min(max(size, searched + size), limit)
@@ -210,8 +213,20 @@ def _cut(chunks: Iterable[bytes], size: int, limit: int, keep_newline: bool) -> 
             yield bytes(buffer[:end])
             del buffer[:end]
             searched = 0
+    if damage:
+        del buffer[buffer.rfind(b"\n") + 1 :]  # the whole lines before the damage are good
     if buffer:
         yield bytes(buffer)
+    if damage:
+        raise damage[0]
+
+
+def _until_damage(items: Iterable[Item], damage: list[DataError]) -> Iterator[Item]:
+    """The items before a DataError, which ends up in `damage`: what came before it is good all the same."""
+    try:
+        yield from items
+    except DataError as error:
+        damage.append(error)
 
 
 def _cut_in_line(buffer: bytearray, end: int) -> int:
@@ -234,7 +249,7 @@ def _line_blocks(path: str, chunks: Iterable[bytes]) -> Iterator[Block]:
 
 def _without_bom(chunks: Iterable[bytes]) -> Iterator[bytes]:
     first = True
-    for chunk in chunks:
+    for chunk in filter(None, chunks):
         yield chunk.removeprefix(codecs.BOM_UTF8) if first else chunk
         first = False
 
@@ -264,7 +279,8 @@ def _json_blocks(path: str, chunks: Iterable[bytes], text_field: str) -> Iterato
     texts: list[str] = []
     bad: list[BadRecord] = []
     num_characters = 0
-    for number, record in enumerate(json_values(chunks), start=1):
+    damage: list[DataError] = []
+    for number, record in enumerate(_until_damage(json_values(chunks), damage), start=1):
         try:
             texts.append(text_of(record, text_field))
             num_characters += len(texts[-1])
@@ -275,6 +291,8 @@ def _json_blocks(path: str, chunks: Iterable[bytes], text_field: str) -> Iterato
             texts, bad, num_characters = [], [], 0
     if texts or bad:
         yield Block(path, texts=tuple(texts), bad=tuple(bad))
+    if damage:
+        raise damage[0]
 
 
 def _parquet_blocks(file: InputFile, raw: BinaryIO, text_field: str) -> Iterator[Block]:

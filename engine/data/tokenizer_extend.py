@@ -55,7 +55,7 @@ class ExpansionPlan:
     old_vocab_size: int
     vocab_size: int
     rows: list[NewRow]
-    num_unreachable: int  # new pieces that no two pieces make: they keep their id but are never produced
+    unreachable: list[int]  # new ids that no two pieces join to, so that no text is ever cut into them
 
     @property
     def num_new(self) -> int:
@@ -92,7 +92,7 @@ def extend_tokenizer(base: str | Path, other: str | Path, output: str | Path, *,
         old_vocab_size=len(old.pieces),
         vocab_size=len(old.pieces) + len(new),
         rows=_rows(base, len(old.pieces), new),
-        num_unreachable=_num_unreachable(old, new),
+        unreachable=_unreachable(old, new),
     )
 
 
@@ -114,17 +114,18 @@ def _rows(base: Path, first_id: int, new: list[Piece]) -> list[NewRow]:
     return [NewRow(first_id + index, piece.text, ids) for index, (piece, ids) in enumerate(zip(new, cut, strict=True))]
 
 
-def _num_unreachable(old: SentencePieceModel, new: list[Piece]) -> int:
-    """BPE makes a piece of two pieces, so a new one longer than a character needs two reachable halves."""
+def _unreachable(old: SentencePieceModel, new: list[Piece]) -> list[int]:
+    """BPE makes a piece by joining two, so one longer than a character needs two halves that are made themselves."""
     reachable = {piece.text for piece in old.pieces if piece.type == NORMAL}
-    missing = 0
-    for piece in sorted(new, key=lambda piece: len(piece.text)):
-        halves = ((piece.text[:cut], piece.text[cut:]) for cut in range(1, len(piece.text)))
-        if len(piece.text) == 1 or any(left in reachable and right in reachable for left, right in halves):
-            reachable.add(piece.text)
+    missing = []
+    for index in sorted(range(len(new)), key=lambda index: len(new[index].text)):
+        text = new[index].text
+        halves = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
+        if len(text) == 1 or any(left in reachable and right in reachable for left, right in halves):
+            reachable.add(text)
         else:
-            missing += 1
-    return missing
+            missing.append(len(old.pieces) + index)
+    return sorted(missing)
 
 
 def expanded_rows(old_weight: Any, plan: ExpansionPlan) -> Any:
