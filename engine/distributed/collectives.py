@@ -59,6 +59,12 @@ def all_reduce(x: Tensor, axis: Axis, *, op: dist.ReduceOp.RedOpType = dist.Redu
     return dist.all_reduce(x, op=op, group=axis.group, async_op=asynchronous) or DONE
 
 
+def broadcast(x: Tensor, axis: Axis, index: int) -> None:
+    """Overwrites `x` with that of the rank at `index` along the axis."""
+    if axis.size > 1:
+        dist.broadcast(x, axis.ranks[index], group=axis.group)
+
+
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
     """Concatenates the ranks' `x` along dimension 0: [n, …] → [size·n, …]."""
     out, work = start_all_gather(x, axis)
