@@ -59,8 +59,6 @@ def _local_devices(config: Config) -> int:
 
 def _run_rank(config: Config, launched: LaunchEnvironment | None) -> int:
     rank_module = import_module("engine.train.rank")      # torch is needed from here on
-    parallel = config.parallel
-    topology = Topology(parallel.pipeline, parallel.data_size, parallel.context, parallel.tensor)
     report = import_module("engine.commands.doctor").doctor_report() if launched is None or launched.rank == 0 else ""
-    finished = rank_module.run_rank(config, topology, launched, report)
+    finished = rank_module.run_rank(config, Topology.of(config.parallel), launched, report)
     return 0 if finished else STOPPED

@@ -102,6 +102,7 @@ class ParallelConfig(Section):
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"] = "1f1b"
     virtual_stages: Count = 1                                # model chunks per pipeline stage
     zero: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=3)] = 1
+    zero_shard: NonNegative = 0                              # ranks that share one copy of the ZeRO state; 0: all
     recompute: Literal["none", "selective", "full"] = "none"
     reproducible: bool = False                               # one order of summation for every data-parallel size
 

@@ -6,6 +6,10 @@ A rank needs one group per axis, and two that combine axes:
                                  and ZeRO shards over it
     world      everybody: the gradient norm and the logged loss
 
+`gradient` itself may be split for ZeRO: state is sharded along `shard`, and the shards of different `replicate`
+positions are copies of each other (hybrid sharding: gather within a node, sum across nodes).  By default `shard` is all
+of it.
+
 torch names a group after its ranks and the number of groups its process has, so all ranks must create equally many, in
 the same order.  These do: along an axis every rank's group has the same pattern.
 
@@ -56,6 +60,8 @@ class Mesh:
     pipeline: Axis
     data: Axis
     gradient: Axis
+    shard: Axis
+    replicate: Axis
     world: Axis
 
     @property
@@ -70,7 +76,7 @@ class Mesh:
 def single_mesh(device: torch.device | str = "cpu") -> Mesh:
     """The mesh of one process; needs no `torch.distributed`."""
     axes = {name: Axis.single(name)
-            for name in ("tensor", "context", "pipeline", "data", "gradient", "world")}
+            for name in ("tensor", "context", "pipeline", "data", "gradient", "shard", "replicate", "world")}
     return Mesh(Topology(), 0, torch.device(device), **axes)
 
 
@@ -114,5 +120,10 @@ def build_mesh(topology: Topology, device: torch.device | str, timeout_seconds: 
 
     tensor, context, pipeline, data = (line(a, a) for a in ("tensor", "context", "pipeline", "data"))
     gradient = line("gradient", "data", "context")
+    size = topology.shard or gradient.size
+    first = gradient.index - gradient.index % size
+    shard = axis("shard", gradient.ranks[first : first + size])
+    replicate = axis("replicate", gradient.ranks[gradient.index % size :: size])
     world = axis("world", tuple(range(world_size)))
-    return Mesh(topology, rank, torch.device(device), tensor, context, pipeline, data, gradient, world)
+    return Mesh(topology, rank, torch.device(device), tensor, context, pipeline, data, gradient,
+                shard, replicate, world)

@@ -16,6 +16,7 @@ from math import prod
 
 import numpy as np
 
+from engine.config import ParallelConfig
 from engine.errors import ConfigError
 
 AXES = ("pipeline", "data", "context", "tensor")
@@ -23,12 +24,16 @@ AXES = ("pipeline", "data", "context", "tensor")
 
 @dataclass(frozen=True)
 class Topology:
-    """Degrees of the four axes; `world_size` is their product."""
+    """Degrees of the four axes; `world_size` is their product.
+
+    `shard` says how many of the data × context ranks share one copy of the ZeRO state; 0 means all of them.
+    """
 
     pipeline: int = 1
     data: int = 1
     context: int = 1
     tensor: int = 1
+    shard: int = 0
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -36,24 +41,9 @@ class Topology:
                 raise ConfigError(f"parallel.{axis} is {getattr(self, axis)}; a parallel degree is at least 1")
 
     @staticmethod
-    def for_world(world_size: int, *, tensor: int = 1, pipeline: int = 1, context: int = 1,
-                  data: int | None = None) -> Topology:
-        """The topology that fills `world_size` ranks; `data=None` takes what the other axes leave.
-
-        Raises:
-            ConfigError: when the degrees do not multiply to the world size.
-        """
-        model_ranks = tensor * pipeline * context
-        shown = f"pipeline({pipeline}) × data({'?' if data is None else data}) × context({context}) × tensor({tensor})"
-        if data is None:
-            if world_size % model_ranks:
-                raise ConfigError(f"{shown} does not divide world size {world_size}: {world_size} / {model_ranks} is "
-                                  f"not a whole number; start a multiple of {model_ranks} processes or lower a degree")
-            data = world_size // model_ranks
-        if data * model_ranks != world_size:
-            raise ConfigError(f"{shown} = {data * model_ranks} ranks, but the job has {world_size}; "
-                              f"start {data * model_ranks} processes, or set parallel.data: auto")
-        return Topology(pipeline=pipeline, data=data, context=context, tensor=tensor)
+    def of(parallel: ParallelConfig) -> Topology:
+        """The topology a resolved configuration asks for."""
+        return Topology(parallel.pipeline, parallel.data_size, parallel.context, parallel.tensor, parallel.zero_shard)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """The global gradient norm, and clipping by it.
 
-Every element of the model counts once: a bucket's shard on each data rank, nothing for replicas (norms on tensor ranks
-above the first, the output layer's copy of a tied embedding).  The sum of squares and the loss travel in the same
+Every element of the model counts once: each shard in one of its copies, and nothing for replicas (norms on tensor
+ranks above the first, the output layer's copy of a tied embedding).  The sum of squares and the loss travel in the same
 all-reduce over all ranks, the only collective of a step that involves everybody.
 """
 
@@ -29,7 +29,7 @@ class StepSums:
 
 def squared_norm(buckets: Sequence[Bucket], mesh: Mesh) -> Tensor:
     """This rank's part of the squared gradient norm, fp32 scalar."""
-    counted = [b.grad_shard for b in buckets if b.kind.counted and (b.level > 0 or mesh.gradient.index == 0)]
+    counted = [bucket.grad_shard for bucket in buckets if bucket.kind.counted and bucket.is_first_copy]
     if not counted:
         return torch.zeros((), dtype=torch.float32, device=mesh.device)
     return torch.stack([torch.linalg.vector_norm(grad) for grad in counted]).square().sum()

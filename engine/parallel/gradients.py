@@ -2,8 +2,8 @@
 
 A `GradSlot` is a parameter's place in a flat gradient bucket (`engine.parallel.data`).  Layers that know their weight
 gradient is a matrix product add it there with one fused multiply-accumulate; everything else (norms, biases) arrives
-through autograd and a hook.  A slot counts the contributions of a step (microbatches × uses), and the last one tells
-the bucket, which starts reducing while the backward pass still runs.
+through autograd and a hook.  The bucket hears of every contribution, and starts reducing behind the last one it needs,
+while the backward pass still runs.
 
 `WeightGradQueue` is the other half of a zero-bubble pipeline: while it is open, layers leave their weight gradient in
 it as a closure instead of computing it, and the schedule's `W` action runs them later.
@@ -21,56 +21,50 @@ from torch import Tensor, nn
 class GradSlot:
     """One parameter's accumulator."""
 
-    def __init__(self, accumulator: Callable[[], Tensor], on_complete: Callable[[], None]) -> None:
-        """`accumulator` returns the (possibly just allocated) view; `on_complete` is told of the last contribution."""
-        self._accumulator = accumulator
-        self._on_complete = on_complete
-        self._remaining = 0
+    def __init__(self, view: Tensor, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """`view` has the parameter's shape; the callbacks surround every contribution."""
+        self._view, self._before, self._after = view, before, after
         self._fresh = True
+        self.contributions = 0
 
-    def expect(self, contributions: int, *, fresh: bool = True) -> None:
-        """Begins a sum of `contributions` terms; `fresh` overwrites whatever the accumulator held."""
-        self._remaining, self._fresh = contributions, fresh
+    def begin_step(self) -> None:
+        """A new sum begins, and the count with it."""
+        self._fresh, self.contributions = True, 0
 
-    @property
-    def missing(self) -> int:
-        """Contributions still to come."""
-        return self._remaining
+    def restart(self) -> None:
+        """What was summed up has been taken away: the next contribution overwrites."""
+        self._fresh = True
 
     def add(self, grad: Tensor) -> None:
         """Adds a gradient of the parameter's local shape."""
-        view = self._accumulator()
-        view.copy_(grad) if self._fresh else view.add_(grad)
+        self._before()
+        self._view.copy_(grad) if self._fresh else self._view.add_(grad)
         self._contributed()
 
     def add_matmul(self, a: Tensor, b: Tensor) -> None:
         """Adds the matrix product a·b, the parameter viewed as a matrix: no temporary where the dtypes agree."""
-        view = self._accumulator()
-        matrix = view.view(a.shape[0], b.shape[1])
-        if view.dtype != a.dtype:
-            product = a @ b
-            matrix.copy_(product) if self._fresh else matrix.add_(product)
+        self._before()
+        matrix = self._view.view(a.shape[0], b.shape[1])
+        if matrix.dtype == a.dtype:
+            matrix.addmm_(a, b, beta=0 if self._fresh else 1)
         elif self._fresh:
-            matrix.addmm_(a, b, beta=0)
+            matrix.copy_(a @ b)
         else:
-            matrix.addmm_(a, b)
+            matrix.add_(a @ b)
         self._contributed()
 
     def add_rows(self, index: Tensor, rows: Tensor) -> None:
         """Adds `rows` [n, width] at the row numbers `index` [n]."""
-        view = self._accumulator()
+        self._before()
         if self._fresh:
-            view.zero_()
-        view.index_add_(0, index, rows.to(view.dtype))
+            self._view.zero_()
+        self._view.index_add_(0, index, rows.to(self._view.dtype))
         self._contributed()
 
     def _contributed(self) -> None:
-        if self._remaining == 0:
-            raise RuntimeError("a parameter received more gradients than the schedule has microbatches")
         self._fresh = False
-        self._remaining -= 1
-        if self._remaining == 0:
-            self._on_complete()
+        self.contributions += 1
+        self._after()
 
 
 def attach_slot(parameter: nn.Parameter, slot: GradSlot) -> None:

@@ -119,7 +119,7 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True,
                                 reduce_dtype=DTYPES[config.precision.grad_reduce], bucket_elements=bucket_elements)
     else:
         allocate_weights(chunks.values(), dtype, mesh.device)
-    if parallel.zero == 3:
+    if training and parallel.zero == 3:
         ParameterStream(chunks.values(), buckets)
     length = config.data.seq_len // parallel.context // (mesh.tensor.size if sequence else 1)
     shape = (length, config.batch.micro, config.model.hidden_size)

@@ -58,11 +58,6 @@ class Result:
     parameters_equal_masters: bool = True
 
 
-def topology_of(config: Config) -> Topology:
-    parallel = config.parallel
-    return Topology(parallel.pipeline, parallel.data_size, parallel.context, parallel.tensor)
-
-
 def microbatches(config: Config, batch: Batch, data_index: int) -> list[Batch]:
     """This data rank's share of a global batch."""
     micro, data = config.batch.micro, config.parallel.data_size
@@ -86,7 +81,7 @@ def shards(buckets: Iterable[Bucket], which: str) -> Shards:
 
 def train_layout(config: Config, num_steps: int) -> Result:
     """Runs on one rank: `num_steps` steps in the layout of `config`."""
-    mesh = mesh_for(topology_of(config))
+    mesh = mesh_for(Topology.of(config.parallel))
     model = parallelize(config, mesh, bucket_elements=6000)
     model.initialise(config.run.seed)
     optimizer = AdamW(model.buckets, config.optim)
@@ -110,6 +105,9 @@ def train_layout(config: Config, num_steps: int) -> Result:
 
 def parameters_match(model: ParallelModel) -> bool:
     """Whether the parameters used by the layers are the updated masters."""
+    for bucket in model.buckets:
+        bucket.start_gather()
+        bucket.wait_gather()
     return all(torch.equal(bucket.param_buffer[bucket.shard].float(), bucket.master) for bucket in model.buckets)
 
 

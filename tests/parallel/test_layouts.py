@@ -115,6 +115,15 @@ def test_zero_bubble(layout: dict[str, object]) -> None:
     run_case(layout, {}, {}, {})
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("layout", [
+    {"data": 4}, {"tensor": 2, "data": 2}, {"pipeline": 2, "data": 2, "schedule": "zb-h1"},
+    {"data": 4, "zero_shard": 2}, {"pipeline": 2, "data": 2, "schedule": "interleaved", "virtual_stages": 2},
+], ids=name_of)
+def test_zero_levels(layout: dict[str, object], zero: int) -> None:
+    run_case(layout | {"zero": zero}, {"qkv_bias": True, "tie_embeddings": True}, {}, {})
+
+
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}, {"pipeline": 2, "data": 2, "zero": 0}],
                          ids=name_of)
 def test_document_masks_and_larger_microbatches(layout: dict[str, object]) -> None:

@@ -1,16 +1,25 @@
-"""Flat buckets: the memory in which parameters, gradients and optimizer state live.
+"""Flat buckets: the memory in which parameters, gradients and optimizer state live, and ZeRO's four levels.
 
 The parameters of a chunk are laid end to end, in the order in which the backward pass finishes them, into buckets of a
-few million elements:
+few million elements.  A bucket has
 
     param_buffer   compute dtype   p₀ p₁ p₂ …        every parameter is a view
     grad_buffer    fp32            g₀ g₁ g₂ …        every `GradSlot` adds into a view
-    master         fp32            this rank's shard; a view of param_buffer where that is fp32 already
+    master         fp32            this rank's shard; the parameter shard itself where that is fp32 already
 
-When the last contribution of the step to the last parameter of a bucket has arrived, the bucket's reduction over the
-ranks that share these parameters starts, while the backward pass goes on with the next bucket.  With ZeRO-1
-(Rajbhandari et al. 2020, section 5.1) it is a reduce-scatter: each rank gets the sum of its own shard, updates it, and
-an all-gather publishes the result.  With level 0 it is an all-reduce, and the shard is the whole bucket.
+and the level says what of it stays (Rajbhandari et al. 2020, section 5):
+
+    level   master, moments   gradients                          parameters
+    0       whole             whole; all-reduced once            whole
+    1       shard             whole; reduce-scattered once       whole; all-gathered after the update
+    2       shard             shard; a bucket's buffer lives     whole; all-gathered after the update
+                              from its first gradient of a
+                              microbatch to its reduction
+    3       shard             as 2                               shard; gathered around each use (`streaming`)
+
+A reduction starts when the last gradient it waits for has arrived, and runs while the backward pass goes on with the
+next bucket.  "Freed" means that the buffer's storage is resized to nothing: the views stay, and come back to life
+when it is resized again.
 
 All parameters of a bucket share whatever decides what happens to them (`BucketKind`), so gradient norm, clipping and
 AdamW treat a bucket as one vector.
@@ -18,21 +27,28 @@ AdamW treat a bucket as one vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from engine.distributed.boxes import Box, flat_range_boxes
-from engine.distributed.collectives import DONE, Work, all_gather_into, all_reduce, reduce_scatter_into, sum_with_peer
+from engine.distributed.collectives import (
+    DONE,
+    Work,
+    all_gather_into,
+    all_reduce,
+    reduce_scatter_into,
+    sum_with_peer,
+)
 from engine.distributed.mesh import Mesh
 from engine.model.spec import ParamSpec, spec_of
 from engine.parallel.gradients import GradSlot, attach_slot
 
 # A parameter starts at a multiple of this many elements: 128 bytes of bf16, so that GEMMs find aligned operands.
 ALIGNMENT = 64
-DEFAULT_BUCKET_ELEMENTS = 40_000_000
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,7 @@ class BucketKind:
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter's place in a bucket."""
+    """One parameter's place in a bucket, and how often a forward pass uses it."""
 
     parameter: nn.Parameter
     spec: ParamSpec
@@ -69,30 +85,54 @@ def kind_of(spec: ParamSpec, mesh: Mesh, uses: int) -> BucketKind:
                       tied=spec.tied and uses == 1)
 
 
+def free(buffer: Tensor) -> None:
+    """Gives the memory back; the tensor and its views keep their shapes."""
+    buffer.untyped_storage().resize_(0)
+
+
+def allocate(buffer: Tensor) -> None:
+    """Undoes `free`; the contents are undefined."""
+    buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
+
+
+def is_free(buffer: Tensor) -> bool:
+    return buffer.untyped_storage().size() == 0
+
+
 class Bucket:
     """One flat vector of parameters with its gradient and this rank's shard."""
 
     def __init__(self, kind: BucketKind, parameters: Sequence[tuple[nn.Parameter, int]], mesh: Mesh, *, level: int,
-                 dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
-        """`parameters`: with how often each is used in a forward pass; they are moved into the bucket's memory."""
+                 dtype: torch.dtype, reduce_dtype: torch.dtype, reducing: deque[Bucket]) -> None:
+        """Moves the parameters (each with its number of uses) into the bucket's memory.
+
+        `reducing` is shared by the buckets of a rank: those whose reduction is under way, oldest first.
+        """
         self.kind, self.mesh, self.level, self.reduce_dtype = kind, mesh, level, reduce_dtype
         self.entries: list[Entry] = []
         size = 0
         for parameter, uses in parameters:
             self.entries.append(Entry(parameter, spec_of(parameter), size, uses))
             size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-        num_shards = mesh.gradient.size if level else 1
+        num_shards = mesh.shard.size if level else 1
         size = -(-size // (num_shards * ALIGNMENT)) * num_shards * ALIGNMENT
         part = size // num_shards
-        self.shard = slice(mesh.gradient.index * part, (mesh.gradient.index + 1) * part) if level else slice(0, size)
+        self.shard = slice(mesh.shard.index * part, (mesh.shard.index + 1) * part) if level else slice(0, size)
         self.param_buffer = torch.zeros(size, dtype=dtype, device=mesh.device)
         self.grad_buffer = torch.zeros(size, dtype=torch.float32, device=mesh.device)
-        mine = self.param_buffer[self.shard]
-        self.master = mine if dtype == torch.float32 else torch.zeros_like(mine, dtype=torch.float32)
-        self._reducing = self.grad_buffer      # what is being reduced: the gradient, or its bf16 copy
-        self._work: Work = DONE
-        self._incomplete = 0
+        self.param_shard = self.param_buffer[self.shard] if level < 3 else self.param_buffer.new_zeros(part)
+        self.master = self.param_shard if dtype == torch.float32 else self.param_shard.float()
+        self.grad_shard = self.grad_buffer[self.shard] if level < 2 else self.grad_buffer.new_zeros(part)
         self._slots = [self._adopt(entry) for entry in self.entries]
+        self._others_reducing = reducing
+        self._reduced: Tensor | None = None      # what a reduction under way writes to
+        self._reduction: Work = DONE
+        self._gathering: Work = DONE
+        self._arrived = self._microbatches = 0
+        if level >= 2:
+            free(self.grad_buffer)
+        if level >= 3:
+            free(self.param_buffer)
 
     def _adopt(self, entry: Entry) -> GradSlot:
         """Makes the parameter a view of the bucket and routes its gradient here."""
@@ -100,74 +140,147 @@ class Bucket:
         view.spec = entry.spec  # type: ignore[attr-defined]
         torch.utils.swap_tensors(entry.parameter, view)      # unlike `.data =`, this may leave the meta device
         grad = self._view(self.grad_buffer, entry)
-        slot = GradSlot(lambda: grad, self._on_complete)
+        slot = GradSlot(grad, self._before_contribution, self._after_contribution)
         attach_slot(entry.parameter, slot)
         return slot
+
+    def _gaps(self) -> Iterator[Tensor]:
+        """The parts of the gradient buffer that belong to no parameter: they are summed up with the rest."""
+        stops = [entry.offset + entry.parameter.numel() for entry in self.entries]
+        starts = [*(entry.offset for entry in self.entries[1:]), self.grad_buffer.numel()]
+        return (self.grad_buffer[stop:start] for stop, start in zip(stops, starts, strict=True))
 
     @staticmethod
     def _view(buffer: Tensor, entry: Entry) -> Tensor:
         return buffer[entry.offset : entry.offset + entry.parameter.numel()].view(entry.spec.local_shape)
 
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether no rank before this one holds the same shard."""
+        return (self.mesh.replicate if self.level else self.mesh.gradient).index == 0
+
+    # ------------------------------------------------------------------ gradients
+
     def begin_step(self, num_microbatches: int) -> None:
-        """Expects the contributions of a step."""
-        self._incomplete = len(self._slots)
-        for entry, slot in zip(self.entries, self._slots, strict=True):
-            slot.expect(num_microbatches * entry.uses)
+        """Expects the gradients of a step."""
+        self._arrived, self._microbatches = 0, num_microbatches
+        if self.level >= 2:
+            self.grad_shard.zero_()
+        for slot in self._slots:
+            slot.begin_step()
 
-    def _on_complete(self) -> None:
-        self._incomplete -= 1
-        if self._incomplete == 0 and not self.kind.tied:
-            self._reduce()
+    def _before_contribution(self) -> None:
+        """The buffer must be there, and not be read by a reduction."""
+        if self._reduced is not None:
+            self._settle()
+        if is_free(self.grad_buffer):
+            allocate(self.grad_buffer)
+            for gap in self._gaps():
+                gap.zero_()
 
-    def _reduce(self) -> None:
+    def _after_contribution(self) -> None:
+        """Starts the reduction behind the last gradient it needs: of a microbatch from level 2 on, else of the step.
+
+        Zero-bubble schedules may let the next microbatch's first gradients arrive before this one's last; the count is
+        then full with a mixture, which sums to the same.
+        """
+        self._arrived += 1
+        per_microbatch = sum(entry.uses for entry in self.entries)
+        awaited = per_microbatch if self.level >= 2 else per_microbatch * self._microbatches
+        if self._arrived % awaited == 0 and not self.kind.tied:
+            self._start_reduction()
+
+    def _start_reduction(self) -> None:
         """Starts the sum over the ranks that hold the same parameters."""
         if self.kind.partial_sum:
             all_reduce(self.grad_buffer, self.mesh.tensor)
-        axis = self.mesh.gradient
-        self._reducing = buffer = self.grad_buffer if axis.size == 1 else self.grad_buffer.to(self.reduce_dtype)
+        alone = self.mesh.gradient.size == 1
+        buffer = self.grad_buffer if alone else self.grad_buffer.to(self.reduce_dtype)
         if self.level == 0:
-            self._work = all_reduce(buffer, axis, asynchronous=True)
+            self._reduced = buffer
+            self._reduction = all_reduce(buffer, self.mesh.gradient, asynchronous=True)
         else:
-            self._work = reduce_scatter_into(buffer[self.shard], buffer, axis)
+            self._reduced = buffer[self.shard]
+            self._reduction = reduce_scatter_into(self._reduced, buffer, self.mesh.shard)
+        for slot in self._slots:
+            slot.restart()
+        while len(self._others_reducing) > 1:      # two at a time: one finishes while the next fills
+            self._others_reducing[0]._settle()
+        self._others_reducing.append(self)
+
+    def _settle(self) -> None:
+        """Waits for the reduction under way and takes its result over."""
+        assert self._reduced is not None
+        self._reduction.wait()
+        if self.level:
+            all_reduce(self._reduced, self.mesh.replicate)
+        if self.level >= 2:
+            self.grad_shard.add_(self._reduced)
+            free(self.grad_buffer)
+        elif self._reduced.data_ptr() != self.grad_shard.data_ptr():
+            self.grad_shard.copy_(self._reduced)
+        self._reduced, self._reduction = None, DONE
+        self._others_reducing.remove(self)
 
     def finish_reduction(self) -> None:
         """Waits until `grad_shard` is the sum over all ranks and microbatches.
 
         Raises:
-            RuntimeError: a parameter did not get its gradient, naming it: a schedule or a layer is wrong.
+            RuntimeError: a parameter did not get its gradients, naming it: a schedule or a layer is wrong.
         """
-        if self._incomplete:
-            missing = [e.spec.name for e, s in zip(self.entries, self._slots, strict=True) if s.missing]
-            raise RuntimeError(f"no complete gradient for {', '.join(missing)}")
+        wrong = [f"{entry.spec.name} ({slot.contributions} of {entry.uses * self._microbatches})"
+                 for entry, slot in zip(self.entries, self._slots, strict=True)
+                 if slot.contributions != entry.uses * self._microbatches]
+        if wrong:
+            raise RuntimeError(f"gradients that did not arrive as often as the schedule says: {', '.join(wrong)}")
         if self.kind.tied:
             pipeline = self.mesh.pipeline
             sum_with_peer(self.grad_buffer, pipeline, 0 if pipeline.index else pipeline.size - 1)
-            self._reduce()
-        self._work.wait()
-        if self._reducing is not self.grad_buffer:
-            self.grad_shard.copy_(self._reducing[self.shard])
-        self._work, self._reducing = DONE, self.grad_buffer
+            self._start_reduction()
+        if self._reduced is not None:
+            self._settle()
 
-    @property
-    def grad_shard(self) -> Tensor:
-        """This rank's part of the gradient, fp32."""
-        return self.grad_buffer[self.shard]
+    # ------------------------------------------------------------------ parameters
+
+    def set_master(self, entry: Entry, values: Tensor) -> None:
+        """Sets this rank's share of a parameter's master from fp32 values of the parameter's local shape."""
+        start, stop = self._overlap(entry)
+        if start < stop:
+            self.master[start - self.shard.start : stop - self.shard.start] = \
+                values.flatten()[start - entry.offset : stop - entry.offset]
 
     def start_publish(self) -> Work:
-        """Copies the updated masters into the parameters and starts collecting the other ranks' shards."""
-        mine = self.param_buffer[self.shard]
-        if self.master.data_ptr() != mine.data_ptr():
-            mine.copy_(self.master)
-        return all_gather_into(self.param_buffer, mine, self.mesh.gradient) if self.level else DONE
+        """Makes the masters the weights: copies this rank's shard and, up to level 2, starts collecting the others'."""
+        if self.param_shard is not self.master:
+            self.param_shard.copy_(self.master)
+        if self.level >= 3:
+            self.release()
+            return DONE
+        return all_gather_into(self.param_buffer, self.param_shard, self.mesh.shard) if self.level else DONE
 
-    def store(self, entry: Entry, values: Tensor) -> None:
-        """Sets a parameter and its master from fp32 values of the parameter's local shape."""
-        with torch.no_grad():
-            entry.parameter.copy_(values)
-            start, stop = self._overlap(entry)
-            if start < stop:
-                self.master[start - self.shard.start : stop - self.shard.start] = \
-                    values.flatten()[start - entry.offset : stop - entry.offset]
+    def start_gather(self) -> None:
+        """Level 3: starts collecting the whole bucket, unless it is there or under way."""
+        if not is_free(self.param_buffer):
+            return
+        allocate(self.param_buffer)
+        # The weights get back the values they had.  `.data` keeps that from autograd, which would take it for a change
+        # of what it saved.
+        whole = self.param_buffer.data
+        if self.mesh.shard.size == 1:
+            whole.copy_(self.param_shard)
+        self._gathering = all_gather_into(whole, self.param_shard, self.mesh.shard)
+
+    def wait_gather(self) -> None:
+        """Returns when the parameters may be used."""
+        self._gathering.wait()
+        self._gathering = DONE
+
+    def release(self) -> None:
+        """Level 3: gives the memory of the parameters back."""
+        self.wait_gather()
+        free(self.param_buffer)
+
+    # ------------------------------------------------------------------ boxes
 
     def boxes(self, vector: Tensor) -> Iterator[tuple[ParamSpec, Box, Tensor]]:
         """What `vector`, laid out like this rank's shard, holds of each parameter: views, padding left out."""
@@ -182,45 +295,3 @@ class Bucket:
         """The part of the bucket that belongs both to the parameter and to this rank's shard."""
         return (max(entry.offset, self.shard.start),
                 min(entry.offset + entry.parameter.numel(), self.shard.stop))
-
-
-def build_buckets(chunks: Iterable[nn.Module], mesh: Mesh, *, level: int, dtype: torch.dtype,
-                  reduce_dtype: torch.dtype = torch.float32,
-                  bucket_elements: int = DEFAULT_BUCKET_ELEMENTS) -> list[Bucket]:
-    """Moves the parameters of this rank's chunks (cut, on the meta device or not) into buckets.
-
-    Buckets never mix chunks, so that each completes when its own chunk does.
-    """
-    buckets: list[Bucket] = []
-    seen: set[nn.Parameter] = set()
-
-    def close(kind: BucketKind, group: list[tuple[nn.Parameter, int]]) -> None:
-        if group:
-            buckets.append(Bucket(kind, group, mesh, level=level, dtype=dtype, reduce_dtype=reduce_dtype))
-            group.clear()
-
-    chunks = list(chunks)
-    uses = _count_uses(chunks)
-    for chunk in chunks:
-        open_groups: dict[BucketKind, list[tuple[nn.Parameter, int]]] = {}
-        for parameter in reversed(list(chunk.parameters())):
-            if parameter in seen:
-                continue
-            seen.add(parameter)
-            kind = kind_of(spec_of(parameter), mesh, uses[parameter])
-            group = open_groups.setdefault(kind, [])
-            if group and sum(p.numel() for p, _ in group) + parameter.numel() > bucket_elements:
-                close(kind, group)
-            group.append((parameter, uses[parameter]))
-        for kind, group in open_groups.items():
-            close(kind, group)
-    return buckets
-
-
-def _count_uses(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, int]:
-    """How many layers of these chunks hold each parameter: two for a tied embedding whose both ends are here."""
-    uses: dict[nn.Parameter, int] = {}
-    for chunk in chunks:
-        for _, parameter in chunk.named_parameters(remove_duplicate=False):
-            uses[parameter] = uses.get(parameter, 0) + 1
-    return uses

@@ -1,0 +1,85 @@
+"""Which parameters share a bucket.
+
+Up to ZeRO 2 a bucket is filled in backward order until it is large enough for its reduction to use the network well.
+With ZeRO 3 a bucket is gathered as a whole around the use of its parameters, so it never reaches beyond a *unit*: the
+embedding, one layer, or final norm and output layer.  Buckets never mix chunks or kinds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from engine.distributed.mesh import Mesh
+from engine.model.spec import spec_of
+from engine.model.transformer import Transformer
+from engine.parallel.data.buckets import Bucket, BucketKind, kind_of
+
+DEFAULT_BUCKET_ELEMENTS = 40_000_000
+
+Group = list[tuple[nn.Parameter, int]]      # parameters, each with its number of uses
+
+
+def units_of(chunk: Transformer) -> list[list[nn.Module]]:
+    """The chunk's modules in forward order, in the portions in which ZeRO 3 gathers them."""
+    units: list[list[nn.Module]] = [[layer] for layer in chunk.layers.values()]
+    if chunk.embedding is not None:
+        units.insert(0, [chunk.embedding])
+    if chunk.final_layernorm is not None and chunk.output_layer is not None:
+        units.append([chunk.final_layernorm, chunk.output_layer])
+    return units
+
+
+def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtype: torch.dtype,
+                  reduce_dtype: torch.dtype, bucket_elements: int = DEFAULT_BUCKET_ELEMENTS) -> list[Bucket]:
+    """Moves the parameters of this rank's chunks (cut; still on the meta device) into buckets.
+
+    Args:
+        chunks: in the order in which the backward pass finishes them.
+        mesh: this rank's place.
+        level: of ZeRO, 0 to 3.
+        dtype: of the parameters.
+        reduce_dtype: in which gradients travel; they are summed up in fp32.
+        bucket_elements: size from which a bucket is closed, up to level 2.
+    """
+    reducing: deque[Bucket] = deque()
+    uses = count_uses(chunks)
+    seen: set[nn.Parameter] = set()
+    buckets: list[Bucket] = []
+    for chunk in chunks:
+        portions = [[p for module in unit for p in module.parameters()] for unit in units_of(chunk)]
+        if level < 3:
+            portions = [[p for portion in portions for p in portion]]
+        for portion in reversed(portions):
+            fresh = [(p, uses[p]) for p in dict.fromkeys(reversed(portion)) if p not in seen]
+            seen.update(p for p, _ in fresh)
+            for kind, group in group_parameters(fresh, mesh, bucket_elements):
+                buckets.append(Bucket(kind, group, mesh, level=level, dtype=dtype, reduce_dtype=reduce_dtype,
+                                      reducing=reducing))
+    return buckets
+
+
+def group_parameters(parameters: Iterable[tuple[nn.Parameter, int]], mesh: Mesh,
+                     bucket_elements: int) -> Iterator[tuple[BucketKind, Group]]:
+    """Parameters in order → groups of one kind and limited size; a group is yielded when it is full, or at the end."""
+    filling: dict[BucketKind, Group] = {}
+    for parameter, uses in parameters:
+        kind = kind_of(spec_of(parameter), mesh, uses)
+        group = filling.setdefault(kind, [])
+        if group and sum(p.numel() for p, _ in group) + parameter.numel() > bucket_elements:
+            yield kind, group
+            group = filling[kind] = []
+        group.append((parameter, uses))
+    yield from filling.items()
+
+
+def count_uses(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, int]:
+    """How many layers of these chunks hold each parameter: two for a tied embedding whose both ends are here."""
+    uses: dict[nn.Parameter, int] = {}
+    for chunk in chunks:
+        for _, parameter in chunk.named_parameters(remove_duplicate=False):
+            uses[parameter] = uses.get(parameter, 0) + 1
+    return uses
