@@ -1,0 +1,22 @@
+"""One thread per process, and quick tests first."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")               # before torch is imported; threads of many processes fight
+
+# Folders whose tests start processes or train; everything else comes before them, in this order among themselves.
+SLOW = ("model", "data", "generate", "bench", "checkpoints_tools", "parallel", "checkpoint", "train")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A mistake should show in the first seconds rather than in the last ones."""
+
+    def rank(item: pytest.Item) -> int:
+        folders = item.path.relative_to(item.config.rootpath).parts
+        return max((SLOW.index(folder) + 1 for folder in folders if folder in SLOW), default=0)
+
+    items.sort(key=rank)
