@@ -34,10 +34,6 @@ CORPUS_SUFFIXES = (".bin", ".idx")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.action == "clean":
-        from engine.data.cleaning.command import run as clean
-
-        return clean(args)
     return {"inspect": _inspect, "verify": _verify}[args.action](args)
 
 

@@ -199,7 +199,8 @@ def best_tree(weights: Sequence[int]) -> Node:
 
     Twice the deviation is at most c if every leaf has a slack c/w - Σ 1/w(a) ≥ 0.  A subtree's slack is its
     worst leaf's, so for given c the best subtree over every set of leaves follows from those over smaller
-    sets.  Beyond `MAX_SEARCHED` sources the lightest are joined first, and the result is close to the best. """
+    sets.  Beyond `MAX_SEARCHED` sources the lightest are joined first, and the result is close to the best.
+    """
     low = high = 2.0
     slack, tree = _tree_for(weights, high)
     while slack < 0:

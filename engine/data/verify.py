@@ -3,7 +3,8 @@
 The index: no negative length, every sequence starts where the one before ended, documents in order.  The
 tokens: none negative, none beyond the tokenizer's vocabulary.  And where there is a side file: sizes, counts,
 dtype and SHA-256 of both files.  A flipped bit in `.bin` is a valid token more often than not; only its hash
-finds it. """
+finds it.
+"""
 
 from __future__ import annotations
 
