@@ -132,11 +132,33 @@ def _generate(p: Parser) -> None:
     p.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest; 0: all (default: %(default)s)")
     p.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest of this total probability")
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (default: %(default)s)")
+    p.add_argument("--bos", action="store_true", help="begin prompts with the tokenizer's beginning-of-text id, which "
+                                                      "most models from Hugging Face expect")
+    p.add_argument("--token-ids", action="store_true", help="prompts and results are ids; needs no tokenizer")
+    p.add_argument("--json", action="store_true", help="one JSON object per prompt")
+    _inference(p)
 
 
 def _eval(p: Parser) -> None:
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder (its newest one)")
     p.add_argument("--data", required=True, metavar="PREFIX", help="a corpus made by `octant prepare`")
+    p.add_argument("--seq-len", type=int, metavar="S", help="tokens per sequence (default: as in training)")
+    p.add_argument("--batches", type=int, metavar="N", help="only the first N batches (default: the whole corpus)")
+    p.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (default: %(default)s)")
+    p.add_argument("--json", action="store_true", help="the result as a JSON object")
+    _inference(p)
+
+
+def _inference(p: Parser) -> None:
+    """How a checkpoint's model is loaded; the layout need not be the one that wrote it."""
+    p.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor-parallel ranks (default: %(default)s)")
+    p.add_argument("--pipeline", type=int, default=1, metavar="P", help="pipeline stages (default: %(default)s); "
+                                                                        "T × P processes are started here")
+    p.add_argument("--tokenizer", metavar="T", help="where the model's tokenizer is now (default: where the run found it)")
+    p.add_argument("--dtype", choices=("fp32", "bf16"), help="of the arithmetic (default: as in training)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    p.add_argument("--log-dir", help=argparse.SUPPRESS)      # of a process that this command has started
 
 
 def _convert(p: Parser) -> None:
