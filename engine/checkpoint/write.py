@@ -120,8 +120,7 @@ class CheckpointWriter:
         How it went is told by `poll` or `wait`; a save that fails is a report with `error`, never an exception.
 
         Raises:
-            ValueError: the ranks are at different steps; TypeError: something that is not JSON or has no
-                file format was handed in.  Bugs in the caller.
+            ValueError: the ranks are at different steps; TypeError: `metadata` is not JSON.  Bugs in the caller.
         """
         start = time.monotonic()
         self._collect()

@@ -252,7 +252,7 @@ def test_one_save_in_flight(tmp_path: Path) -> None:
 
 
 def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut can lose anything that was not fsynced: every file, then its directory, then after the rename its parent."""
+    """A power cut can lose anything that was not fsynced: every file, its directory, then the parent."""
     events: list[str] = []
     fsync, rename = os.fsync, Path.rename
 
