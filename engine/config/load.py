@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from engine.config.schema import Config
 from engine.config.vocabulary import tokenizer_vocab_size
@@ -189,7 +190,7 @@ def _vocabulary(model: dict[str, Any], preset: dict[str, Any], data: Any) -> dic
 
 def _explain(problem: Any, origins: Origins) -> str:
     """One line for one of pydantic's errors: the key, what is wrong, and where it was written."""
-    path: KeyPath = tuple(problem["loc"])
+    path = _as_written(problem["loc"]) if problem["type"] != "extra_forbidden" else problem["loc"]
     kind, given = problem["type"], f"{problem['input']!r:.60}"
     if kind == "extra_forbidden":
         text = f"unknown key; {nearest(str(path[-1]), list(_keys_at(Config, path[:-1])))}"
@@ -205,17 +206,32 @@ def _explain(problem: Any, origins: Origins) -> str:
     return ".".join(map(str, path)) + ": " * bool(path) + text + (f"  [{where}]" if where else "")
 
 
+def _as_written(path: KeyPath) -> KeyPath:
+    """The part of pydantic's path that is keys; behind it stands which branch of a union was tried."""
+    model: type[BaseModel] | None = Config
+    for depth, part in enumerate(path):
+        if isinstance(part, int):
+            continue
+        if model is None or (field := _field(model, part)) is None:
+            return path[:depth]
+        model = next(_models_in(field.annotation), None)
+    return path
+
+
 def _keys_at(model: type[BaseModel], path: KeyPath) -> Iterator[str]:
     """YAML keys of the section at `path`."""
     for part in path:
-        if not isinstance(part, int):
-            field = next(f for name, f in model.model_fields.items() if part in (name, f.validation_alias))
+        if isinstance(part, str) and (field := _field(model, part)) is not None:
             model = next(_models_in(field.annotation))
     yield from (str(field.validation_alias or name) for name, field in model.model_fields.items())
     if model.__name__ == "ModelConfig":
         yield "preset"
     if model is Config:
         yield "base"
+
+
+def _field(model: type[BaseModel], key: str) -> FieldInfo | None:
+    return next((field for name, field in model.model_fields.items() if key in (name, field.validation_alias)), None)
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
