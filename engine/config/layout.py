@@ -74,6 +74,9 @@ def _pipeline_problems(config: Config) -> Iterator[str]:
     elif chunks != 1:
         yield (f"the {parallel.schedule} schedule needs parallel.virtual_stages = 1 (it is {chunks}); "
                "use `interleaved` for more")
+    if isinstance(parallel.recompute_layers, tuple) and len(parallel.recompute_layers) != parallel.pipeline:
+        yield (f"parallel.recompute_layers names {len(parallel.recompute_layers)} stages, the pipeline has "
+               f"{parallel.pipeline}: give one number per stage, or one for all")
     if config.model.num_layers < parallel.pipeline * chunks:
         yield (f"model.num_layers({config.model.num_layers}) < pipeline({parallel.pipeline}) × "
                f"virtual_stages({chunks}) = {parallel.pipeline * chunks}: every chunk needs a layer")

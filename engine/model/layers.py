@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.kernels.rms_norm import rms_norm
+from engine.kernels.swiglu import swiglu
 from engine.model.spec import ParamSpec, new_parameter
 
 
@@ -55,3 +56,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """See `kernels/swiglu.py`."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """[..., 2·F], gate then up → [..., F]."""
+        return swiglu(gate_up.unflatten(-1, (2, -1)))

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from engine.config import ModelConfig
 from engine.kernels.attention import attention
 from engine.kernels.rope import split_and_rotate
-from engine.kernels.swiglu import swiglu
 from engine.model.context import Batch
-from engine.model.layers import Embedding, Linear, RMSNorm
+from engine.model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from engine.model.rope import rotary_angles
 from engine.model.spec import ParamSpec, new_parameter
 
@@ -68,11 +67,12 @@ class MLP(nn.Module):
         super().__init__()
         self.linear_fc1 = Linear.create(f"{name}.linear_fc1", (2, config.ffn_hidden_size), config.hidden_size,
                                  init_std=INIT_STD)
+        self.activation = SwiGLU()
         self.linear_fc2 = Linear.create(f"{name}.linear_fc2", (config.hidden_size,), config.ffn_hidden_size,
                                  init_std=residual_init_std(config))
 
     def forward(self, x_SBH: Tensor) -> Tensor:
-        return self.linear_fc2(swiglu(self.linear_fc1(x_SBH).unflatten(-1, (2, -1))))
+        return self.linear_fc2(self.activation(self.linear_fc1(x_SBH)))
 
 
 class Block(nn.Module):

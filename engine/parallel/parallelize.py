@@ -3,6 +3,7 @@
     deal the layers to chunks        which layers run here                       pipeline/partition
     build those chunks on `meta`     no memory yet; names stay global            model/transformer
     cut every layer                  slices instead of whole weights             tensor/cut
+    recompute                        hooks that forget activations               recompute
     move into buckets                memory; gradients get their place           data/buckets
     lower the schedule               what to do, in which order                  pipeline/lowering
     give both to the executor        how                                         pipeline/executor
@@ -22,7 +23,7 @@ from engine.config import Config
 from engine.distributed.mesh import Mesh
 from engine.model.context import Batch
 from engine.model.spec import new_parameter, spec_of
-from engine.model.transformer import Transformer
+from engine.model.transformer import Block, Transformer
 from engine.parallel.data.buckets import Bucket
 from engine.parallel.data.build import DEFAULT_BUCKET_ELEMENTS, build_buckets
 from engine.parallel.data.streaming import ParameterStream
@@ -33,6 +34,7 @@ from engine.parallel.pipeline.lowering import lower
 from engine.parallel.pipeline.p2p import Messenger
 from engine.parallel.pipeline.partition import deal_layers, layer_costs
 from engine.parallel.pipeline.schedules import Schedule, build_schedule
+from engine.parallel.recompute import apply_recompute
 from engine.parallel.tensor.cut import cut_tensor, vocab_parallel_loss
 from engine.parallel.tensor.layers import TensorContext
 
@@ -113,6 +115,8 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True,
     for chunk in chunks.values():
         cut_tensor(chunk, tensor)
     share_tied_weight(chunks)
+    if training:
+        apply_recompute(recomputed_blocks(config, chunks, mesh.pipeline.index), parallel.recompute)
     buckets: list[Bucket] = []
     if training:
         buckets = build_buckets(list(reversed(chunks.values())), mesh, level=parallel.zero, dtype=dtype,
@@ -143,6 +147,13 @@ def build_chunks(config: Config, placement: Sequence[int], stage: int) -> dict[i
     with torch.device("meta"):
         return {chunk: Transformer(config.model, deal[chunk], first=chunk == 0, last=chunk == len(placement) - 1)
                 for chunk, owner in enumerate(placement) if owner == stage}
+
+
+def recomputed_blocks(config: Config, chunks: dict[int, Transformer], stage: int) -> list[Block]:
+    """The layers of this stage that recompute: all, or the first so many."""
+    blocks = [block for chunk in chunks.values() for block in chunk.layers.values() if isinstance(block, Block)]
+    limit = config.parallel.recompute_layers
+    return blocks[: limit[stage] if isinstance(limit, tuple) else limit]
 
 
 def allocate_weights(chunks: Iterable[Transformer], dtype: torch.dtype, device: torch.device) -> None:

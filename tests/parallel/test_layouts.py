@@ -124,6 +124,19 @@ def test_zero_levels(layout: dict[str, object], zero: int) -> None:
     run_case(layout | {"zero": zero}, {"qkv_bias": True, "tie_embeddings": True}, {}, {})
 
 
+@pytest.mark.parametrize("recompute", [
+    {"recompute": "full"}, {"recompute": "selective"}, {"recompute": "full", "recompute_layers": 1}], ids=name_of)
+@pytest.mark.parametrize("layout", [
+    {}, {"tensor": 2, "pipeline": 2, "schedule": "zb-h1"}, {"data": 2, "zero": 3}, {"tensor": 2, "sequence": False},
+], ids=name_of)
+def test_recomputation_changes_no_bit(layout: dict[str, object], recompute: dict[str, object]) -> None:
+    kept, recomputed = (run_layout(tiny_config(parallel=layout | extra), 2) for extra in ({}, recompute))
+    for a, b in zip(kept, recomputed, strict=True):
+        assert a.losses == b.losses and a.grad_norms == b.grad_norms
+        for (name, _, _, x), (_, _, _, y) in zip(a.gradients + a.weights, b.gradients + b.weights, strict=True):
+            assert torch.equal(x, y), name
+
+
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}, {"pipeline": 2, "data": 2, "zero": 0}],
                          ids=name_of)
 def test_document_masks_and_larger_microbatches(layout: dict[str, object]) -> None:
