@@ -155,7 +155,8 @@ def _inference(p: Parser) -> None:
     p.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor-parallel ranks (default: %(default)s)")
     p.add_argument("--pipeline", type=int, default=1, metavar="P", help="pipeline stages (default: %(default)s); "
                                                                         "T × P processes are started here")
-    p.add_argument("--tokenizer", metavar="T", help="where the model's tokenizer is now (default: where the run found it)")
+    p.add_argument("--tokenizer", metavar="T",
+                   help="where the model's tokenizer is now (default: where the run found it)")
     p.add_argument("--dtype", choices=("fp32", "bf16"), help="of the arithmetic (default: as in training)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     p.add_argument("--log-dir", help=argparse.SUPPRESS)      # of a process that this command has started

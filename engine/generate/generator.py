@@ -15,35 +15,19 @@ for models that fit no other way.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.config import ModelConfig
 from engine.distributed.collectives import all_gather, broadcast
 from engine.errors import RequestError
 from engine.generate.cache import Cache, visible
-from engine.generate.sampling import Sampling, choose
+from engine.generate.request import Limits, Sampling
+from engine.generate.sampling import choose
 from engine.model.context import Batch
 from engine.parallel.parallelize import ParallelModel
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When a text ends.
-
-    Attributes:
-        max_new_tokens: after so many; earlier where the model's maximum length is reached.
-        stop_id: after this token; None: never.
-    """
-
-    max_new_tokens: int
-    stop_id: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise RequestError(f"--max-new-tokens {self.max_new_tokens}: at least 1")
 
 
 class Generator:
@@ -52,9 +36,11 @@ class Generator:
     All ranks of one copy of the model call its methods alike.
     """
 
-    def __init__(self, model: ParallelModel) -> None:
+    def __init__(self, model: ParallelModel, num_ids: int | None = None) -> None:
+        """`num_ids`: choose among so many ids, those of the tokenizer; None: all that the model has."""
         [self._chunk] = model.chunks.values()
         self._model, self._mesh = model.config.model, model.mesh
+        self._num_ids = min(num_ids or self._model.vocab_size, self._model.vocab_size)
         self._weight = next(self._chunk.parameters())        # its dtype is the model's
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Limits,
@@ -77,9 +63,9 @@ class Generator:
                 whichever batch it is.
 
         Raises:
-            RequestError: a prompt is empty, leaves no room for a token, or holds ids that the model does not have.
+            RequestError: see `check_prompts`.
         """
-        self._check(prompts)
+        check_prompts(prompts, self._model)
         lengths = [len(prompt) for prompt in prompts]
         room = [min(limits.max_new_tokens, self._model.max_seq_len - length) for length in lengths]
         indices = range(first_index, first_index + len(prompts))
@@ -100,12 +86,15 @@ class Generator:
 
     @torch.no_grad()
     def next_logits(self, tokens_SB: Tensor, cache: Cache, padding_B: Tensor | None) -> Tensor | None:
-        """Feeds every text's next tokens; logits of the one that follows, [B, V], on the last stage (None elsewhere).
+        """Feeds every text's next tokens; logits of the one that follows, [B, num_ids], on the last stage.
 
         Args:
             tokens_SB: the same number for every text.
             cache: what was fed before; extended by this.
             padding_B: how many of the first places of each text are padding; None: none at all.
+
+        Returns:
+            None on the other stages.
         """
         start, stop, device = cache.num_tokens, cache.num_tokens + len(tokens_SB), self._mesh.device
         positions_SB = torch.arange(start, stop, device=device).unsqueeze(1)
@@ -119,7 +108,7 @@ class Generator:
             dist.send(x_SBH.contiguous(), pipeline.ranks[pipeline.index + 1], group=pipeline.group)
             return None
         columns_BV = self._chunk.logits(x_SBH[-1:]).squeeze(0)
-        return all_gather(columns_BV.T, self._mesh.tensor).T[:, : self._model.vocab_size]     # padding is at the end
+        return all_gather(columns_BV.T, self._mesh.tensor).T[:, : self._num_ids]      # padding comes last
 
     def new_cache(self, max_tokens: int, rows: int) -> Cache:
         """An empty cache for this rank's layers and key-value groups."""
@@ -130,7 +119,8 @@ class Generator:
     def _receive(self, tokens_SB: Tensor) -> Tensor:
         """The hidden states of these tokens from the stage before."""
         pipeline = self._mesh.pipeline
-        x_SBH = torch.empty(*tokens_SB.shape, self._model.hidden_size, dtype=self._weight.dtype, device=self._mesh.device)
+        shape = (*tokens_SB.shape, self._model.hidden_size)
+        x_SBH = torch.empty(shape, dtype=self._weight.dtype, device=self._mesh.device)
         dist.recv(x_SBH, pipeline.ranks[pipeline.index - 1], group=pipeline.group)
         return x_SBH
 
@@ -151,14 +141,19 @@ class Generator:
         padding_B = torch.tensor(padding, device=device) if any(padding) else None
         return torch.tensor(rows, dtype=torch.int64, device=device).T.contiguous(), padding_B
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        longest, size = self._model.max_seq_len, self._model.vocab_size
-        if not prompts:
-            raise RequestError("no prompt to go on from")
-        for number, prompt in enumerate(prompts, 1):
-            if not 0 < len(prompt) < longest:
-                raise RequestError(f"prompt {number} has {len(prompt)} tokens; with the model's maximum of {longest} "
-                                   f"(model.max_seq_len) it takes 1 to {longest - 1}, so that one can be added")
-            if wrong := [token for token in prompt if not 0 <= token < size]:
-                raise RequestError(f"prompt {number} holds the token id {wrong[0]}; the model's vocabulary has {size} "
-                                   f"(0 to {size - 1})")
+
+def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig) -> None:
+    """
+    Raises:
+        RequestError: there is no prompt, or one is empty, leaves no room for a token, or holds ids the model lacks.
+    """
+    longest, size = model.max_seq_len, model.vocab_size
+    if not prompts:
+        raise RequestError("no prompt to go on from")
+    for number, prompt in enumerate(prompts, 1):
+        if not 0 < len(prompt) < longest:
+            raise RequestError(f"prompt {number} has {len(prompt)} tokens; with the model's maximum of {longest} "
+                               f"(model.max_seq_len) it takes 1 to {longest - 1}, so that one can be added")
+        if wrong := [token for token in prompt if not 0 <= token < size]:
+            raise RequestError(f"prompt {number} holds the token id {wrong[0]}; the model's vocabulary has {size} "
+                               f"(0 to {size - 1})")

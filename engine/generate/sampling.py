@@ -13,38 +13,12 @@ Filters are in the order and with the ties of `transformers`, so the distributio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.distributed.random import seed_for
-from engine.errors import RequestError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose.
-
-    Attributes:
-        temperature: 0 for the likeliest token.
-        top_k: choose among the k likeliest; 0: all.
-        top_p: choose among the likeliest whose probabilities first add up to this.
-        seed: names the random numbers.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise RequestError(f"--temperature {self.temperature}: it must be 0 (the likeliest token) or more")
-        if self.top_k < 0:
-            raise RequestError(f"--top-k {self.top_k}: it must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"--top-p {self.top_p}: it is a probability, more than 0 and at most 1")
+from engine.generate.request import Sampling
 
 
 def uniform(seed: int, prompt: int, position: int) -> float:

@@ -1,0 +1,82 @@
+"""What can be asked for.  Checked when it is made, without torch, so a mistake is refused before any process starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose.
+
+    Attributes:
+        temperature: 0 for the likeliest token.
+        top_k: choose among the k likeliest; 0: all.
+        top_p: choose among the likeliest whose probabilities first add up to this.
+        seed: names the random numbers.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise RequestError(f"--temperature {self.temperature}: it must be 0 (the likeliest token) or more")
+        if self.top_k < 0:
+            raise RequestError(f"--top-k {self.top_k}: it must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"--top-p {self.top_p}: it is a probability, more than 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a text ends.
+
+    Attributes:
+        max_new_tokens: after so many; earlier where the model's maximum length is reached.
+        stop_id: after this token; None: never.
+    """
+
+    max_new_tokens: int
+    stop_id: int | None = None
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """What to generate.
+
+    Attributes:
+        checkpoint: a checkpoint, or a run's folder.
+        tokenizer: where the model's tokenizer is now; None: where the run found it.
+        token_ids: prompts and results are numbers, without a tokenizer.
+        begin: start every prompt with the tokenizer's beginning-of-text id.
+        batch_size: prompts at a time.
+        as_json: print one JSON object per prompt.
+        dtype: of the arithmetic, `fp32` or `bf16`; None: as in training.
+        device: auto, cpu or cuda.
+    """
+
+    checkpoint: str
+    prompts: Sequence[str]
+    sampling: Sampling
+    max_new_tokens: int
+    tokenizer: str | None = None
+    token_ids: bool = False
+    begin: bool = False
+    batch_size: int = 16
+    as_json: bool = False
+    dtype: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise RequestError('no prompt: give --prompt "…" or --prompt-file FILE (one per line)')
+        if self.max_new_tokens < 1:
+            raise RequestError(f"--max-new-tokens {self.max_new_tokens}: at least 1")
+        if self.batch_size < 1:
+            raise RequestError(f"--batch-size {self.batch_size}: at least 1")

@@ -1,0 +1,142 @@
+"""`octant generate` on one rank: prompts in, text out.
+
+One prompt is printed as it grows: an incremental decoder holds back the bytes of an unfinished character.  Several are
+generated in batches and printed as each batch is done.  Rank 0 prints; the text goes to stdout and everything
+about it to stderr, so the output of one can be piped on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.data.tokenizer import Tokenizer
+from engine.distributed.environment import LaunchEnvironment
+from engine.distributed.process import joined_mesh
+from engine.distributed.topology import Topology
+from engine.errors import RequestError
+from engine.generate.generator import Generator, check_prompts
+from engine.generate.load import Wanted, inference_config, load_model, load_tokenizer_of, open_shared
+from engine.generate.request import Limits, TextRequest
+
+
+class TokenIds(Tokenizer):
+    """Stands in for a tokenizer: a text is its ids, written as numbers with spaces between."""
+
+    kind = name = sha256 = "ids"
+    bos_id = pad_id = None
+    eod_id = -1                                              # no id ends a text
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode_array(self, text: str, *, continues: bool = False) -> npt.NDArray[np.int32]:
+        try:
+            return np.array([int(word) for word in text.split()], np.int32)
+        except (ValueError, OverflowError):
+            raise RequestError(f"prompt {text!r:.60}: with --token-ids it is numbers with spaces between") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+@dataclass
+class Timer:
+    """How fast it went."""
+
+    start: float
+    first_token_seconds: float | None = None
+    num_tokens: int = 0
+
+    def add(self, num_tokens: int) -> None:
+        """So many new tokens exist now."""
+        if self.first_token_seconds is None:
+            self.first_token_seconds = time.perf_counter() - self.start
+        self.num_tokens += num_tokens
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self.start
+        first = "" if self.first_token_seconds is None else f", the first after {self.first_token_seconds:.2f} s"
+        return f"{self.num_tokens} tokens in {seconds:.2f} s ({self.num_tokens / seconds:.1f} tokens/s{first})"
+
+
+Write = Callable[[str], None]
+
+
+def generate_text(request: TextRequest, topology: Topology, launched: LaunchEnvironment | None) -> None:
+    """One rank of the job, from joining it to leaving it.
+
+    Raises:
+        CheckpointError, DataError, ConfigError, RequestError: what was asked cannot be done.
+    """
+    with joined_mesh(launched, topology, request.device) as mesh:
+        reader = open_shared(request.checkpoint, mesh)
+        config = inference_config(reader, topology, Wanted(request.dtype))
+        tokenizer = TokenIds(config.model.vocab_size) if request.token_ids else \
+            load_tokenizer_of(reader, request.tokenizer)
+        prompts = [encode(prompt, tokenizer, request.begin) for prompt in request.prompts]
+        check_prompts(prompts, config.model)
+        generator = Generator(load_model(reader, config, mesh), tokenizer.vocab_size)
+        say: Write = _print if mesh.rank == 0 else _keep_quiet
+        timer = Timer(time.perf_counter())
+        if len(prompts) == 1 and not request.as_json:
+            _stream(generator, prompts[0], tokenizer, request, say, timer)
+        else:
+            _batches(generator, prompts, tokenizer, request, say, timer)
+        if mesh.rank == 0:
+            print(f"{reader.path}: {timer}\nnext: octant eval {request.checkpoint} --data PREFIX", file=sys.stderr)
+
+
+def encode(prompt: str, tokenizer: Tokenizer, begin: bool) -> list[int]:
+    """Ids of a prompt.  An empty one begins a new document: behind the end of the one before, as in training."""
+    try:
+        ids = tokenizer.encode(prompt)
+    except UnicodeEncodeError:
+        raise RequestError(f"prompt {prompt!r:.60} is not valid text") from None
+    if begin and tokenizer.bos_id is None:
+        raise RequestError(f"--bos: tokenizer {tokenizer.name} has no beginning-of-text id")
+    start = tokenizer.bos_id if begin else None if ids else tokenizer.eod_id
+    return ids if start is None else [start, *ids]
+
+
+def _stream(generator: Generator, prompt: list[int], tokenizer: Tokenizer, request: TextRequest, say: Write,
+            timer: Timer) -> None:
+    """Prompt and text, as it is made."""
+    decoder = tokenizer.stream()
+    say("".join(map(decoder.push, prompt)))
+    for [token] in generator.stream([prompt], request.sampling, Limits(request.max_new_tokens, tokenizer.eod_id)):
+        assert token is not None                             # the stream ends with its only text
+        timer.add(1)
+        say(decoder.push(token))
+    say(decoder.flush() + "\n")
+
+
+def _batches(generator: Generator, prompts: list[list[int]], tokenizer: Tokenizer, request: TextRequest, say: Write,
+             timer: Timer) -> None:
+    """All prompts, `batch_size` at a time."""
+    limits = Limits(request.max_new_tokens, tokenizer.eod_id)
+    for first in range(0, len(prompts), request.batch_size):
+        part = prompts[first : first + request.batch_size]
+        for number, new in enumerate(generator.generate(part, request.sampling, limits, first), first):
+            timer.add(len(new))
+            text = tokenizer.decode([*prompts[number], *new])
+            if request.as_json:
+                say(json.dumps({"prompt": request.prompts[number], "text": text, "tokens": new,
+                                "stop": "eod" if new[-1] == tokenizer.eod_id else "length"}, ensure_ascii=False) + "\n")
+            else:
+                say(f"── {number + 1} ──\n{text}\n")
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _keep_quiet(text: str) -> None:
+    """For the ranks that do not print."""
