@@ -147,7 +147,7 @@ def _report_failure(save: Save, reason: str) -> None:
 def _await_parts(save: Save) -> list[dict[str, Any]]:
     """The first rank waits for every rank's marker."""
     waiting = set(range(save.world_size))
-    for _ in _patience(save.timeout_seconds):
+    for _ in _patience(save.timeout_seconds, save.world_size):
         names = {entry.name for entry in os.scandir(save.writing)}
         failed = [rank for rank in waiting if save.marker(rank, "failed").name in names]
         if failed:
@@ -203,7 +203,7 @@ def _withdraw(save: Save) -> None:
 
 def _await_outcome(save: Save, inode: int) -> None:
     """The other ranks wait for the first one's decision."""
-    for _ in _patience(save.timeout_seconds + OTHERS_PATIENCE_SECONDS):
+    for _ in _patience(save.timeout_seconds + OTHERS_PATIENCE_SECONDS, save.world_size):
         if not save.writing.exists():
             with contextlib.suppress(FileNotFoundError):
                 if save.final.stat().st_ino == inode:
@@ -216,12 +216,12 @@ def _withdrawn(save: Save) -> str:
     return f"{save.final}: another rank failed, so the save was withdrawn; rank 0 says why"
 
 
-def _patience(seconds: float) -> Iterator[None]:
-    """Yields until time is up, sleeping a little longer each time."""
+def _patience(seconds: float, world_size: int) -> Iterator[None]:
+    """Yields until time is up, sleeping longer each time; thousands of ranks ask the file system less often."""
     deadline, pause = time.monotonic() + seconds, 0.001
     while True:
         yield
         if time.monotonic() > deadline:
             return
         time.sleep(pause)
-        pause = min(pause * 1.5, 0.25)
+        pause = min(pause * 1.5, 0.25 + world_size / 1000)

@@ -8,10 +8,12 @@ one writer serve every layout.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from engine.distributed.boxes import Box
+
+if TYPE_CHECKING:                       # names on disk and manifests are looked at where torch is not loaded yet
+    import torch
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from engine.errors import CheckpointError
 
 READ_BYTES = 16 << 20           # one thread's share of a large contiguous read
 OPEN_FILES = 64
+JOBS_AHEAD = 128
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,18 @@ class CheckpointReader:
         if hash_file(path, self._pool, progress) != stored.sha256:
             return "the content has changed since it was written"
         file = ShardFile(path)
-        for key, tensor in self.manifest.tensors.items():
-            for box, holder in zip(tensor.boxes, tensor.files, strict=True):
-                if holder == index:
-                    file.locate(Entry(key, tensor.shape, box, DTYPES[tensor.dtype]))
+        for entry in self._held[index]:
+            file.locate(entry)
         return None
+
+    @cached_property
+    def _held(self) -> dict[int, list[Entry]]:
+        """What the manifest says each file holds."""
+        held: dict[int, list[Entry]] = defaultdict(list)
+        for key, tensor in self.manifest.tensors.items():
+            for box, file in zip(tensor.boxes, tensor.files, strict=True):
+                held[file].append(Entry(key, tensor.shape, box, DTYPES[tensor.dtype]))
+        return held
 
     def _stored(self, key: str) -> StoredTensor:
         if key not in self.manifest.tensors:
@@ -238,11 +246,14 @@ class CheckpointReader:
         return (int(index) for index in np.flatnonzero(overlap))
 
     def _run(self, copies: list[_Copy]) -> None:
-        """Carries the copies out, file by file, spread over threads."""
-        jobs: list[Callable[[], None]] = []
+        """Carries the copies out, file by file, spread over threads; few at a time, as each keeps a file open."""
+        running: deque[Future[None]] = deque()
         for copy in sorted(copies, key=lambda copy: copy.file):
-            jobs += self._jobs(copy)
-        for future in [self._pool.submit(job) for job in jobs]:
+            for job in self._jobs(copy):
+                if len(running) >= JOBS_AHEAD:
+                    running.popleft().result()
+                running.append(self._pool.submit(job))
+        for future in running:
             future.result()
 
     def _jobs(self, copy: _Copy) -> Iterator[Callable[[], None]]:

@@ -41,7 +41,7 @@ class Staging:
 
     def _fill(self, copies: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
         def fill(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-            pair[0].copy_(pair[1].detach(), non_blocking=True)
+            pair[0].copy_(pair[1].detach(), non_blocking=pair[1].is_cuda)
 
         on_host = [(c, t) for c, t in zip(copies, tensors, strict=True) if not t.is_cuda]
         on_device = [(c, t) for c, t in zip(copies, tensors, strict=True) if t.is_cuda]

@@ -35,6 +35,8 @@ from engine.errors import CheckpointError
 DEFAULT_TIMEOUT_SECONDS = 1800.0
 SAVE_ID_BITS = 48
 
+Source = Callable[[Entry], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class SaveReport:
@@ -138,14 +140,17 @@ class CheckpointWriter:
         entries = [Entry(p.key, p.global_shape, p.box, p.tensor.dtype) for p in mine]
         tensors = [p.tensor for p in mine]
         if not self._asynchronous:
-            report = self._write(attempt, entries, tensors, metadata, report)
+            report = self._write(attempt, entries, _source_of(entries, tensors), metadata, report)
             self._reports.append(_timed(report, start, stalled=True))
             return
-        tensors = self._staging.copy(tensors)
+        try:
+            fetch = _source_of(entries, self._staging.copy(tensors))
+        except (MemoryError, RuntimeError) as error:        # no room for the copies; the others must hear of it
+            fetch = _no_source(error)
         report = _timed(report, start, stalled=True)
 
         def write() -> None:
-            written = self._write(attempt, entries, tensors, metadata, report)
+            written = self._write(attempt, entries, fetch, metadata, report)
             self._reports.append(_timed(written, start, stalled=False))
 
         self._thread = threading.Thread(target=write, name=f"checkpoint-{step}", daemon=True)
@@ -188,14 +193,25 @@ class CheckpointWriter:
         return Save(self.directory / checkpoint_name(step), save_id, step, self._rank, self._world_size, self._keep,
                     self._timeout_seconds, self._on_point)
 
-    def _write(self, attempt: Save, entries: Sequence[Entry], tensors: Sequence[torch.Tensor],
+    def _write(self, attempt: Save, entries: Sequence[Entry], fetch: Source,
                metadata: dict[str, Any], report: SaveReport) -> SaveReport:
-        by_name = {entry.name: tensor for entry, tensor in zip(entries, tensors, strict=True)}
         try:
-            removed = write_and_commit(attempt, entries, lambda entry: by_name[entry.name], metadata, self._pool)
+            removed = write_and_commit(attempt, entries, fetch, metadata, self._pool)
         except SaveFailed as error:
             return replace(report, error=str(error))
         return replace(report, path=attempt.final, num_bytes=file_bytes(entries), removed=tuple(removed))
+
+
+def _source_of(entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> Source:
+    """Gives the tensor of an entry."""
+    by_name = {entry.name: tensor for entry, tensor in zip(entries, tensors, strict=True)}
+    return lambda entry: by_name[entry.name]
+
+
+def _no_source(error: Exception) -> Source:
+    def fetch(entry: Entry) -> torch.Tensor:
+        raise error
+    return fetch
 
 
 def _timed(report: SaveReport, start: float, stalled: bool) -> SaveReport:
