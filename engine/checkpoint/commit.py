@@ -93,8 +93,10 @@ def write_and_commit(save: Save, entries: Sequence[Entry], fetch: Callable[[Entr
         inode = save.writing.stat().st_ino
         _write_part(save, entries, fetch, pool)
     except Exception as error:
+        _remove_part(save)
         reason = explain(error, save.file, entries) if save.rank == 0 or save.writing.exists() else _withdrawn(save)
-        _report_failure(save, reason)
+        with contextlib.suppress(OSError):
+            save.marker(save.rank, "failed").write_text(reason)
         if save.rank == 0:
             _withdraw(save)
         raise SaveFailed(reason) from error
@@ -135,13 +137,11 @@ def _write_part(save: Save, entries: Sequence[Entry], fetch: Callable[[Entry], t
     save.on_point("rank done")
 
 
-def _report_failure(save: Save, reason: str) -> None:
-    """Makes room first: where the disk is full, the marker must still fit."""
+def _remove_part(save: Save) -> None:
+    """Makes room: where the disk is full, the marker must still fit."""
     for leftover in (save.file, save.marker(save.rank, "unfinished")):
         with contextlib.suppress(OSError):
             leftover.unlink()
-    with contextlib.suppress(OSError):
-        save.marker(save.rank, "failed").write_text(reason)
 
 
 def _await_parts(save: Save) -> list[dict[str, Any]]:
