@@ -11,8 +11,8 @@ EXTRAS = {
     "megatron": ["megatron-core>=0.16"],                           # reading and writing its checkpoints
     "data": ["pyarrow", "zstandard", "rensa"],                     # parquet, .zst, near-duplicate search
     "fast": ["gigatoken"],                                         # encodes corpora several times faster, same ids
-    "viz": ["matplotlib", "tensorboard", "wandb"],                 # pictures and sinks
-    "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+    "viz": ["tensorboard", "wandb"],                               # where metrics also go
+    "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "setuptools", "tensorboard", "types-PyYAML"],
 }
 
 setup(

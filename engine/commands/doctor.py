@@ -55,7 +55,6 @@ EXTRAS = (
     Extra("pyarrow", ".parquet corpora", "pip install 'octant[data]'"),
     Extra("zstandard", ".zst corpora", "pip install 'octant[data]'"),
     Extra("gigatoken", "corpora encoded faster, same ids", "pip install 'octant[fast]'"),
-    Extra("gigatoken", "faster tokenizing", "pip install gigatoken"),
     Extra("rensa", "near-duplicate removal", "pip install 'octant[data]'"),
     Extra("tensorboard", "log.tensorboard", "pip install 'octant[viz]'"),
     Extra("wandb", "log.wandb", "pip install 'octant[viz]'"),
