@@ -107,6 +107,29 @@ def sum_with_peer(x: Tensor, axis: Axis, peer: int) -> None:
     x.add_(other)
 
 
+class RingShift:
+    """A tensor on its way round the ring."""
+
+    def __init__(self, arriving: Tensor, work: list[Work]) -> None:
+        self._arriving, self._work = arriving, work
+
+    def wait(self) -> Tensor:
+        """The previous rank's tensor."""
+        for work in self._work:
+            work.wait()
+        return self._arriving
+
+
+def start_ring_shift(x: Tensor, axis: Axis) -> RingShift:
+    """Starts sending `x` to the next rank of the axis and receiving the previous one's, of the same shape."""
+    if axis.size == 1:
+        return RingShift(x, [])
+    x, arriving = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    following, previous = axis.ranks[(axis.index + 1) % axis.size], axis.ranks[axis.index - 1]
+    return RingShift(arriving, dist.batch_isend_irecv([dist.P2POp(dist.isend, x, following, axis.group),
+                                                       dist.P2POp(dist.irecv, arriving, previous, axis.group)]))
+
+
 def my_part(x: Tensor, axis: Axis) -> Tensor:
     """This rank's equal part of dimension 0."""
     return x if axis.size == 1 else x.chunk(axis.size, dim=0)[axis.index]

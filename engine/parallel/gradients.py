@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from engine.kernels.matmul import matmul_into
+
 
 class GradSlot:
     """One parameter's accumulator."""
@@ -42,7 +44,7 @@ class GradSlot:
         self._contributed()
 
     def add_matmul(self, a: Tensor, b: Tensor) -> None:
-        """Adds the matrix product a·b, the parameter viewed as a matrix: no temporary where the dtypes agree."""
+        """Adds the matrix product a·b, the parameter viewed as a matrix."""
         self._before()
         matrix = self._view.view(a.shape[0], b.shape[1])
         if matrix.dtype == a.dtype:

@@ -2,6 +2,7 @@
 
     deal the layers to chunks        which layers run here                       pipeline/partition
     build those chunks on `meta`     no memory yet; names stay global            model/transformer
+    spread the sequence              ring attention                              context/ring
     cut every layer                  slices instead of whole weights             tensor/cut
     recompute                        hooks that forget activations               recompute
     move into buckets                memory; gradients get their place           data/buckets
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 
 from engine.config import Config
-from engine.distributed.mesh import Mesh
+from engine.distributed.mesh import Axis, Mesh
 from engine.model.context import Batch
 from engine.model.spec import new_parameter, spec_of
 from engine.model.transformer import Block, Transformer
+from engine.parallel.context.ring import RingAttention
 from engine.parallel.data.buckets import Bucket
 from engine.parallel.data.build import DEFAULT_BUCKET_ELEMENTS, build_buckets
 from engine.parallel.data.streaming import ParameterStream
@@ -113,6 +115,8 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True,
     schedule = build_schedule(parallel.schedule, parallel.pipeline, config.num_microbatches, parallel.virtual_stages)
     chunks = build_chunks(config, schedule.placement, mesh.pipeline.index)
     for chunk in chunks.values():
+        if mesh.context.size > 1:
+            spread_sequence(chunk, mesh.context)
         cut_tensor(chunk, tensor)
     share_tied_weight(chunks)
     if training:
@@ -147,6 +151,12 @@ def build_chunks(config: Config, placement: Sequence[int], stage: int) -> dict[i
     with torch.device("meta"):
         return {chunk: Transformer(config.model, deal[chunk], first=chunk == 0, last=chunk == len(placement) - 1)
                 for chunk, owner in enumerate(placement) if owner == stage}
+
+
+def spread_sequence(chunk: Transformer, axis: Axis) -> None:
+    """Attention that reaches beyond this rank's part of the sequence."""
+    for block in chunk.layers.values():
+        block.self_attention.core_attention = RingAttention(axis)
 
 
 def recomputed_blocks(config: Config, chunks: dict[int, Transformer], stage: int) -> list[Block]:

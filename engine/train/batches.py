@@ -5,7 +5,7 @@ A step consumes `global` samples, numbers [consumed, consumed + global).  Microb
     consumed + (m · data + d) · micro + r        r = 0 … micro - 1
 
 so the samples of a step are the same set in every layout, and one integer says where the run stands.  Every rank of a
-data-parallel replica reads its own copy: the corpora are memory-mapped, and reading costs less than sending.
+model replica reads its own copy: the corpora are memory-mapped, and reading costs less than sending.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from engine.data.training_data import Sample, TrainingData
 from engine.distributed.collectives import all_reduce
 from engine.distributed.mesh import Mesh
 from engine.model.context import Batch, document_mask, document_positions
+from engine.parallel.context.zigzag import context_part
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def load_step(data: TrainingData, first: int, config: Config, mesh: Mesh) -> Ste
     """The microbatches of the step that starts at consumed sample `first`."""
     samples = [[data.sample(i) for i in sample_indices(first, m, config, mesh.data.index)]
                for m in range(config.num_microbatches)]
-    return StepBatches([collate(rows, mesh.device) for rows in samples], count_tokens(samples, config, mesh))
+    microbatches = [context_part(collate(rows, mesh.device), mesh.context) for rows in samples]
+    return StepBatches(microbatches, count_tokens(samples, config, mesh))
 
 
 def count_tokens(samples: Sequence[Sequence[Sample]], config: Config, mesh: Mesh) -> Tensor | int:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.distributed.boxes import Box
+from engine.distributed.mesh import Mesh
 from engine.distributed.topology import Topology
 from engine.model.context import Batch
 from engine.optim.adamw import AdamW
 from engine.optim.gradients import clip_divisor, sum_over_world
 from engine.optim.schedule import learning_rate
+from engine.parallel.context.zigzag import context_part
 from engine.parallel.data.buckets import Bucket
 from engine.parallel.parallelize import ParallelModel, parallelize
 from tests.distributed import mesh_for, run_distributed
@@ -58,8 +60,8 @@ class Result:
     parameters_equal_masters: bool = True
 
 
-def microbatches(config: Config, batch: Batch, data_index: int) -> list[Batch]:
-    """This data rank's share of a global batch."""
+def microbatches(config: Config, batch: Batch, mesh: Mesh) -> list[Batch]:
+    """This rank's share of a global batch."""
     micro, data = config.batch.micro, config.parallel.data_size
 
     def take(x: Tensor | None, dim: int, start: int) -> Tensor | None:
@@ -67,10 +69,10 @@ def microbatches(config: Config, batch: Batch, data_index: int) -> list[Batch]:
 
     out = []
     for m in range(config.num_microbatches):
-        start = (m * data + data_index) * micro
-        out.append(Batch(take(batch.tokens_SB, 1, start), take(batch.positions_SB, 1, start),
-                         take(batch.labels_SB, 1, start), take(batch.loss_mask_SB, 1, start),
-                         take(batch.attention_mask, 0, start)))
+        start = (m * data + mesh.data.index) * micro
+        out.append(context_part(Batch(take(batch.tokens_SB, 1, start), take(batch.positions_SB, 1, start),
+                                      take(batch.labels_SB, 1, start), take(batch.loss_mask_SB, 1, start),
+                                      take(batch.attention_mask, 0, start)), mesh.context))
     return out
 
 
@@ -89,7 +91,7 @@ def train_layout(config: Config, num_steps: int) -> Result:
     for step in range(1, num_steps + 1):
         batch = global_batch(config, step)
         scale = 1 / num_tokens(batch)
-        loss = model.forward_backward(microbatches(config, batch, mesh.data.index), scale)
+        loss = model.forward_backward(microbatches(config, batch, mesh), scale)
         sums = sum_over_world(loss, model.buckets, mesh)
         if step == 1:
             out.gradients = shards(model.buckets, "grad_shard")

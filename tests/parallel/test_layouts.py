@@ -124,6 +124,17 @@ def test_zero_levels(layout: dict[str, object], zero: int) -> None:
     run_case(layout | {"zero": zero}, {"qkv_bias": True, "tie_embeddings": True}, {}, {})
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
+@pytest.mark.parametrize("layout", [
+    {"context": 2}, {"context": 4}, {"context": 2, "tensor": 2}, {"context": 2, "tensor": 2, "sequence": False},
+    {"context": 2, "pipeline": 2, "schedule": "zb-v", "virtual_stages": 2}, {"context": 2, "data": 2, "zero": 3},
+    {"context": 2, "data": 2, "tensor": 2, "recompute": "full"},
+    {"context": 4, "data": 2, "zero": 2, "zero_shard": 4},
+], ids=name_of)
+def test_context_parallelism(layout: dict[str, object], masked: bool) -> None:
+    run_case(layout, {"num_kv_heads": 2}, {"document_mask": masked}, {"micro": 2})
+
+
 @pytest.mark.parametrize("recompute", [
     {"recompute": "full"}, {"recompute": "selective"}, {"recompute": "full", "recompute_layers": 1}], ids=name_of)
 @pytest.mark.parametrize("layout", [

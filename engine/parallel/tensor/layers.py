@@ -33,6 +33,7 @@ from engine.distributed.collectives import (
     start_reduce_scatter,
 )
 from engine.distributed.mesh import Axis
+from engine.kernels.matmul import linear, matmul
 from engine.model.spec import spec_of
 from engine.parallel.gradients import WeightGradQueue, slot_of
 
@@ -80,8 +81,8 @@ class _Linear(torch.autograd.Function):
         ctx.kind, ctx.context, ctx.bias_shape = kind, context, None if bias is None else bias.shape
         matrix = weight.flatten(0, -2)
         if kind == "column":
-            return F.linear(full_sequence(x, context), matrix, None if bias is None else bias.flatten())
-        return sum_over_ranks(F.linear(x, matrix), context)
+            return linear(full_sequence(x, context), matrix, None if bias is None else bias.flatten())
+        return sum_over_ranks(linear(x, matrix), context)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,11 +92,11 @@ class _Linear(torch.autograd.Function):
         if ctx.kind == "column":
             grad_out = grads[0]
             x_full, gathering = start_full_sequence(x, context) if ctx.needs_input_grad[1] else (x, DONE)
-            grad_x, summing = start_sum_over_ranks(grad_out @ matrix, context)
+            grad_x, summing = start_sum_over_ranks(matmul(grad_out, matrix), context)
         else:
             grad_out = full_sequence(grads[0], context)
             x_full, gathering = x, DONE
-            grad_x, summing = grad_out @ matrix, DONE
+            grad_x, summing = matmul(grad_out, matrix), DONE
         grad_bias = None
         if ctx.bias_shape is not None and ctx.needs_input_grad[2]:
             grad_bias = grad_out.flatten(0, -2).sum(0).view(ctx.bias_shape)

@@ -1,0 +1,1 @@
+"""Context parallelism: one long sequence over several ranks, with ring attention."""

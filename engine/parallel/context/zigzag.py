@@ -1,0 +1,38 @@
+"""Which tokens of a sequence a context rank holds.
+
+With causal attention late tokens have more to do than early ones.  So the sequence is cut into 2·C pieces, and rank i
+takes piece i and piece 2C−1−i: one early and one late, the same work for everybody.
+
+    C = 2:   | 0 | 1 | 2 | 3 |      rank 0: pieces 0 and 3      rank 1: pieces 1 and 2
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from engine.distributed.mesh import Axis
+from engine.model.context import Batch
+
+
+def positions_of(rank: int, size: int, length: int, device: torch.device | str = "cpu") -> Tensor:
+    """Positions in the whole sequence of the tokens that context rank `rank` of `size` holds, in its local order."""
+    piece = length // (2 * size)
+    early, late = torch.arange(piece, device=device), torch.arange(piece, device=device)
+    return torch.cat((early + rank * piece, late + (2 * size - 1 - rank) * piece))
+
+
+def context_part(batch: Batch, axis: Axis) -> Batch:
+    """This context rank's tokens of a microbatch; queries of the attention mask are cut, keys stay whole."""
+    if axis.size == 1:
+        return batch
+    mine = positions_of(axis.index, axis.size, batch.tokens_SB.shape[0], batch.tokens_SB.device)
+
+    def take(x: Tensor | None, dim: int = 0) -> Tensor | None:
+        return None if x is None else x.index_select(dim, mine)
+
+    return replace(batch, tokens_SB=batch.tokens_SB[mine], positions_SB=batch.positions_SB[mine],
+                   labels_SB=take(batch.labels_SB), loss_mask_SB=take(batch.loss_mask_SB),
+                   attention_mask=take(batch.attention_mask, dim=2))
