@@ -3,62 +3,94 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
+from engine.checkpoint.folder import checkpoints_at
 from engine.config import Config, load_config
 from engine.distributed.environment import LaunchEnvironment, launch_environment
-from engine.distributed.launch import launch_local, write_down
+from engine.distributed.launch import end_with_parent, error_path, launch_local, write_down
 from engine.distributed.topology import Topology
-from engine.errors import OctantError
+from engine.errors import CheckpointError, OctantError
+from engine.metrics.sinks import require_packages
 from engine.train.corpora import Corpora
+from engine.train.run_folder import locked
+from engine.train.stop import StopRequest
 
 STOPPED = 3
 
 
 def run(args: argparse.Namespace) -> int:
     """Train as the configuration says."""
-    config = load_config(args.config, args.overrides)
     launched = launch_environment()
     if launched is None:
-        return _start_plainly(args, config)
-    config = config.with_world_size(launched.world_size)
+        return _start_plainly(args, load_config(args.config, args.overrides))
+    if launched.launcher == "octant":
+        end_with_parent()
+    stop = StopRequest()
+    config = load_config(args.config, args.overrides).with_world_size(launched.world_size)
     try:
-        return _run_rank(config, launched)
+        error_path(Path(config.run.dir), launched.rank).unlink(missing_ok=True)
+        return _run_rank(config, launched, stop)
     except BaseException as error:
-        code = error.exit_code if isinstance(error, OctantError) else 1
-        write_down(Path(config.run.dir), launched.rank, error, code)
-        if not isinstance(error, OctantError):
-            traceback.print_exc()
-            sys.stderr.flush()
-        raise
+        _leave(config, launched.rank, error)
+
+
+def _leave(config: Config, rank: int, error: BaseException) -> NoReturn:
+    """Ends a rank that failed, at once: its peers wait for it, and leaving in good order may mean to wait for them."""
+    code = error.exit_code if isinstance(error, OctantError) else 1
+    write_down(Path(config.run.dir), rank, error, code)
+    with contextlib.suppress(OSError):
+        print(f"octant train: {error}" if isinstance(error, OctantError) else traceback.format_exc(), file=sys.stderr)
+        sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def _start_plainly(args: argparse.Namespace, config: Config) -> int:
     """Find problems now, then run here (one process) or start the others."""
     parallel = config.parallel
-    data = parallel.data if isinstance(parallel.data, int) else _local_devices(config) // parallel.model_parallel_size
-    world_size = max(1, data) * parallel.model_parallel_size
-    config = config.with_world_size(world_size)
+    if parallel.data == "auto":
+        config.with_world_size(parallel.model_parallel_size)       # what no number of replicas mends: before torch
+    data = parallel.data if isinstance(parallel.data, int) else _local_replicas(config)
+    config = config.with_world_size(data * parallel.model_parallel_size)
+    _refuse_early(config)
+    if config.parallel.world_size == 1:
+        return _run_rank(config, None, StopRequest())
+    with locked(Path(config.run.dir)):
+        pass                                                       # rank 0 takes the lock; this tells at once
+    command = [sys.executable, "-m", "engine", "train", args.config, *args.overrides, f"parallel.data={data}"]
+    return launch_local(command, config.parallel.world_size, Path(config.run.dir), graceful=True)
+
+
+def _refuse_early(config: Config) -> None:
+    """What can be seen without torch, before any process is started.
+
+    Raises:
+        RequestError: data, checkpoints or packages that the configuration names cannot be used.
+    """
+    for path in (config.checkpoint.load, config.checkpoint.resume):
+        if path not in (None, "auto", "never") and not any(found.is_dir() for found in checkpoints_at(Path(path))):
+            raise CheckpointError(f"{path}: no checkpoint there; give the folder of one, or of a run that has one")
+    require_packages(config.log)
     Corpora.open(config)
-    if world_size == 1:
-        return _run_rank(config, None)
-    arguments = ["train", args.config, *args.overrides, f"parallel.data={max(1, data)}"]
-    return launch_local(arguments, world_size, Path(config.run.dir))
 
 
-def _local_devices(config: Config) -> int:
-    """How many processes `parallel.data: auto` may fill here: one per GPU; on the CPU one replica of the model."""
+def _local_replicas(config: Config) -> int:
+    """What `parallel.data: auto` means here: as many as there are GPUs for; on the CPU one."""
     if config.run.device == "cpu":
-        return config.parallel.model_parallel_size
-    count = import_module("torch").cuda.device_count()
-    return count or config.parallel.model_parallel_size
+        return 1
+    return max(1, import_module("torch").cuda.device_count() // config.parallel.model_parallel_size)
 
 
-def _run_rank(config: Config, launched: LaunchEnvironment | None) -> int:
+def _run_rank(config: Config, launched: LaunchEnvironment | None, stop: StopRequest) -> int:
     rank_module = import_module("engine.train.rank")      # torch is needed from here on
     report = import_module("engine.commands.doctor").doctor_report() if launched is None or launched.rank == 0 else ""
-    finished = rank_module.run_rank(config, Topology.of(config.parallel), launched, report)
+    finished = rank_module.run_rank(config, Topology.of(config.parallel), launched, report, stop)
     return 0 if finished else STOPPED

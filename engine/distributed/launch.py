@@ -3,27 +3,56 @@
 Every rank is a child with torchrun's variables, meeting the others through a file (nothing listens on the network) and
 talking over the loopback interface.  Rank 0 prints to our terminal; everything else goes to `logs/rank-00003.log`.
 
-When a rank fails, its peers fail too, moments later, with errors about lost connections.  So each child writes its own
-error down as it dies, with the time; the parent ends the others and reports the *first* cause only.
+*One cause.*  When a rank fails, its peers fail too, moments later, with errors about lost connections.  So each child
+writes its own error down as it dies, with the time; the parent ends the others and reports the first cause only.
+
+*Signals.*  A request to stop (TERM, a terminal's Ctrl-C, HUP, a scheduler's USR1) ends everything at once.  But a
+training job saves first: the request is passed on to every child, and the parent follows them; a second Ctrl-C is not
+passed on but ends everything.  Such children are started with these signals blocked and let them in when they can act
+on them, so that none is lost and none kills a process that is still importing.
+
+*No orphans.*  A child's standard input is a pipe from the parent.  Nothing is ever written to it; but when the parent
+goes, however it goes, the pipe ends, and so does the child.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 import subprocess
-import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, SIGTERM, Signals, signal
+from signal import (
+    SIG_BLOCK,
+    SIG_IGN,
+    SIG_SETMASK,
+    SIGABRT,
+    SIGHUP,
+    SIGINT,
+    SIGKILL,
+    SIGTERM,
+    SIGUSR1,
+    Signals,
+    getsignal,
+    pthread_sigmask,
+    signal,
+)
 from types import FrameType
+from typing import Any
 
 from engine.distributed.environment import child_environment
 from engine.errors import WorkerError
 
+STOP_SIGNALS = (SIGTERM, SIGINT, SIGHUP, SIGUSR1)
 GRACE_SECONDS = 3.0              # between the first failure and the end of its peers, who may still say more
 POLL_SECONDS = 0.05
+# How losing a peer reads in gloo's, NCCL's and the store's errors: the echo of another rank's failure.
+LOST_PEER = re.compile(r"gloo|nccl|TCPStore|FileStore|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
 class RankFailure(WorkerError):
@@ -45,46 +74,99 @@ def error_path(run_dir: Path, rank: int) -> Path:
 
 
 def write_down(run_dir: Path, rank: int, error: BaseException, exit_code: int) -> None:
-    """Called by a rank that is about to fail."""
+    """Called by a rank that is about to fail; does its best."""
     text = str(error) or type(error).__name__
     path = error_path(run_dir, rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"time": time.time(), "type": type(error).__name__, "message": text,
-                                "exit_code": exit_code}), encoding="utf-8")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"time": time.time(), "type": type(error).__name__, "message": text,
+                                    "exit_code": exit_code}), encoding="utf-8")
 
 
-def launch_local(arguments: Sequence[str], world_size: int, run_dir: Path) -> int:
-    """Runs `python -m engine ARGUMENTS` once per rank and waits for all.
+def end_with_parent() -> None:
+    """Called by a child of `launch_local`: from now on it ends as soon as its parent does."""
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def launch_local(command: Sequence[str], world_size: int, run_dir: Path, *, graceful: bool = False,
+                 show_stderr: bool = False) -> int:
+    """Runs `command` once per rank and waits for all.
+
+    Args:
+        command: what a child runs; it calls `end_with_parent` first.
+        world_size: how many.
+        run_dir: `logs/` in it takes their output.
+        graceful: children stop on request (`engine.train.stop.StopRequest`), so requests are passed on to them.
+        show_stderr: rank 0's goes to our terminal and not to its log.
 
     Returns:
         The exit code they agree on: 0, or 3 when they were asked to stop.
 
     Raises:
         RankFailure: one failed.
+        KeyboardInterrupt: a request to stop; a second Ctrl-C if `graceful`.
     """
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     for rank in range(world_size):
         error_path(run_dir, rank).unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="octant-") as meeting:
-        children = [_start(arguments, rank, world_size, Path(meeting) / "store", run_dir) for rank in range(world_size)]
-        # A terminal's Ctrl-C reaches the children directly; a TERM to us is passed on.  They save, stop, and we follow.
-        def pass_on(number: int, _: FrameType | None) -> None:
-            for child in children:
-                child.send_signal(number)
-
-        previous = {SIGINT: signal(SIGINT, SIG_IGN), SIGTERM: signal(SIGTERM, pass_on)}
+    children: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory(prefix="octant-") as meeting, _signal_handlers(children, graceful) as let_in:
         try:
+            for rank in range(world_size):
+                children.append(_start(command, rank, world_size, Path(meeting) / "store", run_dir, show_stderr))
+            let_in()
             return _wait(children, run_dir)
         finally:
-            for number, handler in previous.items():
-                signal(number, handler)
             _end(children)
 
 
-def _start(arguments: Sequence[str], rank: int, world_size: int, store: Path, run_dir: Path) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def _signal_handlers(children: Sequence[subprocess.Popen[bytes]], graceful: bool) -> Iterator[Callable[[], object]]:
+    """What requests to stop do to `children`; they are let in once what this yields has been called.
+
+    A terminal's Ctrl-C reaches the children directly as well; hearing of it twice does no harm.
+    """
+    interrupts = 0
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == SIGINT
+        if not graceful or interrupts > 1:
+            raise KeyboardInterrupt
+        if number == SIGINT:
+            say_stopping()
+        for child in children:
+            child.send_signal(SIGTERM)
+
+    mask = pthread_sigmask(SIG_BLOCK, STOP_SIGNALS if graceful else ())
+    previous = {number: getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in previous.items():
+        if handler is not SIG_IGN:                           # nohup, or a script's background job
+            signal(number, on_signal)
+    try:
+        yield lambda: pthread_sigmask(SIG_SETMASK, mask)
+    finally:
+        for number, handler in previous.items():
+            signal(number, handler)
+        pthread_sigmask(SIG_SETMASK, mask)
+
+
+def say_stopping() -> None:
+    """Fit for a signal handler: no buffer, no lock."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"stopping after this step and saving; Ctrl-C again ends at once\n")
+
+
+def _start(command: Sequence[str], rank: int, world_size: int, store: Path, run_dir: Path,
+           show_stderr: bool) -> subprocess.Popen[bytes]:
     with log_path(run_dir, rank).open("ab") as log:
-        return subprocess.Popen([sys.executable, "-m", "engine", *arguments], stdin=subprocess.DEVNULL,
-                                stdout=None if rank == 0 else log, stderr=log,
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=None if rank == 0 else log,
+                                stderr=None if rank == 0 and show_stderr else log,
                                 env=child_environment(rank, world_size, store))
 
 
@@ -95,35 +177,53 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], run_dir: Path) -> int:
             deadline = time.monotonic() + GRACE_SECONDS
             while time.monotonic() < deadline and any(child.poll() is None for child in children):
                 time.sleep(POLL_SECONDS)
-            raise _first_cause(codes, run_dir)
+            raise _first_cause([child.poll() for child in children], run_dir)
         if all(code is not None for code in codes):
             return 3 if 3 in codes else 0
         time.sleep(POLL_SECONDS)
 
 
 def _first_cause(codes: Sequence[int | None], run_dir: Path) -> RankFailure:
-    """From what the ranks wrote down; one killed from outside wrote nothing, and its death came first."""
-    for rank, code in enumerate(codes):
-        if code is not None and code < 0 and not error_path(run_dir, rank).exists():
-            hint = "; out of memory?" if -code == Signals.SIGKILL else ""
-            return RankFailure(f"rank {rank} was ended by {Signals(-code).name}{hint} "
-                               f"(its log: {log_path(run_dir, rank)})", 1)
-    written = []
-    for rank in range(len(codes)):
-        if error_path(run_dir, rank).exists():
-            written.append((json.loads(error_path(run_dir, rank).read_text(encoding="utf-8")), rank))
-    if not written:
-        rank = next(i for i, code in enumerate(codes) if code not in (None, 0, 3))
-        return RankFailure(f"rank {rank} ended with exit code {codes[rank]} (its log: {log_path(run_dir, rank)})", 1)
-    first, rank = min(written, key=lambda entry: entry[0]["time"])
+    """The rank that all others followed.
+
+    A rank that was killed or exited without a word came first: nobody dies silently because a peer is gone, except
+    by ABRT (NCCL's watchdog).  Then whoever wrote down first something else than the loss of a peer.
+    """
+    written = _written(len(codes), run_dir)
+    silent = [rank for rank, code in enumerate(codes) if code not in (None, 0, 3) and rank not in written]
+    own = [rank for rank, entry in written.items() if entry["exit_code"] == 2 or not LOST_PEER.search(entry["message"])]
+    for rank in [rank for rank in silent if codes[rank] != -SIGABRT] or ([] if own else silent):
+        return _silent_failure(rank, codes[rank], run_dir)
+    rank = min(own or written, key=lambda rank: written[rank]["time"])
+    first = written[rank]
     if first["exit_code"] == 2:
         return RankFailure(first["message"], 2)
     return RankFailure(f"rank {rank} failed first: {first['type']}: {first['message']}\n"
                        f"its traceback is in {log_path(run_dir, rank)}", 1)
 
 
+def _silent_failure(rank: int, code: int | None, run_dir: Path) -> RankFailure:
+    if code is not None and code < 0:
+        names = {int(number): number.name for number in Signals}
+        how = f"was ended by {names.get(-code, f'signal {-code}')}" + "; out of memory?" * (-code == SIGKILL)
+    else:
+        how = f"ended with exit code {code}"
+    return RankFailure(f"rank {rank} {how} (its log: {log_path(run_dir, rank)})", 1)
+
+
+def _written(world_size: int, run_dir: Path) -> Mapping[int, dict[str, Any]]:
+    """By rank: what those that failed wrote down; half a file counts as nothing."""
+    found = {}
+    for rank in range(world_size):
+        with contextlib.suppress(OSError, ValueError):
+            found[rank] = json.loads(error_path(run_dir, rank).read_text(encoding="utf-8"))
+    return found
+
+
 def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
     for child in children:
-        if child.poll() is None:
-            child.kill()
+        child.kill()                                         # does nothing where it has ended
+    for child in children:
+        if child.stdin is not None:
+            child.stdin.close()
         child.wait()

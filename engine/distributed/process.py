@@ -37,7 +37,8 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 def joined_mesh(launched: LaunchEnvironment | None, topology: Topology, device: str) -> Iterator[Mesh]:
     """Joins the job and yields this rank's mesh; leaves it again at the end.
 
-    CPU tensors always go through gloo, so that checkpoints can agree without touching the GPU.
+    CPU tensors always go through gloo, so that checkpoints can agree without touching the GPU.  After an exception the
+    job is not left in good order: that may wait for collectives which peers will never join.
     """
     if launched is None:
         yield single_mesh(pick_device(device, 0))
@@ -47,7 +48,5 @@ def joined_mesh(launched: LaunchEnvironment | None, topology: Topology, device: 
                             rank=launched.rank, world_size=launched.world_size,
                             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
                             device_id=place if place.type == "cuda" else None)
-    try:
-        yield build_mesh(topology, place, COLLECTIVE_TIMEOUT_SECONDS)
-    finally:
-        dist.destroy_process_group()
+    yield build_mesh(topology, place, COLLECTIVE_TIMEOUT_SECONDS)
+    dist.destroy_process_group()

@@ -2,7 +2,8 @@
 
     step   120/1000 │ loss 3.2145 │ grad norm 1.02 │ lr 3.00e-04 │ 12.3k tokens/s │ MFU n/a (causal) │ ETA 0:04:10
 
-On a terminal a live bar stays below the lines; in a log file there are only lines.
+On a terminal a live bar stays below the lines; in a log file there are only lines.  Where nothing can be written any
+more (a closed pipe, a terminal that has gone) the console falls silent and the run goes on: `metrics.jsonl` has it all.
 
 The time left is (steps left) × (seconds per step), where seconds per step is the wall-clock time between the first and
 the latest line of *this* process: evaluation and saving count, the steps done before a resume do not, and the first
@@ -11,7 +12,9 @@ step, which compiles and allocates, is only the starting point.  The window slid
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -93,8 +96,11 @@ class Console:
     def close(self) -> None:
         """Remove the live bar."""
         if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+            bar, self._bar = self._bar, None
+            try:
+                bar.stop()
+            except OSError:
+                self._fall_silent()
 
     def __enter__(self) -> Self:
         return self
@@ -113,10 +119,19 @@ class Console:
     def _print(self, line: str, style: str = "") -> None:
         encoding = self._stream.encoding or "utf-8"
         line = line.encode(encoding, "replace").decode(encoding)          # a log in ASCII must not end the run
-        if self._bar is not None:
-            self._bar.console.print(Text(line, style=style), soft_wrap=True)
-        else:
-            print(line, file=self._stream, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.console.print(Text(line, style=style), soft_wrap=True)
+            else:
+                print(line, file=self._stream, flush=True)
+        except OSError:
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        """Sends the stream's file, with what is still in its buffer, to nowhere."""
+        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+        self.close()
 
 
 def step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float | None) -> str:

@@ -16,6 +16,7 @@ Two promises make `metrics.jsonl` something a script can lean on:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -31,6 +32,9 @@ Record = Mapping[str, Any]
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb-run-id.txt"
+# an optional package, and what in the configuration does without it
+TENSORBOARD = ("tensorboard", "log.tensorboard=false")
+WANDB = ("wandb", "log.wandb=null")
 
 
 class Sink(Protocol):
@@ -102,7 +106,7 @@ class TensorboardSink:
     """Writes every number of a record as a TensorBoard scalar under `run_dir/tensorboard`."""
 
     def __init__(self, run_dir: Path, resumed_step: int = 0) -> None:
-        _require("tensorboard", "log.tensorboard=false")
+        _require(*TENSORBOARD)
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self._writer = writer(str(Path(run_dir) / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -121,7 +125,7 @@ class WandbSink:
     """
 
     def __init__(self, project: str, run_dir: Path, resumed_step: int = 0) -> None:
-        wandb = _require("wandb", "log.wandb=null")
+        wandb = _require(*WANDB)
         run_dir = Path(run_dir)
         self._run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), resume="allow",
                                id=_wandb_id(run_dir / WANDB_ID_FILE, fresh=resumed_step == 0))
@@ -145,13 +149,28 @@ def _wandb_id(path: Path, fresh: bool) -> str:
     return path.read_text().strip()
 
 
+def require_packages(log_config: LogConfig) -> None:
+    """Looks for the optional packages that the section `log` needs, without importing them: before a job is started.
+
+    Raises:
+        RequestError: one isn't installed.
+    """
+    for asked, package, without in ((log_config.tensorboard, *TENSORBOARD), (log_config.wandb, *WANDB)):
+        if asked and importlib.util.find_spec(package) is None:
+            raise _missing(package, without, "no such module")
+
+
 def _require(package: str, without: str) -> Any:
     """Import an optional package, or say how to get it and how to do without."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise RequestError(f"The configuration logs to {package}, which isn't installed here ({error}). "
-                           f"Install it with pip install 'octant[viz]', or set {without}.") from error
+        raise _missing(package, without, str(error)) from error
+
+
+def _missing(package: str, without: str, why: str) -> RequestError:
+    return RequestError(f"The configuration logs to {package}, which isn't installed here ({why}). "
+                        f"Install it with pip install 'octant[viz]', or set {without}.")
 
 
 def open_sinks(log_config: LogConfig, run_dir: Path, resumed_step: int = 0) -> list[Sink]:

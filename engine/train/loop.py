@@ -1,14 +1,18 @@
 """The loop.
 
-    trainer = Trainer.start(config, mesh, console)      # model, data, and the checkpoint to go on from
-    trainer.run()                                       # steps, evaluation, checkpoints, metrics
+    trainer = Trainer.start(config, mesh, corpora, stop_requested)    # model, and the checkpoint to go on from
+    trainer.run()                                                     # steps, evaluation, checkpoints, metrics
 
 A step is: load this rank's microbatches; run the schedule; sum loss and gradient norm over everybody; clip and update;
-publish the new weights.  The host reads nothing back from the device except on steps that are logged.
+publish the new weights.  The host reads nothing of it back from the device except on steps that are logged; a request
+to stop is read one step late, when its value has long arrived.
 """
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.checkpoint.compatibility import require_compatible
-from engine.checkpoint.resume import find_latest, open_verified
+from engine.checkpoint.folder import CHECKPOINTS
 from engine.checkpoint.write import CheckpointWriter, SaveReport
 from engine.config import Config
 from engine.distributed.mesh import Mesh
-from engine.errors import CheckpointError
+from engine.errors import WorkerError
 from engine.metrics.console import Console
 from engine.metrics.peaks import peak_tflops
 from engine.metrics.sinks import Sink, open_sinks
@@ -35,9 +38,9 @@ from engine.optim.schedule import learning_rate
 from engine.parallel.parallelize import parallelize
 from engine.train.batches import load_step
 from engine.train.corpora import Corpora
+from engine.train.late_flag import LateFlag
+from engine.train.start import take_over
 from engine.train.state import TrainState
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Trainer:
 
     Attributes:
         console, sinks: where progress goes; on rank 0 only.
-        stop_requested: asked after every logged step; when any rank says yes, all save and stop.
+        stop_requested: asked in every step; when any rank says yes, all save and stop.
     """
 
     config: Config
@@ -71,13 +74,13 @@ class Trainer:
         state = TrainState(model, AdamW(model.buckets, config.optim))
         directory = Path(config.run.dir)
         group = dist.group.WORLD if mesh.world.size > 1 else None
-        notes = _take_over(state, config, corpora, directory / CHECKPOINTS, group)
+        notes = take_over(state, config, corpora, group)
         writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_,
                                   group)
         console, sinks = None, []
         if mesh.rank == 0:
-            console = Console(config.steps, first_step=state.step)
             sinks = open_sinks(config.log, directory, state.step)
+            console = Console(config.steps, first_step=state.step)
             for note in notes:
                 console.note(note)
         return Trainer(config, mesh, corpora, state, writer, console, sinks, stop_requested,
@@ -87,8 +90,13 @@ class Trainer:
         """Trains to `config.steps`; False when it stopped earlier because it was asked to.
 
         The state at the end, whichever it is, has been saved.
+
+        Raises:
+            WorkerError: on rank 0: it could not be saved.
         """
-        every, stopped = self.config.checkpoint.every, False
+        if self.state.step >= self.config.steps and self.console is not None:
+            self.console.note(f"nothing to do: step {self.state.step} of {self.config.steps} is done; raise `steps`")
+        every, stopped, asked = self.config.checkpoint.every, False, LateFlag(self.mesh.device)
         seconds, steps = 0.0, 0                      # since the last logged step, evaluation and saving left out
         while self.state.step < self.config.steps and not stopped:
             start = time.perf_counter()
@@ -97,6 +105,8 @@ class Trainer:
             record: dict[str, Any] | None = None
             if done % self.config.log.every == 0 or done == self.config.steps:
                 record, stopped = self._record(lr, num_tokens, sums)
+            else:
+                stopped = asked.exchange(sums.flag)
             seconds += time.perf_counter() - start
             if record is not None:
                 record |= self._speed(seconds / steps)
@@ -109,8 +119,8 @@ class Trainer:
             self._report_saves(self.writer.poll())
         if self.saved_step != self.state.step:
             self._save()
-        self._report_saves(self.writer.wait())
-        return not stopped
+        self._report_saves(self.writer.wait(), last=True)
+        return self.state.step >= self.config.steps
 
     def _step(self) -> tuple[float, float | torch.Tensor, StepSums]:
         """One step; returns its learning rate, the number of labels that counted, and the totals on the device."""
@@ -133,14 +143,15 @@ class Trainer:
         record = {"step": state.step, "loss": loss_sum / float(num_tokens), "grad_norm": grad_norm, "lr": lr,
                   "tokens": state.consumed_samples * self.config.data.seq_len,
                   "consumed_samples": state.consumed_samples,
-                  "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+                  "memory_bytes": peak_memory_bytes(device),
                   "skipped": state.step - state.optimizer.num_steps()}
         return record, flag > 0
 
     def _speed(self, step_seconds: float) -> dict[str, Any]:
         """The metrics that follow from the mean duration of the latest steps."""
         config, device = self.config, self.mesh.device
-        peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        known = device.type == "cuda" and config.precision.compute == "bf16"        # peaks are those of bf16
+        peak = peak_tflops(torch.cuda.get_device_name(device)) if known else None
         speed = throughput(config.batch.global_ * config.data.seq_len, step_seconds,
                            flops_per_token(config.model, config.data.seq_len), self.mesh.world.size, peak)
         return {"step_seconds": step_seconds, **speed.record()}
@@ -165,56 +176,38 @@ class Trainer:
             self.console.evaluation(self.state.step, valid_loss)
         row = (record or {"step": self.state.step}) | ({} if valid_loss is None else {"valid_loss": valid_loss})
         for sink in self.sinks:
-            sink.log(row)
+            try:
+                sink.log(row)
+            except OSError as error:                 # a full disk: what it spoils is the log, not the training
+                self.console.warning(f"metrics of step {self.state.step} could not be written: {error}")
 
     def _save(self) -> None:
         metadata = self.state.metadata(self.config, self.corpora.fingerprint())
         self.writer.save(self.state.step, self.state.pieces(), metadata)
         self.saved_step = self.state.step
 
-    def _report_saves(self, reports: list[SaveReport]) -> None:
+    def _report_saves(self, reports: list[SaveReport], last: bool = False) -> None:
         if self.console is None:
             return
         for report in reports:
-            if report.error is not None:
-                self.console.warning(f"step {report.step} was not saved: {report.error}")
-            else:
+            if report.error is None:
                 self.console.checkpoint(report.step, report.path, report.stalled_seconds)
+            elif last and report.step == self.state.step:
+                raise WorkerError(f"step {report.step}, the last one, was not saved: {report.error}")
+            else:
+                self.console.warning(f"step {report.step} was not saved: {report.error}")
 
     def close(self) -> None:
         """Closes what writes to files."""
         if self.console is not None:
             self.console.close()
         for sink in self.sinks:
-            sink.close()
+            with contextlib.suppress(OSError):       # what a full disk refused has been reported
+                sink.close()
 
 
-def _take_over(state: TrainState, config: Config, corpora: Corpora, directory: Path, group: Any) -> list[str]:
-    """Loads what `checkpoint.resume` and `checkpoint.load` ask for; returns what a person should know of it."""
-    asked = config.checkpoint
-    current = state.metadata(config, corpora.fingerprint())
-    notes: list[str] = []
-    reader = None
-    if asked.resume == "auto":
-        reader, skipped = find_latest(directory, group)
-        notes += [f"checkpoint of {entry}" for entry in skipped]
-    elif asked.resume != "never":
-        reader = _open(Path(asked.resume), group)
-    if reader is not None:
-        differing = require_compatible(reader.metadata, current)
-        state.load(reader)
-        notes += [f"changed since the checkpoint: {difference}" for difference in differing]
-        notes.append(f"resumed from {reader.path} (step {state.step}, {state.consumed_samples} samples consumed)")
-    elif asked.load is not None:
-        reader = _open(Path(asked.load), group)
-        require_compatible(reader.metadata, current, weights_only=True)
-        state.load_weights(reader)
-        notes.append(f"weights from {reader.path}")
-    return notes
-
-
-def _open(path: Path, group: Any) -> Any:
-    reader, problems = open_verified(path, group)
-    if reader is None:
-        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
-    return reader
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that tensors took on this rank's GPU; on a CPU, that the process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,102 @@
+"""The folder of a run: one writer at a time, and nothing in it is ever overwritten by another line of training.
+
+*One writer.*  Two runs that save into the same folder would delete each other's checkpoints.  So rank 0 holds a lock
+(`flock` on `.lock`) while it trains; the kernel lets go of it when the process ends, however it ends: no lock is ever
+left behind.
+
+*Nothing lost.*  With `checkpoint.resume: auto` a folder holds one line of training: what is there is gone on with.
+`never`, or the path of a checkpoint, begins another line.  What the folder holds of the one before, and is not
+part of the new one, moves to `earlier-1`, `earlier-2` …, each a run's folder in its own right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.checkpoint.folder import CHECKPOINTS, committed_steps
+from engine.errors import RequestError
+from engine.metrics.sinks import METRICS_FILE
+
+CONFIG_FILE, DOCTOR_FILE, LOCK_FILE = "config.yaml", "doctor.txt", ".lock"
+NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)        # some network file systems
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[bool]:
+    """Creates the folder and keeps other runs out of it; yields False where its file system has no locks.
+
+    Raises:
+        RequestError: another run holds it, or it cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / LOCK_FILE, "a+", encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"run.dir {run_dir} cannot be written ({error.strerror}): choose another") from None
+    with file:
+        exclusive = _take(file.fileno(), run_dir)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield exclusive
+
+
+def _take(descriptor: int, run_dir: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS_HERE:
+            return False
+        holder = (run_dir / LOCK_FILE).read_text(encoding="utf-8") or "another process"
+        raise RequestError(f"run.dir {run_dir} is in use: {holder} is training in it; wait until it has ended, or "
+                           "choose another run.dir") from None
+    return True
+
+
+def begin_another_line(run_dir: Path, after_step: int | None) -> Path | None:
+    """Moves what belongs to an earlier line of training out of the way.
+
+    Args:
+        run_dir: locked by the caller.
+        after_step: the new line goes on from this step of the old one, which keeps its checkpoints and metrics
+            up to there; None: it has nothing in common with it.
+
+    Returns:
+        The folder that holds the earlier line now; None if there was nothing to move.
+
+    Raises:
+        RequestError: something cannot be moved.
+    """
+    checkpoints, metrics = run_dir / CHECKPOINTS, run_dir / METRICS_FILE
+    if after_step is None:
+        later = [path for path in (checkpoints, metrics) if path.exists()]
+    else:
+        later = [path for step, path in committed_steps(checkpoints).items() if step > after_step]
+    if not later:
+        return None
+    earlier = _next_free(run_dir)
+    try:
+        for path in later:
+            target = earlier / path.relative_to(run_dir)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        for name in (METRICS_FILE, CONFIG_FILE, DOCTOR_FILE):
+            if (run_dir / name).exists():
+                shutil.copy2(run_dir / name, earlier / name)
+    except OSError as error:
+        raise RequestError(f"what {run_dir} holds of an earlier run cannot be moved to {earlier}: {error}") from None
+    return earlier
+
+
+def _next_free(run_dir: Path) -> Path:
+    number = 1
+    while (run_dir / f"earlier-{number}").exists():
+        number += 1
+    return run_dir / f"earlier-{number}"

@@ -1,0 +1,69 @@
+"""Where a run starts from: its own newest checkpoint, another one, only another one's weights, or nothing.
+
+    resume: auto     the newest checkpoint of run.dir that verifies; where there is none, as `never`
+    resume: never    step 0, with new weights
+    resume: PATH     that checkpoint (of a run's folder: its newest that verifies), with everything in it
+    load: PATH       where `resume` finds nothing: step 0, with the weights of that checkpoint
+
+So the same command can be given again and again: `load` is for the first time, `auto` for all others.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.checkpoint.agree import Group, rank_in
+from engine.checkpoint.compatibility import require_compatible
+from engine.checkpoint.folder import CHECKPOINTS
+from engine.checkpoint.read import CheckpointReader
+from engine.checkpoint.resume import find_latest, open_checkpoint
+from engine.config import Config
+from engine.errors import CheckpointError
+from engine.train.corpora import Corpora
+from engine.train.run_folder import begin_another_line
+from engine.train.state import TrainState
+
+
+def take_over(state: TrainState, config: Config, corpora: Corpora, group: Group) -> list[str]:
+    """Loads what `checkpoint.resume` and `checkpoint.load` ask for; every rank must call this.
+
+    Returns:
+        What a person should know of it.
+
+    Raises:
+        CheckpointError: a checkpoint was asked for, or is there, and none can be used.
+    """
+    asked, run_dir = config.checkpoint, Path(config.run.dir)
+    notes: list[str] = []
+    reader: CheckpointReader | None = None
+    if asked.resume == "auto":
+        reader, skipped = find_latest(run_dir / CHECKPOINTS, group)
+        notes += [f"checkpoint of {entry}" for entry in skipped]
+    elif asked.resume != "never":
+        reader = open_checkpoint(Path(asked.resume), group=group)
+    if reader is not None:
+        notes += _resume(state, config, corpora, reader)
+    elif asked.load is not None:
+        notes += _load_weights(state, config, corpora, open_checkpoint(Path(asked.load), group=group))
+    if asked.resume != "auto" and rank_in(group) == 0:
+        own = reader is not None and reader.path.resolve().parent == (run_dir / CHECKPOINTS).resolve()
+        earlier = begin_another_line(run_dir, state.step if own else None)
+        notes += [] if earlier is None else [f"what {run_dir} held of an earlier run is in {earlier} now"]
+    return notes
+
+
+def _resume(state: TrainState, config: Config, corpora: Corpora, reader: CheckpointReader) -> list[str]:
+    if "state" not in reader.metadata:
+        raise CheckpointError(f"{reader.path} holds weights only: start a run from it with checkpoint.load")
+    differing = require_compatible(reader.metadata, state.metadata(config, corpora.fingerprint()))
+    state.load(reader)
+    return [*(f"changed since the checkpoint: {difference}" for difference in differing),
+            f"resumed from {reader.path} (step {state.step}, {state.consumed_samples} samples consumed)"]
+
+
+def _load_weights(state: TrainState, config: Config, corpora: Corpora, reader: CheckpointReader) -> list[str]:
+    current = state.metadata(config, corpora.fingerprint())
+    differing = require_compatible(reader.metadata, current, weights_only=True)
+    state.load_weights(reader)
+    model = [difference for difference in differing if difference.key.startswith("model.")]
+    return [*(f"changed since the checkpoint: {difference}" for difference in model), f"weights from {reader.path}"]
