@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     def on_this_rank(topology: Topology, launched: LaunchEnvironment | None) -> None:
         import_module("engine.generate.text").generate_text(request, topology, launched)     # torch from here on
 
-    return run_in_layout(args, Topology(tensor=args.tensor, pipeline=args.pipeline), on_this_rank)
+    return run_in_layout(args, on_this_rank)
 
 
 def _lines(path: str | None) -> list[str]:

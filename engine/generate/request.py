@@ -80,3 +80,32 @@ class TextRequest:
             raise RequestError(f"--max-new-tokens {self.max_new_tokens}: at least 1")
         if self.batch_size < 1:
             raise RequestError(f"--batch-size {self.batch_size}: at least 1")
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to evaluate.
+
+    Attributes:
+        checkpoint: a checkpoint, or a run's folder.
+        data: prefix of a corpus.
+        seq_len: tokens per window; None: as in training.
+        batches: only the first so many; None: the whole corpus.
+        batch_size: windows at a time.
+        tokenizer, dtype, device, as_json: as in `TextRequest`.
+    """
+
+    checkpoint: str
+    data: str
+    seq_len: int | None = None
+    batches: int | None = None
+    batch_size: int = 8
+    tokenizer: str | None = None
+    as_json: bool = False
+    dtype: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for option, value in (("seq-len", self.seq_len), ("batches", self.batches), ("batch-size", self.batch_size)):
+            if value is not None and value < 1:
+                raise RequestError(f"--{option} {value}: at least 1")

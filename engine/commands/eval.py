@@ -1,0 +1,24 @@
+"""`octant eval`: loss, perplexity and bits per byte of a checkpoint on a corpus."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+from engine.commands._layout import run_in_layout
+from engine.data.indexed import IndexedDataset
+from engine.distributed.environment import LaunchEnvironment
+from engine.distributed.topology import Topology
+from engine.generate.request import EvalRequest
+
+
+def run(args: argparse.Namespace) -> int:
+    """Refuse what can be seen at once; then evaluate."""
+    request = EvalRequest(args.checkpoint, args.data, args.seq_len, args.batches, args.batch_size, args.tokenizer,
+                          args.json, args.dtype, args.device)
+    IndexedDataset(args.data).close()
+
+    def on_this_rank(topology: Topology, launched: LaunchEnvironment | None) -> None:
+        import_module("engine.generate.evaluate").evaluate_corpus(request, topology, launched)   # torch from here on
+
+    return run_in_layout(args, on_this_rank, data_parallel=True)

@@ -1,0 +1,165 @@
+"""`octant eval` on one rank: how well a model predicts a corpus.
+
+The corpus is a stream of tokens t₀ t₁ …, read in the same windows as in training, one after the other: window w
+predicts t_{ws+1} … t_{ws+s}, each from what comes before it in the window, t_{ws} on.
+
+    loss            mean of −ln p(token)                             nats per token; depends on the tokenizer
+    perplexity      e^loss
+    bits per byte   Σ −log₂ p(token) / bytes of the text             does not: the measure to compare models by
+
+The bytes are those of the text that the predicted tokens stand for, found by decoding each document; the end of a
+document is predicted, and has no bytes.  The forward pass is that of the evaluation in training
+(`ParallelModel.evaluate`), under any layout; data-parallel ranks take windows in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from engine.checkpoint.read import CheckpointReader
+from engine.config import Config, SourceConfig
+from engine.data.indexed import IndexedDataset
+from engine.data.tokenizer import Tokenizer
+from engine.data.training_data import Sample, TrainingData
+from engine.distributed.environment import LaunchEnvironment
+from engine.distributed.mesh import Mesh
+from engine.distributed.process import joined_mesh
+from engine.distributed.topology import Topology
+from engine.errors import DataError
+from engine.generate.load import Wanted, inference_config, load_model, load_tokenizer_of, open_shared
+from engine.generate.progress import progress
+from engine.generate.request import EvalRequest
+from engine.model.context import Batch
+from engine.optim.gradients import sum_over_world
+from engine.parallel.parallelize import ParallelModel
+from engine.train.batches import collate, sample_indices
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What came out.
+
+    Attributes:
+        loss: nats per token.
+        bits_per_byte, text_bytes: None without a tokenizer.
+        num_tokens: predicted ones.
+        windows: of `seq_len` tokens each; `of_windows` are in the corpus.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    num_tokens: int
+    text_bytes: int | None
+    windows: int
+    of_windows: int
+    seq_len: int
+    seconds: float
+
+    @staticmethod
+    def of(loss_sum: float, windows: int, of_windows: int, seq_len: int, text_bytes: int | None,
+           seconds: float) -> Scores:
+        """From the summed loss, in nats."""
+        loss = loss_sum / (windows * seq_len)
+        return Scores(loss, math.exp(loss) if loss < 700 else math.inf,
+                      loss_sum / math.log(2) / text_bytes if text_bytes else None, windows * seq_len, text_bytes,
+                      windows, of_windows, seq_len, seconds)
+
+    def lines(self) -> str:
+        """For people."""
+        bits = "n/a" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f}"
+        part = "all" if self.windows == self.of_windows else f"the first {self.windows:,} of {self.of_windows:,}"
+        return (f"loss {self.loss:.4f} │ perplexity {self.perplexity:.5g} │ bits per byte {bits}\n"
+                f"{self.num_tokens:,} tokens ({part} windows of {self.seq_len}) in {self.seconds:.1f} s, "
+                f"{self.num_tokens / self.seconds:,.0f} tokens/s")
+
+
+def evaluate_corpus(request: EvalRequest, topology: Topology, launched: LaunchEnvironment | None) -> None:
+    """One rank of the job, from joining it to leaving it; rank 0 prints.
+
+    Raises:
+        CheckpointError, DataError, ConfigError: what was asked cannot be done.
+    """
+    with joined_mesh(launched, topology, request.device) as mesh:
+        reader = open_shared(request.checkpoint, mesh)
+        fill = 1 if topology.pipeline == 1 else 2 * topology.pipeline          # microbatches that keep the stages busy
+        config = inference_config(reader, topology, Wanted(request.dtype, request.seq_len, request.batch_size, fill))
+        tokenizer, reason = _tokenizer(reader, request)
+        data = open_corpus(request.data, config, (reader.metadata.get("data") or {}).get("tokenizer"))
+        of_windows = data.sources[0].num_windows
+        windows = min(of_windows, (request.batches or of_windows) * request.batch_size)
+        model = load_model(reader, config, mesh)
+        start = time.perf_counter()
+        loss_sum = sum_of_losses(model, data, windows, shown=mesh.rank == 0)
+        seconds = time.perf_counter() - start
+        if mesh.rank != 0:
+            return
+        seq_len, corpus = config.data.seq_len, data.sources[0].dataset
+        num_bytes = None if tokenizer is None else text_bytes(corpus, windows * seq_len, tokenizer)
+        scores = Scores.of(loss_sum, windows, of_windows, seq_len, num_bytes, seconds)
+        print(json.dumps(asdict(scores)) if request.as_json else scores.lines(), flush=True)
+        if reason:
+            print(f"bits per byte: n/a, for {reason}", file=sys.stderr)
+        print(f'{reader.path}\nnext: octant generate {request.checkpoint} --prompt "…"', file=sys.stderr)
+
+
+def open_corpus(prefix: str, config: Config, tokenizer_sha256: str | None) -> TrainingData:
+    """One corpus, in its own order."""
+    return TrainingData.open([SourceConfig(path=prefix)], config.data.seq_len, 0, config.model.vocab_size,
+                             shuffle=False, tokenizer_sha256=tokenizer_sha256)
+
+
+def sum_of_losses(model: ParallelModel, data: TrainingData, windows: int, shown: bool = False) -> float:
+    """Summed loss over the first so many windows, in nats, the same on every rank.
+
+    The last step is filled up with windows that do not count.
+    """
+    config, total = model.config, 0.0
+    with progress("windows", windows, shown) as report:
+        for first in range(0, windows, config.batch.global_):
+            loss = model.evaluate(list(_microbatches(data, first, windows, config, model.mesh)))
+            total += sum_over_world(loss, [], model.mesh).loss_sum.item()
+            done = min(windows, first + config.batch.global_)
+            report(done, total / (done * config.data.seq_len))
+    return total
+
+
+def _microbatches(data: TrainingData, first: int, windows: int, config: Config, mesh: Mesh) -> Iterator[Batch]:
+    """This rank's share of the step that begins at window `first`."""
+    for microbatch in range(config.num_microbatches):
+        indices = sample_indices(first, microbatch, config, mesh.data.index)
+        yield collate([data.sample(i) if i < windows else _uncounted(data.sample(0)) for i in indices], mesh.device)
+
+
+def _uncounted(sample: Sample) -> Sample:
+    return replace(sample, loss_mask=np.zeros(len(sample.tokens) - 1, dtype=bool))
+
+
+def text_bytes(corpus: IndexedDataset, num_tokens: int, tokenizer: Tokenizer) -> int:
+    """Bytes of UTF-8 that tokens 1 … num_tokens of the corpus stand for.
+
+    Document by document, as they were encoded; the corpus's first token is taken off, nothing predicts it.
+    """
+    def count(ids: np.ndarray) -> int:
+        return len(tokenizer.decode(ids.tolist()).encode(errors="replace"))
+
+    edges = [0, *corpus.document_starts(0, num_tokens + 1).tolist(), num_tokens + 1]
+    return sum(count(corpus.tokens(a, b)) for a, b in pairwise(edges)) - count(corpus.tokens(0, 1))
+
+
+def _tokenizer(reader: CheckpointReader, request: EvalRequest) -> tuple[Tokenizer | None, str]:
+    """The model's tokenizer, or why there is none; one that was asked for must be there."""
+    try:
+        return load_tokenizer_of(reader, request.tokenizer), ""
+    except DataError as error:
+        if request.tokenizer is not None:
+            raise
+        return None, str(error)
