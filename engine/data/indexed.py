@@ -186,6 +186,8 @@ class IndexedDataset:
             return np.zeros(0, np.int64)
         # `bisect` and slices only: the arrays are unaligned (34 + 4·S), and numpy would copy them whole to search them.
         starting = marks[bisect_left(marks, first) : bisect_left(marks, last)] - first
+        if starting.size and not 0 <= starting.min() <= starting.max() < last - first:
+            raise DataError(f"{idx_path(self.prefix)}: documents out of order. Check it with `octant data verify`.")
         return np.unique(pointers[first:last][starting] // itemsize)
 
     def close(self) -> None:

@@ -75,7 +75,9 @@ class Mixture:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(source, position in that source) of a sample.  Raises DataError past the end of the mixture."""
-        if sample < 0 or (self.num_samples is not None and sample >= self.num_samples):
+        if sample < 0:
+            raise DataError(f"Sample {sample} was asked for; samples are numbered from 0.")
+        if self.num_samples is not None and sample >= self.num_samples:
             raise DataError(
                 f"Sample {sample} was asked for, but the mixture ends after {self.num_samples} samples: every "
                 "source has reached its max_epochs. Raise max_epochs, add data, or train fewer steps."

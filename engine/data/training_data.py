@@ -117,7 +117,7 @@ class TrainingData:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(source, window) of a sample: the order itself, without reading a token."""
-        source, position = self.mixture.locate(stream_index(self.skip, sample))
+        source, position = self.mixture.locate(stream_index(self.skip, int(sample)))
         epoch, place = divmod(position, self._num_windows[source])
         return source, self._permutation(source, epoch)(place) if self.shuffle else place
 

@@ -308,3 +308,10 @@ def test_ten_sources_and_a_trillion_tokens(tmp_path: Path) -> None:
     assert (
         max(abs(count - 10**8 * float(s.weight) / 0.95) for count, s in zip(counts, data.sources, strict=True)) <= 1.001
     )
+
+
+def test_sample_numbers_of_any_integer_type(tmp_path: Path) -> None:
+    data = open_data(Made(str(numbered_corpus(tmp_path / "a", 401)), 0.123456789), Made(str(tmp_path / "a"), 0.9))
+    assert data.locate(np.int64(2**40 + 1)) == data.locate(2**40 + 1)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="Sample -1 was asked for; samples are numbered from 0"):
+        data.sample(-1)
