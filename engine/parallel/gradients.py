@@ -46,13 +46,7 @@ class GradSlot:
     def add_matmul(self, a: Tensor, b: Tensor) -> None:
         """Adds the matrix product a·b, the parameter viewed as a matrix."""
         self._before()
-        matrix = self._view.view(a.shape[0], b.shape[1])
-        if matrix.dtype == a.dtype:
-            matrix.addmm_(a, b, beta=0 if self._fresh else 1)
-        elif self._fresh:
-            matrix.copy_(a @ b)
-        else:
-            matrix.add_(a @ b)
+        matmul_into(self._view.view(a.shape[0], b.shape[1]), a, b, accumulate=not self._fresh)
         self._contributed()
 
     def add_rows(self, index: Tensor, rows: Tensor) -> None:
