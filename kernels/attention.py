@@ -26,8 +26,7 @@ def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | No
     Args:
         mask: bool [B or 1, 1, S, T], True where a query may see a key; None for the plain causal mask (S = T).
     """
-    groups, queries = q_SBGQD.shape[2:4]
     q = q_SBGQD.flatten(2, 3).permute(1, 2, 0, 3)
     k, v = k_TBGD.permute(1, 2, 0, 3), v_TBGD.permute(1, 2, 0, 3)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=queries > 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q_SBGQD.shape[3] > 1)
     return out.permute(2, 0, 1, 3).flatten(2)

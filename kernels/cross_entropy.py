@@ -5,8 +5,12 @@ vocabulary knows its own lse and, if t falls into its columns, z_t.  So two numb
 
     lse(z) = lse over ranks of lse(z_rank)          z_t = Σ over ranks of (z_t if mine else 0)
 
-The gradient with respect to this rank's logits is  softmax − onehot = exp(z_rank − lse) − [t mine], again local.
-Columns beyond `num_valid` are padding: they take no part, and their gradient is zero.  All of it is in fp32.
+The gradient with respect to this rank's logits is again local:
+
+    softmax − onehot = softmax(z_rank) · exp(lse(z_rank) − lse(z)) − [t mine]
+
+so the softmax over this rank's columns is computed once, kept instead of the logits, and turned into the gradient in
+place.  Columns beyond `num_valid` are padding: they take no part, and their gradient is zero.  All of it is in fp32.
 """
 
 from __future__ import annotations
@@ -30,36 +34,40 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, num_valid: int, gather: Gather | None) -> Tensor:
-        flat = logits.flatten(0, -2)
-        valid = flat[:, :num_valid]
+        valid = logits.flatten(0, -2)[:, :num_valid]
+        dtype = torch.promote_types(logits.dtype, torch.float32)
         local = targets.flatten() - first
         mine = (local >= 0) & (local < num_valid)
         index = torch.where(mine, local, 0).unsqueeze(1)
+        softmax = torch.softmax(valid, dim=1, dtype=dtype)
         if num_valid:
-            lse = torch.logsumexp(valid.float(), dim=1)
-            target_logit = torch.where(mine, valid.gather(1, index).squeeze(1).float(), 0.0)
+            # the largest probability is 1/Σ exp(z − max), which gives the log-sum-exp without another pass of exp
+            local_lse = valid.amax(dim=1).to(dtype) - softmax.amax(dim=1).log_()
+            target_logit = torch.where(mine, valid.gather(1, index).squeeze(1).to(dtype), 0.0)
         else:      # a rank whose columns are all padding
-            lse = torch.full(local.shape, float("-inf"), device=logits.device)
-            target_logit = torch.zeros_like(lse)
+            local_lse = torch.full(local.shape, float("-inf"), dtype=dtype, device=logits.device)
+            target_logit = torch.zeros_like(local_lse)
+        lse = local_lse
         if gather is not None:
             parts = gather(torch.stack((lse, target_logit)))
             lse, target_logit = torch.logsumexp(parts[:, 0], dim=0), parts[:, 1].sum(dim=0)
-        ctx.save_for_backward(logits, lse, index, mine)
-        ctx.num_valid = num_valid
+        ctx.save_for_backward(softmax, (local_lse - lse).exp_(), index, mine)
+        ctx.logits_shape, ctx.logits_dtype = logits.shape, logits.dtype
         return (lse - target_logit).view(targets.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, lse, index, mine = ctx.saved_tensors
-        flat = logits.flatten(0, -2)
-        scale = grads[0].flatten().float().unsqueeze(1)
-        grad = torch.zeros_like(flat) if ctx.num_valid < flat.shape[1] else torch.empty_like(flat)
-        valid = grad[:, : ctx.num_valid]
-        if ctx.num_valid:
-            softmax = (flat[:, : ctx.num_valid].float() - lse.unsqueeze(1)).exp_()
-            softmax.scatter_add_(1, index, -mine.to(softmax.dtype).unsqueeze(1))
-            valid.copy_(softmax.mul_(scale))
-        return grad.view(logits.shape), None, None, None, None
+        softmax, share, index, mine = ctx.saved_tensors
+        scale = grads[0].flatten().to(softmax.dtype)
+        # in place: the logits' gradient is the one buffer of their size that this step allocates.  A second backward
+        # pass through the same graph is refused by autograd, which sees that a saved tensor has changed.
+        grad = softmax.mul_(scale.mul(share).unsqueeze(1))
+        if grad.shape[1]:
+            grad.scatter_add_(1, index, torch.where(mine, -scale, 0.0).unsqueeze(1))
+        grad = grad.to(ctx.logits_dtype)
+        if padding := ctx.logits_shape[-1] - grad.shape[1]:
+            grad = F.pad(grad, (0, padding))
+        return grad.view(ctx.logits_shape), None, None, None, None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, first: int = 0, num_valid: int | None = None,

@@ -32,8 +32,10 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate_up.unbind(-2)
         grad = torch.empty_like(gate_up)
         grad_gate, grad_up = grad.unbind(-2)
-        torch.mul(grads[0], F.silu(gate), out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grads[0] * up, gate))
+        torch.ops.aten.silu(gate, out=grad_up)
+        grad_up.mul_(grads[0])
+        torch.mul(grads[0], up, out=grad_gate)
+        torch.ops.aten.silu_backward(grad_gate, gate, grad_input=grad_gate)
         return grad
 
 

@@ -121,7 +121,8 @@ def training_path(name: str) -> Outcome:
     ours = parallelize(config, single_mesh())
     for bucket in ours.buckets:
         for entry in bucket.entries:
-            bucket.store(entry, weights_of(name)[entry.spec.name])
+            bucket.set_master(entry, weights_of(name)[entry.spec.name])
+    ours.publish()
     scale = 1 / batch.tokens_SB.numel()
     loss = ours.forward_backward(parts, scale)
     gradients = {spec.name: view for bucket in ours.buckets for spec, _, view in bucket.boxes(bucket.grad_shard)}
