@@ -18,6 +18,7 @@ from engine.checkpoint.folder import CHECKPOINTS
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import find_latest, open_checkpoint
 from engine.config import Config
+from engine.data.skipping import require_same_past
 from engine.errors import CheckpointError
 from engine.train.corpora import Corpora
 from engine.train.run_folder import begin_another_line
@@ -32,6 +33,7 @@ def take_over(state: TrainState, config: Config, corpora: Corpora, group: Group)
 
     Raises:
         CheckpointError: a checkpoint was asked for, or is there, and none can be used.
+        DataError: `data.skip` changed among the samples already consumed.
     """
     asked, run_dir = config.checkpoint, Path(config.run.dir)
     notes: list[str] = []
@@ -56,6 +58,9 @@ def _resume(state: TrainState, config: Config, corpora: Corpora, reader: Checkpo
     if "state" not in reader.metadata:
         raise CheckpointError(f"{reader.path} holds weights only: start a run from it with checkpoint.load")
     differing = require_compatible(reader.metadata, state.metadata(config, corpora.fingerprint()))
+    saved_skip = reader.metadata.get("data", {}).get("skip")
+    if saved_skip is not None:
+        require_same_past(saved_skip, corpora.train.skip, reader.metadata["state"]["consumed_samples"])
     state.load(reader)
     return [*(f"changed since the checkpoint: {difference}" for difference in differing),
             f"resumed from {reader.path} (step {state.step}, {state.consumed_samples} samples consumed)"]
