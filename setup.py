@@ -26,7 +26,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["engine", "engine.*", "checkpoints_tools", "checkpoints_tools.*"])],
     package_dir={"engine.kernels": "kernels"},
-    package_data={"engine.config": ["presets/*.yaml"]},
+    package_data={"engine.config": ["presets/*.yaml"], "engine.data.cleaning": ["rules.yaml"]},
     install_requires=["torch>=2.11", "numpy", "sentencepiece", "safetensors", "rich", "PyYAML", "pydantic>=2.10"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["octant=engine.cli:main"]},

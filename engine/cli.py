@@ -108,14 +108,23 @@ def _data(p: Parser) -> None:
         p, ("inspect", "statistics of a prepared corpus, or the samples a run consumes",
             "data inspect run.yaml --samples 0:8 --json"),
         ("verify", "check a prepared corpus against its index and content hashes", "data verify data/web"),
-        ("clean", "filter documents by rules and remove near-duplicates", "data clean raw.jsonl --output clean.jsonl"))
-    for action in (inspect, verify, clean):
+        ("clean", "filter documents and lines by rules, mask personal data, remove duplicates and evaluation sets",
+         "data clean raw/*.jsonl.gz --output clean/ --decontaminate gsm8k_test.jsonl"))
+    for action in (inspect, verify):
         action.add_argument("target", nargs="+", metavar="TARGET", help="prefix of a corpus, or a file")
         action.add_argument("--json", action="store_true", help="one JSON object per line")
     inspect.add_argument("--samples", metavar="A:B", help="consumed samples A to B-1 of a CONFIG.yaml")
     inspect.add_argument("--document", type=int, metavar="N", help="print document N of the corpus")
     inspect.add_argument("--tokenizer", metavar="T", help="show text, not only ids")
-    clean.add_argument("--output", required=True, metavar="FILE")
+    clean.add_argument("files", nargs="*", metavar="FILE", help=".txt .jsonl .json .parquet, each also .gz or .zst")
+    clean.add_argument("--output", metavar="DIR", help="gets clean-*.jsonl.gz, report.md and _report.json")
+    clean.add_argument("--rules", metavar="FILE.yaml", help="your rules (default: those of --print-rules)")
+    clean.add_argument("--print-rules", action="store_true", help="print the default rules, to be changed")
+    clean.add_argument("--decontaminate", nargs="+", default=[], metavar="FILE", help="evaluation texts to keep out")
+    clean.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    clean.add_argument("--field", default="text", help="key of the text in JSON and parquet (default: %(default)s)")
+    clean.add_argument("--on-error", choices=("stop", "skip"), default="stop",
+                       help="what to do with a record that cannot be read (default: %(default)s)")
 
 
 def _train(p: Parser) -> None:

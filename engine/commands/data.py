@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from engine.config import load_config
+from engine.data.cleaning.command import run as clean
 from engine.data.indexed import IndexedDataset, bin_path, idx_path
 from engine.data.inspect import histogram_lines, segments, share_lines, statistics
 from engine.data.sidecar import Sidecar
@@ -34,7 +35,7 @@ CORPUS_SUFFIXES = (".bin", ".idx")
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"inspect": _inspect, "verify": _verify}[args.action](args)
+    return {"inspect": _inspect, "verify": _verify, "clean": clean}[args.action](args)
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ from engine.data.indexed import best_dtype
 from engine.data.ordered_map import ordered_map
 from engine.data.parts import NUM_EXAMPLES, Counts, Documents, Parts, Position
 from engine.data.progress import Progress
-from engine.data.readers import BadRecord, Block, InputFile, expand_inputs, parse_lines, read_blocks
+from engine.data.readers import BadRecord, Block, InputFile, expand_inputs, read_blocks, records_of
 from engine.data.sidecar import TokenizerInfo
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.distributed.environment import available_cores
@@ -66,21 +66,22 @@ class Encoder:
 
     def __call__(self, task: Task) -> Answer:
         block = task.block
-        texts, bad = parse_lines(block, self.text_field) if block.lines else (list(block.texts), [])
-        bad = [*block.bad, *bad]
+        records = records_of(block, self.text_field)
+        texts, bad = records.texts, records.bad
         if isinstance(self.tokenizer, FastTokenizer) and texts:
             self.tokenizer.check(texts[0])
         tokens, lengths = self._encode(texts, block)
         counts = Counts(
             text_bytes=sum(len(text.encode()) for text in texts),
-            empty_documents=texts.count(""),
+            empty_documents=sum(not text for text in texts),
             skipped_records=len(bad),
             skipped_examples=[str(record) for record in bad[:NUM_EXAMPLES]],
         )
         documents = Documents(tokens, lengths, counts, task.position.behind, block.continues, block.ends, block.abandon)
-        return Answer(replace(task, block=replace(block, lines=b"", texts=(), bad=())), documents, tuple(bad))
+        task = replace(task, block=replace(block, lines=b"", texts=(), places=(), bad=()))
+        return Answer(task, documents, tuple(bad))
 
-    def _encode(self, texts: list[str], block: Block) -> tuple[npt.NDArray[Any], list[int]]:
+    def _encode(self, texts: Sequence[str], block: Block) -> tuple[npt.NDArray[Any], list[int]]:
         end = np.array([self.tokenizer.eod_id] if self.append_eod and block.ends else [], np.int32)
         arrays: list[npt.NDArray[np.int32]] = []
         lengths: list[int] = []

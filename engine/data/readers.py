@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -73,8 +73,9 @@ class Block:
 
     path: str
     lines: bytes = b""
-    texts: tuple[str, ...] = ()
     first_line: int = 1
+    texts: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()  # where in the file each text is, such as "record 7"
     continues: bool = False
     ends: bool = True
     abandon: bool = False
@@ -84,6 +85,8 @@ class Block:
 
 def expand_inputs(files: Iterable[str | Path]) -> list[InputFile]:
     """Files, folders (searched, sorted), globs and `-` -> the files of the corpus, each once, in the order given.
+
+    In folders, names that begin with `_` or `.` are passed over, as everywhere that has such folders: they are no data.
 
     Raises RequestError for a name that matches nothing or whose format isn't known.
     """
@@ -103,7 +106,10 @@ def _matching(name: str) -> list[Path]:
     path = Path(name)
     if path.is_file():
         return [path]
-    several = sorted(path.rglob("*")) if path.is_dir() else [Path(p) for p in sorted(glob.glob(name, recursive=True))]
+    if path.is_dir():
+        several = [p for p in sorted(path.rglob("*")) if not any(part[0] in "_." for part in p.relative_to(path).parts)]
+    else:
+        several = [Path(p) for p in sorted(glob.glob(name, recursive=True))]
     known = [p for p in several if p.is_file() and _format_of(p)[0] in FORMATS]
     if known:
         return known
@@ -133,7 +139,7 @@ def read_blocks(file: InputFile, text_field: str, join_texts: bool = True) -> It
     """
     position = 0
     try:
-        with _opened(file) as raw:
+        with open_input(file) as raw:
             num_blocks = 0
             for block in _blocks_of(file, raw, text_field, join_texts):
                 position = raw.tell() if file.path != "-" else 0
@@ -145,14 +151,15 @@ def read_blocks(file: InputFile, text_field: str, join_texts: bool = True) -> It
         yield Block(file.path, abandon=True, bad=(BadRecord(file.path, "", str(error)),), file_position=position)
 
 
-def _opened(file: InputFile) -> BinaryIO:
+def open_input(file: InputFile) -> BinaryIO:
+    """The file as it lies on disk, or standard input."""
     return sys.stdin.buffer if file.path == "-" else open(file.path, "rb")
 
 
 def _blocks_of(file: InputFile, raw: BinaryIO, text_field: str, join_texts: bool) -> Iterator[Block]:
     if file.format == ".parquet":
         return _parquet_blocks(file, raw, text_field)
-    chunks = _decompressed(raw, file.compression)
+    chunks = decompressed(raw, file.compression)
     if file.format == ".txt":
         return _text_blocks(file.path, chunks, BLOCK_BYTES if join_texts else LONGEST_DOCUMENT_BYTES)
     if file.format == ".json":
@@ -160,7 +167,7 @@ def _blocks_of(file: InputFile, raw: BinaryIO, text_field: str, join_texts: bool
     return _line_blocks(file.path, chunks)
 
 
-def _decompressed(raw: BinaryIO, compression: str) -> Iterator[bytes]:
+def decompressed(raw: BinaryIO, compression: str) -> Iterator[bytes]:
     """The content in chunks.  Raises DataError where a compressed file ends early."""
     if not compression:
         yield from iter(lambda: raw.read(READ_BYTES), b"")
@@ -277,20 +284,22 @@ def _text_blocks(path: str, chunks: Iterable[bytes], size: int) -> Iterator[Bloc
 
 def _json_blocks(path: str, chunks: Iterable[bytes], text_field: str) -> Iterator[Block]:
     texts: list[str] = []
+    places: list[str] = []
     bad: list[BadRecord] = []
     num_characters = 0
     damage: list[DataError] = []
     for number, record in enumerate(_until_damage(json_values(chunks), damage), start=1):
         try:
             texts.append(text_of(record, text_field))
+            places.append(f"record {number}")
             num_characters += len(texts[-1])
         except ValueError as error:
             bad.append(BadRecord(path, f"record {number}", str(error)))
         if num_characters >= BLOCK_BYTES or len(texts) + len(bad) >= 10_000:
-            yield Block(path, texts=tuple(texts), bad=tuple(bad))
-            texts, bad, num_characters = [], [], 0
+            yield Block(path, texts=tuple(texts), places=tuple(places), bad=tuple(bad))
+            texts, places, bad, num_characters = [], [], [], 0
     if texts or bad:
-        yield Block(path, texts=tuple(texts), bad=tuple(bad))
+        yield Block(path, texts=tuple(texts), places=tuple(places), bad=tuple(bad))
     if damage:
         raise damage[0]
 
@@ -303,7 +312,7 @@ def _parquet_blocks(file: InputFile, raw: BinaryIO, text_field: str) -> Iterator
         raise RequestError("reading .parquet files needs the package pyarrow: pip install 'octant[data]'") from error
     with tempfile.TemporaryFile() as unpacked:
         if file.compression:  # parquet is read from its end, so it has to be unpacked first
-            for chunk in _decompressed(raw, file.compression):
+            for chunk in decompressed(raw, file.compression):
                 unpacked.write(chunk)
         try:
             table = pyarrow.parquet.ParquetFile(unpacked if file.compression else raw)
@@ -313,41 +322,56 @@ def _parquet_blocks(file: InputFile, raw: BinaryIO, text_field: str) -> Iterator
             raise DataError(f"no column {text_field!r}; its columns are {', '.join(table.schema_arrow.names)}")
         row = 0
         for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-            texts, bad = [], []
+            texts, places, bad = [], [], []
             for value in batch.column(0).to_pylist():
                 row += 1
                 try:
                     texts.append(text_of({text_field: value}, text_field))
+                    places.append(f"row {row}")
                 except ValueError as error:
                     bad.append(BadRecord(file.path, f"row {row}", str(error)))
-            yield Block(file.path, texts=tuple(texts), bad=tuple(bad))
+            yield Block(file.path, texts=tuple(texts), places=tuple(places), bad=tuple(bad))
 
 
-def parse_lines(block: Block, text_field: str) -> tuple[list[str], list[BadRecord]]:
-    """The texts of a block of JSON lines, and the lines that cannot be used; blank lines are passed over."""
-    texts, bad = [], []
+@dataclass(frozen=True)
+class Records:
+    """A block's documents, where each is, and the records that cannot be used."""
+
+    texts: Sequence[str]
+    places: Sequence[str]
+    bad: Sequence[BadRecord]
+
+
+def records_of(block: Block, text_field: str) -> Records:
+    """The documents of a block; this is where JSON lines are parsed.  Blank lines are passed over."""
+    if not block.lines:
+        return Records(block.texts, block.places or ("",) * len(block.texts), block.bad)
+    texts: list[str] = []
+    places: list[str] = []
+    bad = list(block.bad)
     for number, line in enumerate(block.lines.split(b"\n"), start=block.first_line):
         if not line or line.isspace():
             continue
         try:
             texts.append(text_of(json.loads(line), text_field))
+            places.append(f"line {number}")
         except UnicodeDecodeError as error:
             bad.append(BadRecord(block.path, f"line {number}", f"invalid UTF-8 (byte {error.start} of the line)"))
         except json.JSONDecodeError as error:
             bad.append(BadRecord(block.path, f"line {number}", f"invalid JSON: {error.msg} (column {error.colno})"))
         except (ValueError, RecursionError) as error:
             bad.append(BadRecord(block.path, f"line {number}", str(error)))
-    return texts, bad
+    return Records(texts, places, bad)
 
 
 def read_texts(files: Iterable[str | Path], text_field: str = "text") -> Iterator[str]:
     """Every document of files, in order.  Raises DataError at the first unusable record."""
     for file in expand_inputs(files):
         for block in read_blocks(file, text_field, join_texts=False):
-            texts, bad = parse_lines(block, text_field) if block.lines else (block.texts, [])
-            for record in (*block.bad, *bad):
+            records = records_of(block, text_field)
+            for record in records.bad:
                 raise DataError(str(record))
-            yield from texts
+            yield from records.texts
 
 
 def text_of(record: Any, text_field: str) -> str:

@@ -1,0 +1,1 @@
+"""`octant data clean`: rules, masking, decontamination and duplicate removal over a stream of documents."""
