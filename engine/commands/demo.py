@@ -1,0 +1,142 @@
+"""`octant demo`: the main job, start to end, on the CPU, from text that is already on the machine.
+
+Every stage is a command that the user could have typed, and is shown as such: tokenizer, corpus, a tensor 2 × pipeline
+2 training run, an exact resume, the export to Hugging Face with its logits check, a sample, the report.  Nothing is
+downloaded and nothing outside the folder of the demo is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from engine.errors import OctantError, RequestError
+from engine.metrics.runs import read_run
+
+CORPUS_BYTES = 3_000_000              # of the standard library's sources: enough to learn from, quick to prepare
+HELD_OUT_EVERY = 20                   # one module in so many is kept for validation
+VOCAB_SIZE = 2048
+STEPS, SAVED_STEP = 160, 120          # the run, and the checkpoint from which its end is trained a second time
+LAYOUTS = {1: {"tensor": 1, "pipeline": 1}, 2: {"tensor": 1, "pipeline": 2}, 4: {"tensor": 2, "pipeline": 2}}
+PROMPT = "def main():\n"
+
+MARK = "# Written by `octant demo`."
+CONFIG = MARK + """
+run: {{dir: {directory}/run}}
+model: {{num_layers: 4, hidden_size: 192, num_heads: 6, num_kv_heads: 2, ffn_hidden_size: 512, max_seq_len: 256}}
+parallel: {{tensor: {tensor}, pipeline: {pipeline}}}
+precision: {{compute: fp32}}
+data:
+  tokenizer: {directory}/tokenizer.model
+  seq_len: 128
+  train: [{{path: {directory}/train}}]
+  valid: [{{path: {directory}/valid}}]
+batch: {{micro: 4, global: 16}}
+steps: {steps}
+optim: {{lr: 3e-3, warmup_steps: 20}}
+checkpoint: {{every: {saved_step}, keep: 0}}
+eval: {{every: 40, batches: 2}}
+log: {{every: 1}}
+"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run all stages; stops at the first that fails."""
+    directory, started = Path(args.dir), time.monotonic()
+    config = directory / "demo.yaml"
+    _make_room(directory, config)
+    num_bytes = write_texts(directory)
+    print(f"text: {num_bytes / 1e6:.1f} MB of the Python standard library's sources in {directory}")
+    config.write_text(CONFIG.format(directory=directory, steps=STEPS, saved_step=SAVED_STEP, **LAYOUTS[args.processes]),
+                      encoding="utf-8")
+    _prepare(directory)
+    octant("train", str(config))
+    losses = [record["loss"] for record in read_run(directory / "run").records]
+    _resume(directory, config)
+    _export(directory)
+    octant("generate", f"{directory}/run", "--prompt", PROMPT, "--max-new-tokens", "60", "--temperature", "0.7")
+    octant("report", f"{directory}/run")
+    layout = " × ".join(f"{axis} {degree}" for axis, degree in LAYOUTS[args.processes].items())
+    print(f"\ndemo: {layout}, loss {losses[0]:.2f} → {losses[-1]:.2f} in {STEPS} steps, "
+          f"everything in {time.monotonic() - started:.0f} s")
+    print(f"next: octant train {config} steps={2 * STEPS}      (goes on from the last checkpoint)")
+    return 0
+
+
+def _make_room(directory: Path, config: Path) -> None:
+    """An empty folder; an earlier demo in it is replaced, anything else is left alone and refused."""
+    if config.exists() and config.read_text(encoding="utf-8").startswith(MARK):
+        print(f"replacing the earlier demo in {directory}")
+        shutil.rmtree(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise RequestError(f"{directory} is not empty and no earlier demo; give another folder with --dir")
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+def write_texts(directory: Path) -> int:
+    """The standard library's modules as `train.jsonl` and `valid.jsonl`; returns the bytes of text."""
+    library = Path(sysconfig.get_path("stdlib"))
+    modules = [path for path in sorted(library.rglob("*.py"))
+               if "site-packages" not in path.parts and "test" not in path.parts and path.stat().st_size > 2000]
+    total = 0
+    with (directory / "train.jsonl").open("w", encoding="utf-8") as train, \
+            (directory / "valid.jsonl").open("w", encoding="utf-8") as valid:
+        for index, path in enumerate(modules):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            (train if index % HELD_OUT_EVERY else valid).write(json.dumps({"text": text}) + "\n")
+            total += len(text.encode())
+            if total > CORPUS_BYTES:
+                break
+    return total
+
+
+def _prepare(directory: Path) -> None:
+    octant("tokenizer", "train", f"{directory}/train.jsonl", "--vocab-size", str(VOCAB_SIZE),
+           "--output", f"{directory}/tokenizer.model")
+    for part in ("train", "valid"):
+        octant("prepare", f"{directory}/{part}.jsonl", "--tokenizer", f"{directory}/tokenizer.model",
+               "--output", f"{directory}/{part}")
+
+
+def _resume(directory: Path, config: Path) -> None:
+    """Trains the end of the run again from its checkpoint, and compares every number of every step."""
+    octant("train", str(config), f"run.dir={directory}/resumed", "eval.every=0",
+           f"checkpoint.resume={directory}/run/checkpoints/step-{SAVED_STEP:08d}")
+    first, second = ({record["step"]: (record["loss"], record["grad_norm"], record["lr"])
+                      for record in read_run(directory / name).records} for name in ("run", "resumed"))
+    different = [step for step in second if second[step] != first[step]]
+    if different or len(second) != STEPS - SAVED_STEP:
+        raise OctantError(f"resuming is not exact: {len(different)} of {len(second)} steps differ: {different[:3]}")
+    print(f"resumed from step {SAVED_STEP}: loss and gradient norm of {len(second)} steps equal the run's, bit for bit")
+
+
+def _export(directory: Path) -> None:
+    skip = [] if find_spec("transformers") else ["--skip-check"]
+    if skip:
+        print('transformers is not installed, so the export is not compared with it: pip install "octant[hf]"')
+    octant("convert", "to-hf", f"{directory}/run", f"{directory}/hf", *skip)
+
+
+def octant(*arguments: str) -> None:
+    """Shows a command and runs it.
+
+    Raises:
+        OctantError: it failed.
+    """
+    print(f"\n$ octant {shlex.join(arguments)}", flush=True)
+    code = subprocess.run([sys.executable, "-m", "engine", *arguments], check=False).returncode
+    if code:
+        raise OctantError(f"`octant {_verb(arguments)}` ended with exit code {code}; its message is above")
+
+
+def _verb(arguments: Sequence[str]) -> str:
+    return " ".join(arguments[:2]) if arguments[0] in ("tokenizer", "convert") else arguments[0]
