@@ -28,7 +28,7 @@ def resolve_layout(config: Config, world_size: int) -> Config:
     else:
         config = config.with_changes(parallel={"data": data})
         problems += _batch_problems(config, data)
-    problems += [*_shard_problems(config, data), *_tensor_problems(config), *_pipeline_problems(config), *_sequence_problems(config)]
+    problems += [*_shard_problems(config, data), *_reproducible_problems(config), *_tensor_problems(config), *_pipeline_problems(config), *_sequence_problems(config)]
     if problems:
         raise ConfigError("this layout cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return config
@@ -54,6 +54,15 @@ def _shard_problems(config: Config, data: int) -> Iterator[str]:
     if parallel.zero_shard and replicas % parallel.zero_shard:
         yield (f"parallel.zero_shard({parallel.zero_shard}) does not divide data({data}) × context({parallel.context}) = "
                f"{replicas} ranks: 0 shards over all of them")
+
+
+def _reproducible_problems(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.reproducible and parallel.zero_shard:
+        yield "parallel.reproducible adds gradients in one order over all ranks: set parallel.zero_shard to 0"
+    if parallel.reproducible and parallel.schedule.startswith("zb"):
+        yield (f"parallel.reproducible needs the gradients of one microbatch at a time, and {parallel.schedule} defers "
+               "some of them: use 1f1b, interleaved or gpipe")
 
 
 def _tensor_problems(config: Config) -> Iterator[str]:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:                                            # the schema calls 
 # (true where the configuration asks for it, what it asks for, what to do instead)
 UNSUPPORTED: tuple[tuple[Callable[[Config], bool], str, str], ...] = (
     (lambda c: c.run.objective != "pretrain", "run.objective other than `pretrain`", "use `pretrain`"),
-    (lambda c: c.parallel.reproducible, "parallel.reproducible", "leave it false"),
     (lambda c: c.precision.fp8 != "off", "FP8", "set precision.fp8 to off"),
 )
 

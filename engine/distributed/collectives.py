@@ -65,6 +65,14 @@ def broadcast(x: Tensor, axis: Axis, index: int) -> None:
         dist.broadcast(x, axis.ranks[index], group=axis.group)
 
 
+def all_to_all_into(out: Tensor, x: Tensor, axis: Axis) -> Work:
+    """Starts sending part i of `x` (dimension 0, equal parts) to rank i; `out` gets what they send, by rank."""
+    if axis.size == 1:
+        out.copy_(x)
+        return DONE
+    return dist.all_to_all_single(out, x, group=axis.group, async_op=True)
+
+
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
     """Concatenates the ranks' `x` along dimension 0: [n, …] → [size·n, …]."""
     out, work = start_all_gather(x, axis)

@@ -78,7 +78,7 @@ class ParallelModel:
             scale: 1 / number of tokens that count in the whole global batch.
 
         Returns:
-            Summed loss of these microbatches on the last stage, None elsewhere.
+            Summed loss of each of these microbatches on the last stage, None elsewhere.
         """
         for bucket in self.buckets:
             bucket.begin_step(len(batches))
@@ -94,7 +94,7 @@ class ParallelModel:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor | None:
-        """Summed loss of the microbatches without gradients, as `forward_backward` returns it."""
+        """Summed losses of the microbatches without gradients, as `forward_backward` returns them."""
         parallel = self.config.parallel
         schedule = build_schedule(parallel.schedule, parallel.pipeline, len(batches), parallel.virtual_stages)
         program = lower(schedule).programs[self.mesh.pipeline.index]
@@ -124,7 +124,8 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True,
     buckets: list[Bucket] = []
     if training:
         buckets = build_buckets(list(reversed(chunks.values())), mesh, level=parallel.zero, dtype=dtype,
-                                reduce_dtype=DTYPES[config.precision.grad_reduce], bucket_elements=bucket_elements)
+                                reduce_dtype=DTYPES[config.precision.grad_reduce],
+                                reproducible=parallel.reproducible, bucket_elements=bucket_elements)
     else:
         allocate_weights(chunks.values(), dtype, mesh.device)
     if training and parallel.zero == 3:
@@ -156,7 +157,8 @@ def build_chunks(config: Config, placement: Sequence[int], stage: int) -> dict[i
 def spread_sequence(chunk: Transformer, axis: Axis) -> None:
     """Attention that reaches beyond this rank's part of the sequence."""
     for block in chunk.layers.values():
-        block.self_attention.core_attention = RingAttention(axis)
+        if isinstance(block, Block):
+            block.self_attention.core_attention = RingAttention(axis)
 
 
 def recomputed_blocks(config: Config, chunks: dict[int, Transformer], stage: int) -> list[Block]:

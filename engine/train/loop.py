@@ -126,8 +126,9 @@ class Trainer:
         """One step; returns its learning rate, the number of labels that counted, and the totals on the device."""
         config, state = self.config, self.state
         batches = load_step(self.corpora.train, state.consumed_samples, config, self.mesh)
-        loss = state.model.forward_backward(batches.microbatches, 1 / batches.num_tokens)
-        sums = sum_over_world(loss, state.model.buckets, self.mesh, self.stop_requested())
+        losses = state.model.forward_backward(batches.microbatches, 1 / batches.num_tokens)
+        sums = sum_over_world(losses, state.model.buckets, self.mesh, flag=self.stop_requested(),
+                              reproducible=config.parallel.reproducible)
         lr = learning_rate(state.step + 1, config.steps, config.optim)
         found_inf = torch.isfinite(sums.grad_norm).logical_not().float()
         state.optimizer.step(lr, clip_divisor(sums.grad_norm, config.optim.grad_clip), found_inf)
@@ -162,8 +163,8 @@ class Trainer:
         assert self.corpora.valid is not None
         for batch in range(self.config.eval.batches):
             batches = load_step(self.corpora.valid, batch * self.config.batch.global_, self.config, self.mesh)
-            loss = self.state.model.evaluate(batches.microbatches)
-            loss_sum += sum_over_world(loss, [], self.mesh).loss_sum
+            losses = self.state.model.evaluate(batches.microbatches)
+            loss_sum += sum_over_world(losses, [], self.mesh, reproducible=self.config.parallel.reproducible).loss_sum
             num_tokens += float(batches.num_tokens)
         return loss_sum.item() / num_tokens
 

@@ -91,8 +91,8 @@ def train_layout(config: Config, num_steps: int) -> Result:
     for step in range(1, num_steps + 1):
         batch = global_batch(config, step)
         scale = 1 / num_tokens(batch)
-        loss = model.forward_backward(microbatches(config, batch, mesh), scale)
-        sums = sum_over_world(loss, model.buckets, mesh)
+        losses = model.forward_backward(microbatches(config, batch, mesh), scale)
+        sums = sum_over_world(losses, model.buckets, mesh, reproducible=config.parallel.reproducible)
         if step == 1:
             out.gradients = shards(model.buckets, "grad_shard")
         optimizer.step(learning_rate(step, config.steps, config.optim),

@@ -17,6 +17,10 @@ and the level says what of it stays (Rajbhandari et al. 2020, section 5):
                               microbatch to its reduction
     3       shard             as 2                               shard; gathered around each use (`streaming`)
 
+With `reproducible`, gradients travel per microbatch at every level, and the owner of a shard does not get their sum but
+all of them: it adds them up itself, in the order of the global batch.  Floating-point addition is not associative, so
+that is what it takes for a run to be bit-identical on any number of data-parallel ranks.
+
 A reduction starts when the last gradient it waits for has arrived, and runs while the backward pass goes on with the
 next bucket.  "Freed" means that the buffer's storage is resized to nothing: the views stay, and come back to life
 when it is resized again.
@@ -40,6 +44,7 @@ from engine.distributed.collectives import (
     Work,
     all_gather_into,
     all_reduce,
+    all_to_all_into,
     reduce_scatter_into,
     sum_with_peer,
 )
@@ -103,12 +108,14 @@ class Bucket:
     """One flat vector of parameters with its gradient and this rank's shard."""
 
     def __init__(self, kind: BucketKind, parameters: Sequence[tuple[nn.Parameter, int]], mesh: Mesh, *, level: int,
-                 dtype: torch.dtype, reduce_dtype: torch.dtype, reducing: deque[Bucket]) -> None:
+                 dtype: torch.dtype, reduce_dtype: torch.dtype, reproducible: bool, reducing: deque[Bucket]) -> None:
         """Moves the parameters (each with its number of uses) into the bucket's memory.
 
         `reducing` is shared by the buckets of a rank: those whose reduction is under way, oldest first.
         """
-        self.kind, self.mesh, self.level, self.reduce_dtype = kind, mesh, level, reduce_dtype
+        self.kind, self.mesh, self.level = kind, mesh, level
+        self.reduce_dtype, self.reproducible = reduce_dtype, reproducible
+        self.per_microbatch = level >= 2 or reproducible
         self.entries: list[Entry] = []
         size = 0
         for parameter, uses in parameters:
@@ -122,7 +129,7 @@ class Bucket:
         self.grad_buffer = torch.zeros(size, dtype=torch.float32, device=mesh.device)
         self.param_shard = self.param_buffer[self.shard] if level < 3 else self.param_buffer.new_zeros(part)
         self.master = self.param_shard if dtype == torch.float32 else self.param_shard.float()
-        self.grad_shard = self.grad_buffer[self.shard] if level < 2 else self.grad_buffer.new_zeros(part)
+        self.grad_shard = self.grad_buffer.new_zeros(part) if self.per_microbatch else self.grad_buffer[self.shard]
         self._slots = [self._adopt(entry) for entry in self.entries]
         self._others_reducing = reducing
         self._reduced: Tensor | None = None      # what a reduction under way writes to
@@ -155,6 +162,12 @@ class Bucket:
         return buffer[entry.offset : entry.offset + entry.parameter.numel()].view(entry.spec.local_shape)
 
     @property
+    def num_used(self) -> int:
+        """Elements up to the end of the last parameter's place; the padding behind depends on the number of shards."""
+        last = self.entries[-1]
+        return last.offset + -(-last.parameter.numel() // ALIGNMENT) * ALIGNMENT
+
+    @property
     def is_first_copy(self) -> bool:
         """Whether no rank before this one holds the same shard."""
         return (self.mesh.replicate if self.level else self.mesh.gradient).index == 0
@@ -164,7 +177,7 @@ class Bucket:
     def begin_step(self, num_microbatches: int) -> None:
         """Expects the gradients of a step."""
         self._arrived, self._microbatches = 0, num_microbatches
-        if self.level >= 2:
+        if self.per_microbatch:
             self.grad_shard.zero_()
         for slot in self._slots:
             slot.begin_step()
@@ -179,15 +192,15 @@ class Bucket:
                 gap.zero_()
 
     def _after_contribution(self) -> None:
-        """Starts the reduction behind the last gradient it needs: of a microbatch from level 2 on, else of the step.
+        """Starts the reduction behind the last gradient it needs: of the microbatch, or of the step.
 
         Zero-bubble schedules may let the next microbatch's first gradients arrive before this one's last; the count is
         then full with a mixture, which sums to the same.
         """
         self._arrived += 1
         per_microbatch = sum(entry.uses for entry in self.entries)
-        awaited = per_microbatch if self.level >= 2 else per_microbatch * self._microbatches
-        if self._arrived % awaited == 0 and not self.kind.tied:
+        awaited = per_microbatch if self.per_microbatch else per_microbatch * self._microbatches
+        if self._arrived % awaited == 0:
             self._start_reduction()
 
     def _start_reduction(self) -> None:
@@ -196,7 +209,9 @@ class Bucket:
             all_reduce(self.grad_buffer, self.mesh.tensor)
         alone = self.mesh.gradient.size == 1
         buffer = self.grad_buffer if alone else self.grad_buffer.to(self.reduce_dtype)
-        if self.level == 0:
+        if self.reproducible:
+            self._reduced, self._reduction = self._collect(buffer)
+        elif self.level == 0:
             self._reduced = buffer
             self._reduction = all_reduce(buffer, self.mesh.gradient, asynchronous=True)
         else:
@@ -208,17 +223,31 @@ class Bucket:
             self._others_reducing[0]._settle()
         self._others_reducing.append(self)
 
+    def _collect(self, buffer: Tensor) -> tuple[Tensor, Work]:
+        """Starts bringing together everybody's gradient of this rank's shard: [ranks, shard]."""
+        axis = self.mesh.gradient
+        if axis.size == 1:
+            return buffer.unsqueeze(0), DONE
+        everyone = buffer.new_empty(axis.size, self.grad_shard.numel())
+        exchange = all_to_all_into if self.level else all_gather_into
+        return everyone, exchange(everyone.view(-1), buffer, axis)
+
     def _settle(self) -> None:
         """Waits for the reduction under way and takes its result over."""
         assert self._reduced is not None
         self._reduction.wait()
-        if self.level:
-            all_reduce(self._reduced, self.mesh.replicate)
+        if self.reproducible:
+            for gradient in self._reduced:
+                self.grad_shard.add_(gradient)
+        else:
+            if self.level:
+                all_reduce(self._reduced, self.mesh.replicate)
+            if self.per_microbatch:
+                self.grad_shard.add_(self._reduced)
+            elif self._reduced.data_ptr() != self.grad_shard.data_ptr():
+                self.grad_shard.copy_(self._reduced)
         if self.level >= 2:
-            self.grad_shard.add_(self._reduced)
             free(self.grad_buffer)
-        elif self._reduced.data_ptr() != self.grad_shard.data_ptr():
-            self.grad_shard.copy_(self._reduced)
         self._reduced, self._reduction = None, DONE
         self._others_reducing.remove(self)
 
@@ -233,12 +262,11 @@ class Bucket:
                  if slot.contributions != entry.uses * self._microbatches]
         if wrong:
             raise RuntimeError(f"gradients that did not arrive as often as the schedule says: {', '.join(wrong)}")
-        if self.kind.tied:
-            pipeline = self.mesh.pipeline
-            sum_with_peer(self.grad_buffer, pipeline, 0 if pipeline.index else pipeline.size - 1)
-            self._start_reduction()
         if self._reduced is not None:
             self._settle()
+        if self.kind.tied:
+            pipeline = self.mesh.pipeline
+            sum_with_peer(self.grad_shard, pipeline, 0 if pipeline.index else pipeline.size - 1)
 
     # ------------------------------------------------------------------ parameters
 

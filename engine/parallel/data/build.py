@@ -34,7 +34,8 @@ def units_of(chunk: Transformer) -> list[list[nn.Module]]:
 
 
 def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtype: torch.dtype,
-                  reduce_dtype: torch.dtype, bucket_elements: int = DEFAULT_BUCKET_ELEMENTS) -> list[Bucket]:
+                  reduce_dtype: torch.dtype, reproducible: bool = False,
+                  bucket_elements: int = DEFAULT_BUCKET_ELEMENTS) -> list[Bucket]:
     """Moves the parameters of this rank's chunks (cut; still on the meta device) into buckets.
 
     Args:
@@ -43,6 +44,7 @@ def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtyp
         level: of ZeRO, 0 to 3.
         dtype: of the parameters.
         reduce_dtype: in which gradients travel; they are summed up in fp32.
+        reproducible: sum them up in the order of the global batch.
         bucket_elements: size from which a bucket is closed, up to level 2.
     """
     reducing: deque[Bucket] = deque()
@@ -58,7 +60,7 @@ def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtyp
             seen.update(p for p, _ in fresh)
             for kind, group in group_parameters(fresh, mesh, bucket_elements):
                 buckets.append(Bucket(kind, group, mesh, level=level, dtype=dtype, reduce_dtype=reduce_dtype,
-                                      reducing=reducing))
+                                      reproducible=reproducible, reducing=reducing))
     return buckets
 
 

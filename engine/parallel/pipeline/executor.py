@@ -68,16 +68,16 @@ class Executor:
             scale: the summed loss is multiplied by it before differentiation; 1 / number of tokens of the step.
 
         Returns:
-            The summed loss, detached, on ranks that hold the last chunk; None elsewhere.
+            The summed loss of each microbatch, detached, on ranks that hold the last chunk; None elsewhere.
         """
         self._reset(batches, scale)
         for action in program:
             with record_function(str(action)):
                 self._do[action.kind](action)
         self.messenger.wait_sent()
-        total = torch.stack(self._losses).sum() if self._losses else None
+        losses = torch.stack(self._losses) if self._losses else None
         self._reset([], 0.0)
-        return total
+        return losses
 
     def _forward(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
