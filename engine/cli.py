@@ -121,6 +121,7 @@ def _data(p: Parser) -> None:
     clean.add_argument("--rules", metavar="FILE.yaml", help="your rules (default: those of --print-rules)")
     clean.add_argument("--print-rules", action="store_true", help="print the default rules, to be changed")
     clean.add_argument("--decontaminate", nargs="+", default=[], metavar="FILE", help="evaluation texts to keep out")
+    clean.add_argument("--examples", type=int, default=5, metavar="N", help="shown per rule (default: %(default)s)")
     clean.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     clean.add_argument("--field", default="text", help="key of the text in JSON and parquet (default: %(default)s)")
     clean.add_argument("--on-error", choices=("stop", "skip"), default="stop",

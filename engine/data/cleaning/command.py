@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         text_field=args.field,
         on_error=args.on_error,
+        num_examples=args.examples,
     )
     print("\n".join([report.summary(), "", *report.table(), ""]))
     print(f"examples of what each rule removed: {args.output}/report.md")

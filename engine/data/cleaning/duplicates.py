@@ -34,8 +34,8 @@ class Fingerprint:
 
 def fingerprint(text: str, rules: Duplicates) -> Fingerprint:
     """Computed by the workers.  Raises RequestError where rensa is needed and absent."""
-    words = tokens(text)
-    whole = " ".join(words) or text
+    words = tokens(text) or [text]
+    whole = " ".join(words)
     sketch = None
     if rules.near is not None:
         sketch = _rensa().RMinHash(num_perm=rules.permutations, seed=SEED)

@@ -66,10 +66,11 @@ class Cleaner:
     rules: Rules
     evaluation: EvaluationIndex
     text_field: str
+    num_examples: int
 
     def __call__(self, task: Task) -> Cleaned:
         records = records_of(task.block, self.text_field)
-        report = Report(documents_in=len(records.texts), unusable_records=len(records.bad))
+        report = Report(self.num_examples, documents_in=len(records.texts), unusable_records=len(records.bad))
         report.unusable_examples = [str(record) for record in records.bad]
         candidates = []
         for text, place in zip(records.texts, records.places, strict=True):
@@ -95,11 +96,13 @@ def clean(
     workers: int | None = None,
     text_field: str = "text",
     on_error: str = "stop",
+    num_examples: int = 5,
 ) -> Report:
     """Clean `files` into the folder `output`: `clean-00000.jsonl.gz` …, `report.md`, `_report.json`.
 
-    `evaluation_files`: texts that must not be in the result.  Raises RequestError where the output folder holds
-    anything this didn't write, DataError for a record that cannot be read (with `on_error="stop"`).
+    `evaluation_files`: texts that must not be in the result.  `num_examples`: shown per rule.  Raises RequestError
+    where the output folder holds anything this didn't write, DataError for a record that cannot be read (with
+    `on_error="stop"`).
     """
     if on_error not in ("stop", "skip"):
         raise RequestError(f"--on-error {on_error}: use stop or skip")
@@ -109,8 +112,8 @@ def clean(
     evaluation = evaluation_index(evaluation_files, rules.contamination)
     deduplicator = Deduplicator(rules.duplicates)
     folder = _output_folder(Path(output), inputs)
-    report = Report()
-    setup = functools.partial(_cleaner, Cleaner(rules, evaluation, text_field))
+    report = Report(num_examples)
+    setup = functools.partial(_cleaner, Cleaner(rules, evaluation, text_field, num_examples))
     with Progress(inputs) as progress, _Shards(folder) as shards:
         for cleaned in ordered_map(setup, _tasks(inputs, text_field), workers or available_cores()):
             if cleaned.bad and on_error == "stop":

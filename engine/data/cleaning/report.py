@@ -9,7 +9,6 @@ from pathlib import Path
 
 from engine.data.cleaning.document import DOCUMENT, LINE, MASK, Removal
 
-NUM_EXAMPLES = 5  # per rule: the first ones in the corpus's order
 EXCERPT_CHARACTERS = 160
 
 
@@ -32,19 +31,20 @@ class Removed:
     text_bytes: int = 0
     examples: list[Example] = field(default_factory=list)
 
-    def merge(self, other: Removed) -> None:
+    def merge(self, other: Removed, num_examples: int) -> None:
         """Add what the same rule removed elsewhere."""
         self.documents += other.documents
         self.lines += other.lines
         self.masked += other.masked
         self.text_bytes += other.text_bytes
-        self.examples = (self.examples + other.examples)[:NUM_EXAMPLES]
+        self.examples = (self.examples + other.examples)[:num_examples]
 
 
 @dataclass
 class Report:
-    """The whole of a cleaning run."""
+    """The whole of a cleaning run; of each rule's removals the first `num_examples` in the corpus's order are shown."""
 
+    num_examples: int = 5
     documents_in: int = 0
     documents_out: int = 0
     bytes_in: int = 0
@@ -61,7 +61,7 @@ class Report:
             entry.lines += removal.kind == LINE
             entry.masked += removal.kind == MASK
             entry.text_bytes += removal.num_bytes
-            if len(entry.examples) < NUM_EXAMPLES:
+            if len(entry.examples) < self.num_examples:
                 entry.examples.append(Example(source, _excerpt(removal.text), removal.note))
 
     def merge(self, other: Report) -> None:
@@ -71,9 +71,9 @@ class Report:
         self.bytes_in += other.bytes_in
         self.bytes_out += other.bytes_out
         self.unusable_records += other.unusable_records
-        self.unusable_examples = (self.unusable_examples + other.unusable_examples)[:NUM_EXAMPLES]
+        self.unusable_examples = (self.unusable_examples + other.unusable_examples)[: self.num_examples]
         for label, removed in other.rules.items():
-            self.rules.setdefault(label, Removed()).merge(removed)
+            self.rules.setdefault(label, Removed()).merge(removed, self.num_examples)
 
     def write(self, folder: Path) -> None:
         """`_report.json` and `report.md` in the folder."""
