@@ -28,7 +28,8 @@ def resolve_layout(config: Config, world_size: int) -> Config:
     else:
         config = config.with_changes(parallel={"data": data})
         problems += _batch_problems(config, data)
-    problems += [*_shard_problems(config, data), *_reproducible_problems(config), *_tensor_problems(config), *_pipeline_problems(config), *_sequence_problems(config)]
+    problems += [*_shard_problems(config, data), *_reproducible_problems(config), *_tensor_problems(config),
+                 *_pipeline_problems(config), *_sequence_problems(config)]
     if problems:
         raise ConfigError("this layout cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return config
@@ -52,8 +53,8 @@ def _shard_problems(config: Config, data: int) -> Iterator[str]:
     parallel = config.parallel
     replicas = data * parallel.context
     if parallel.zero_shard and replicas % parallel.zero_shard:
-        yield (f"parallel.zero_shard({parallel.zero_shard}) does not divide data({data}) × context({parallel.context}) = "
-               f"{replicas} ranks: 0 shards over all of them")
+        yield (f"parallel.zero_shard({parallel.zero_shard}) does not divide data({data}) × context({parallel.context}) "
+               f"= {replicas} ranks: 0 shards over all of them")
 
 
 def _reproducible_problems(config: Config) -> Iterator[str]:

@@ -104,7 +104,8 @@ class ParallelConfig(Section):
     zero: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=3)] = 1
     zero_shard: NonNegative = 0                              # ranks that share one copy of the ZeRO state; 0: all
     recompute: Literal["none", "selective", "full"] = "none"
-    recompute_layers: NonNegative | tuple[NonNegative, ...] | None = None    # of each stage, the first so many; null: all
+    # how many layers recompute, of each stage the first: one number for all stages, or one each; null: all layers
+    recompute_layers: NonNegative | tuple[NonNegative, ...] | None = None
     reproducible: bool = False                               # one order of summation for every data-parallel size
 
     @property

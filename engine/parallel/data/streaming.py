@@ -1,9 +1,9 @@
 """ZeRO 3: parameters are there only around their use (Rajbhandari et al. 2020, section 5.3).
 
 A chunk is a row of units (embedding, each layer, output).  When one is entered, forward or backward, its buckets are
-waited for, the next unit's are already being gathered underneath, and what neither needs is freed.  So at most two units
-are whole at any time.  Entering is noticed by hooks: in the forward pass before the unit's first module runs, in the
-backward pass when the gradient of the unit's output is known, which is just before the unit's own backward pass.
+waited for, the next unit's are already being gathered underneath, and what neither needs is freed.  So at most two
+units are whole at any time.  Entering is noticed by hooks: in the forward pass before the unit's first module runs, in
+the backward pass when the gradient of the unit's output is known, which is just before the unit's own backward pass.
 """
 
 from __future__ import annotations
