@@ -229,22 +229,6 @@ def _report(p: Parser) -> None:
     p.add_argument("run_dir", metavar="RUN_DIR", nargs="+", help="a run's folder; several are drawn on the same axes")
 
 
-def _plan(p: Parser) -> None:
-    p.add_argument("config", metavar="CONFIG.yaml")
-    p.add_argument("overrides", nargs="*", metavar="key=value")
-    p.add_argument("--gpus", type=int, required=True, metavar="N")
-    p.add_argument("--gpu", required=True, metavar="NAME", help="such as a100-80g or h100")
-    p.add_argument("--search", action="store_true", help="try every layout and list the best")
-    p.add_argument("--schedule-svg", metavar="FILE", help="draw the pipeline schedule at the predicted times")
-
-
-def _rehearse(p: Parser) -> None:
-    p.add_argument("config", metavar="CONFIG.yaml")
-    p.add_argument("overrides", nargs="*", metavar="key=value")
-    p.add_argument("--rank", type=int, required=True, metavar="R")
-    p.add_argument("--world", type=int, required=True, metavar="N")
-
-
 def _doctor(p: Parser) -> None:
     """No arguments: everything is looked up."""
 
@@ -265,12 +249,8 @@ VERBS = (
          _eval),
     Verb("convert", "checkpoints to and from Hugging Face and megatron-core", "convert to-hf runs/x out/", _convert),
     Verb("checkpoint", "list, inspect, verify or reshard checkpoints", "checkpoint list runs/x", _checkpoint),
-    Verb("plan", "memory, bubble, step time, MFU and days of a job, before paying for it",
-         "plan configs/llama-65b.yaml --gpus 2048 --gpu a100-80g", _plan),
     Verb("schedule", "a pipeline schedule as a grid, with its bubble and peak activations",
          "schedule 1f1b --stages 4 --microbatches 8", _schedule),
-    Verb("rehearse", "one rank of a job of any size, alone, with its real memory and time",
-         "rehearse configs/llama-65b.yaml --rank 0 --world 2048", _rehearse),
     Verb("bench", "measured tables", "bench matmul", _bench),
     Verb("report", "report.html and pictures of a run", "report runs/x", _report),
     Verb("doctor", "the environment, and what is used of it; paste it into an issue", "doctor", _doctor),
