@@ -217,11 +217,11 @@ def _withdrawn(save: Save) -> str:
 
 
 def _patience(seconds: float, world_size: int) -> Iterator[None]:
-    """Yields until time is up, sleeping longer each time; thousands of ranks ask the file system less often."""
-    deadline, pause = time.monotonic() + seconds, 0.001
-    while True:
+    """Yields until time is up, sleeping in between: never longer than a twentieth of the time waited so far, and at
+    most a quarter of a second, or more where thousands of ranks ask the file system.
+    """
+    start = time.monotonic()
+    while (waited := time.monotonic() - start) <= seconds:
         yield
-        if time.monotonic() > deadline:
-            return
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.25 + world_size / 1000)
+        time.sleep(min(max(0.001, waited / 20), 0.25 + world_size / 1000))
+    yield
