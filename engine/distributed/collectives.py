@@ -11,6 +11,9 @@ section 4.2.2 for the sequence-parallel pairs, whose dimension 0 is the sequence
     gather_sequence     all-gather   reduce-scatter
     scatter_sum         reduce-scatter   all-gather
     split_sequence      take my part     all-gather
+
+On an axis that is `checked` every collective first compares what the ranks bring.  gloo does not: given different sizes
+it returns wrong sums without an error.
 """
 
 from __future__ import annotations
@@ -36,18 +39,42 @@ class _Done:
 
 DONE = _Done()
 
+CHECK_BYTES = 96      # of the description that checked ranks exchange
+
 # torch 2.13 renamed these two and warns about the old names; 2.11 has only the old ones.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+class CollectiveMismatch(RuntimeError):
+    """The ranks of an axis are not doing the same thing."""
+
+
+def _check(operation: str, x: Tensor, axis: Axis) -> None:
+    """On a checked axis: raises, on every rank of it, if the ranks bring different operations, shapes or dtypes."""
+    if not axis.checked or axis.size == 1:
+        return
+    mine = f"{operation} of {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    text = torch.zeros(CHECK_BYTES, dtype=torch.uint8)
+    encoded = torch.frombuffer(bytearray(mine.encode()[:CHECK_BYTES]), dtype=torch.uint8)
+    text[: len(encoded)] = encoded
+    everyone = text.new_empty(axis.size * CHECK_BYTES).to(x.device)
+    _all_gather_single(everyone, text.to(x.device), group=axis.group)
+    said = [bytes(row.tolist()).rstrip(b"\0").decode() for row in everyone.cpu().view(axis.size, CHECK_BYTES)]
+    if len(set(said)) > 1:
+        lines = "\n  ".join(f"rank {rank}: {what}" for rank, what in zip(axis.ranks, said, strict=True))
+        raise CollectiveMismatch(f"the ranks of the {axis.name} axis do not agree on a collective:\n  {lines}")
+
+
 def all_gather_into(out: Tensor, x: Tensor, axis: Axis) -> Work:
     """Starts filling `out` [size·n, …] with the ranks' `x` [n, …]; `x` may be this rank's part of `out`."""
+    _check("all-gather", x, axis)
     return DONE if axis.size == 1 else _all_gather_single(out, x, group=axis.group, async_op=True)
 
 
 def reduce_scatter_into(out: Tensor, x: Tensor, axis: Axis) -> Work:
     """Starts summing this rank's part of `x` [size·n, …] into `out` [n, …], which may be that part of `x`."""
+    _check("reduce-scatter", x, axis)
     return DONE if axis.size == 1 else _reduce_scatter_single(out, x, group=axis.group, async_op=True)
 
 
@@ -56,6 +83,7 @@ def all_reduce(x: Tensor, axis: Axis, *, op: dist.ReduceOp.RedOpType = dist.Redu
     """Sums `x` over the axis in place."""
     if axis.size == 1:
         return DONE
+    _check("all-reduce", x, axis)
     return dist.all_reduce(x, op=op, group=axis.group, async_op=asynchronous) or DONE
 
 
@@ -70,6 +98,7 @@ def all_to_all_into(out: Tensor, x: Tensor, axis: Axis) -> Work:
     if axis.size == 1:
         out.copy_(x)
         return DONE
+    _check("all-to-all", x, axis)
     return dist.all_to_all_single(out, x, group=axis.group, async_op=True)
 
 
@@ -133,6 +162,7 @@ def start_ring_shift(x: Tensor, axis: Axis) -> RingShift:
     if axis.size == 1:
         return RingShift(x, [])
     x, arriving = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    _check("ring shift", x, axis)
     following, previous = axis.ranks[(axis.index + 1) % axis.size], axis.ranks[axis.index - 1]
     return RingShift(arriving, dist.batch_isend_irecv([dist.P2POp(dist.isend, x, following, axis.group),
                                                        dist.P2POp(dist.irecv, arriving, previous, axis.group)]))

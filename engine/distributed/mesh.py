@@ -37,6 +37,7 @@ class Axis:
     ranks: tuple[int, ...]
     index: int
     group: dist.ProcessGroup | None
+    checked: bool = False        # collectives compare what the ranks bring before they run
 
     @property
     def size(self) -> int:
@@ -84,7 +85,7 @@ Groups = dict[tuple[int, ...], dist.ProcessGroup]
 
 
 def build_mesh(topology: Topology, device: torch.device | str, timeout_seconds: float = 600.0,
-               groups: Groups | None = None) -> Mesh:
+               groups: Groups | None = None, checked: bool = False) -> Mesh:
     """Creates this rank's process groups.  Every rank of the default group must call it with the same topology.
 
     Each rank creates only the groups that it belongs to (`use_local_synchronization`), so the cost does not grow with
@@ -95,6 +96,7 @@ def build_mesh(topology: Topology, device: torch.device | str, timeout_seconds: 
         device: where this rank computes.
         timeout_seconds: how long a collective waits for a peer before it fails.
         groups: this rank's groups by their ranks, when a process builds several meshes; new ones are added.
+        checked: every collective first compares operation, shape and dtype over its ranks; slow, for debugging.
 
     Raises:
         RequestError: the job has another number of processes than the topology.
@@ -113,7 +115,7 @@ def build_mesh(topology: Topology, device: torch.device | str, timeout_seconds: 
     def axis(name: str, ranks: tuple[int, ...]) -> Axis:
         if len(ranks) > 1 and ranks not in known:
             known[ranks] = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
-        return Axis(name, ranks, ranks.index(rank), known.get(ranks))
+        return Axis(name, ranks, ranks.index(rank), known.get(ranks), checked)
 
     def line(name: str, *axes: str) -> Axis:
         return axis(name, topology.group_of(rank, *axes))

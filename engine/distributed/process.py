@@ -34,7 +34,8 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def joined_mesh(launched: LaunchEnvironment | None, topology: Topology, device: str) -> Iterator[Mesh]:
+def joined_mesh(launched: LaunchEnvironment | None, topology: Topology, device: str, *,
+                checked: bool = False) -> Iterator[Mesh]:
     """Joins the job and yields this rank's mesh; leaves it again at the end.
 
     CPU tensors always go through gloo, so that checkpoints can agree without touching the GPU.  After an exception the
@@ -48,5 +49,5 @@ def joined_mesh(launched: LaunchEnvironment | None, topology: Topology, device: 
                             rank=launched.rank, world_size=launched.world_size,
                             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
                             device_id=place if place.type == "cuda" else None)
-    yield build_mesh(topology, place, COLLECTIVE_TIMEOUT_SECONDS)
+    yield build_mesh(topology, place, COLLECTIVE_TIMEOUT_SECONDS, checked=checked)
     dist.destroy_process_group()

@@ -36,6 +36,7 @@ from engine.optim.adamw import AdamW
 from engine.optim.gradients import StepSums, clip_divisor, sum_over_world
 from engine.optim.schedule import learning_rate
 from engine.parallel.parallelize import parallelize
+from engine.parallel.replicas import check_replicas
 from engine.train.batches import load_step
 from engine.train.corpora import Corpora
 from engine.train.late_flag import LateFlag
@@ -97,6 +98,7 @@ class Trainer:
         if self.state.step >= self.config.steps and self.console is not None:
             self.console.note(f"nothing to do: step {self.state.step} of {self.config.steps} is done; raise `steps`")
         every, stopped, asked = self.config.checkpoint.every, False, LateFlag(self.mesh.device)
+        check_every = self.config.parallel.check_replicas_every
         seconds, steps = 0.0, 0                      # since the last logged step, evaluation and saving left out
         while self.state.step < self.config.steps and not stopped:
             start = time.perf_counter()
@@ -111,6 +113,8 @@ class Trainer:
             if record is not None:
                 record |= self._speed(seconds / steps)
                 seconds, steps = 0.0, 0
+            if check_every and done % check_every == 0:
+                check_replicas(self.state.model, done)
             evaluate = self.config.eval.every and self.corpora.valid and done % self.config.eval.every == 0
             valid_loss = self._evaluate() if evaluate else None
             self._log(record, valid_loss)

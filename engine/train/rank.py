@@ -25,7 +25,8 @@ def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | N
     first = launched is None or launched.rank == 0
     with locked(directory) if first else nullcontext(True) as exclusive:
         corpora = Corpora.open(config)
-        with joined_mesh(launched, topology, config.run.device) as mesh:
+        with joined_mesh(launched, topology, config.run.device,
+                     checked=config.parallel.debug_collectives) as mesh:
             trainer = Trainer.start(config, mesh, corpora, stop_requested)
             try:
                 if trainer.console is not None:
