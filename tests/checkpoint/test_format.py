@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import subprocess
 import sys
@@ -215,3 +216,16 @@ def test_streaming_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
         half = Entry("w", (2, 1 << 20), Box((0, 0), (1, 1 << 20)), torch.float32)
         write_checkpoint(tmp_path / "other", 3, {}, [[half]], fetch)
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_documented_hash(tmp_path: Path) -> None:
+    """`docs/checkpoints.md` gives the hash in three lines; they give what the manifest holds."""
+    document = (ROOT / "docs" / "checkpoints.md").read_text()
+    code = document.partition("```python\ndef file_hash")[2].partition("```")[0]
+    names: dict[str, object] = {"hashlib": hashlib}
+    exec("def file_hash" + code, names)
+    piece = Piece("w", (5 << 20,), Box.whole((5 << 20,)), torch.arange(5 << 20, dtype=torch.float32))    # three chunks
+    path = save(tmp_path, 1, [piece], {}, keep=None)
+    file_hash = names["file_hash"]
+    assert callable(file_hash)
+    assert file_hash((path / "rank-00000.safetensors").read_bytes()) == CheckpointReader(path).manifest.files[0].sha256
