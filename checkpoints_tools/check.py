@@ -9,15 +9,16 @@ made from, bit for bit, one at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 
 import torch
 
 from checkpoints_tools.hf_files import HFWeights
-from checkpoints_tools.names import Part, hf_parts
+from checkpoints_tools.names import hf_parts, parameter_shapes
 from checkpoints_tools.progress import Begin, quiet
 from checkpoints_tools.source import Source
 from engine.config import ModelConfig
@@ -63,7 +64,7 @@ def check_hf(source: Source, folder: Path, dtype: torch.dtype, allow_pickle: boo
     Raises:
         CheckpointError: they differ.
     """
-    needed = 2 * sum(_num_bytes(parts, torch.float32) for parts in hf_parts(source.config).values()) + SPARE_BYTES
+    needed = 2 * model_bytes(source.config, torch.float32) + SPARE_BYTES
     available = available_bytes() if available is None else available
     if find_spec("transformers") is None:
         why = "transformers is not installed (pip install 'octant[hf]'), so instead of logits: "
@@ -111,23 +112,33 @@ def _hf_logits(folder: Path, tokens_BS: torch.Tensor, allow_pickle: bool) -> tup
 
 def compare_tensors(source: Source, folder: Path, dtype: torch.dtype, allow_pickle: bool = False, why: str = "",
                     begin: Begin = quiet) -> Checked:
-    """Every tensor of the folder against the block of ours that it is."""
+    """Every tensor of a Hugging Face folder against the block of ours that it is."""
     weights = HFWeights(folder, allow_pickle)
-    table = hf_parts(source.config)
-    largest = 0.0
-    with begin("comparing", sum(_num_bytes(parts, dtype) for parts in table.values())) as advance:
-        for name, parts in table.items():
+
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for name, parts in hf_parts(source.config).items():
             ours = source.read(name, dtype)
             for part in parts:
-                theirs = weights.read(part.name).reshape(part.box.size)
-                largest = max(largest, _difference(ours[part.box.slices], theirs.to(dtype)))
-            advance(_num_bytes(parts, dtype))
-    num_tensors = sum(map(len, table.values()))
-    return Checked(f"{why}all {num_tensors} tensors against the checkpoint, bit for bit", largest, 0.0)
+                yield ours[part.box.slices], weights.read(part.name).reshape(part.box.size).to(dtype)
+
+    return compare(pairs(), source, dtype, why, begin)
 
 
-def _num_bytes(parts: Sequence[Part], dtype: torch.dtype) -> int:
-    return sum(part.num_elements for part in parts) * dtype.itemsize
+def compare(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], source: Source, dtype: torch.dtype, why: str,
+            begin: Begin) -> Checked:
+    """Pairs of tensors that must be equal; together they are all of the model."""
+    largest, num_tensors = 0.0, 0
+    with begin("comparing", model_bytes(source.config, dtype)) as advance:
+        for ours, theirs in pairs:
+            largest = max(largest, _difference(ours, theirs))
+            num_tensors += 1
+            advance(ours.nbytes)
+    return Checked(f"{why}all {num_tensors} tensors read back and compared, bit for bit", largest, 0.0)
+
+
+def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Size of all parameters in `dtype`."""
+    return sum(prod(shape) for shape in parameter_shapes(config).values()) * dtype.itemsize
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -9,17 +9,19 @@ import torch
 
 from checkpoints_tools.check import Checked
 from checkpoints_tools.from_hf import convert_from_hf
+from checkpoints_tools.megatron import convert_from_megatron, convert_to_megatron
 from checkpoints_tools.progress import on_console
 from checkpoints_tools.to_hf import convert_to_hf
 from engine.checkpoint.folder import checkpoints_at
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import open_checkpoint
+from engine.config import load_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(args: argparse.Namespace) -> int:
-    actions = {"to-hf": _to_hf, "from-hf": _from_hf}
+    actions = {"to-hf": _to_hf, "from-hf": _from_hf, "to-megatron": _to_megatron, "from-megatron": _from_megatron}
     return actions[args.action](args)
 
 
@@ -38,6 +40,23 @@ def _from_hf(args: argparse.Namespace) -> int:
                               check=not args.skip_check, begin=on_console)
     _report(f"{args.output}: the model of {args.source} as a checkpoint", checked)
     print(f'next: octant generate {args.output} --prompt "The"   (or train on: checkpoint.load={args.output})')
+    return 0
+
+
+def _to_megatron(args: argparse.Namespace) -> int:
+    source = _open(args.source)
+    checked = convert_to_megatron(source, Path(args.output), DTYPES[args.dtype], check=not args.skip_check,
+                                  begin=on_console)
+    _report(f"{args.output}: step {source.step} of {source.path} as torch_dist, {args.dtype}", checked)
+    print(f"next: start Megatron-LM with --load {args.output} --ckpt-format torch_dist --finetune")
+    return 0
+
+
+def _from_megatron(args: argparse.Namespace) -> int:
+    checked = convert_from_megatron(Path(args.source), Path(args.output), load_config(args.config).model,
+                                    check=not args.skip_check, begin=on_console)
+    _report(f"{args.output}: the model of {args.source} as a checkpoint", checked)
+    print(f"next: octant convert to-hf {args.output} hf/   (or train on: checkpoint.load={args.output})")
     return 0
 
 

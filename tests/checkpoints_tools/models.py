@@ -31,6 +31,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "wide heads": {"head_dim": 32, "num_kv_heads": 2},
     "heads that do not divide": {"num_heads": 5, "num_kv_heads": 5, "head_dim": 10},
 }
+MEGATRON_KINDS = {**{kind: KINDS[kind] for kind in ("grouped", "tied", "biased", "odd vocabulary", "wide heads")},
+                  "scaled rotation": {"rope_scaling": LLAMA3 | {"original_max_seq_len": 8192}, "rope_theta": 500000.0}}
 
 
 def model(**changes: Any) -> ModelConfig:

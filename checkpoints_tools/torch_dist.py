@@ -1,0 +1,205 @@
+"""megatron-core's `torch_dist`, which is torch's distributed checkpoint (DCP) with two files more.
+
+    __0_0.distcp …    tensors one after the other, each a small archive of `torch.save`
+    .metadata         a pickle: every tensor's shape and type, its chunks, and where each chunk lies
+    metadata.json     names the format
+    common.pt         what is not a tensor (iteration, arguments)
+
+Both directions stream: one chunk in memory at a time.  Neither needs megatron-core, nor a process group.
+
+`.metadata` is a pickle, and a pickle may run code.  So it is read by an unpickler that knows the handful of classes
+such a file consists of, all of them plain values, and puts an inert bag of attributes in the place of everything else.
+Chunks are read by torch's reader of tensors alone (`weights_only`).  Paths that leave the folder are refused.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+
+from checkpoints_tools.output import divide
+from engine.checkpoint.manifest import DamagedCheckpoint
+from engine.checkpoint.shard import Entry
+from engine.distributed.boxes import Box
+from engine.errors import CheckpointError
+
+METADATA, FORMAT_FILE, COMMON = ".metadata", "metadata.json", "common.pt"
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
+          "common_backend_version": 1}
+OBJECTS = "__0_objects.distcp"
+FILE_BYTES = 5 * 10**9
+VALUE_CLASSES = {(cls.__module__, cls.__qualname__): cls for cls in (
+    metadata.Metadata, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata, metadata.ChunkStorageMetadata,
+    metadata.TensorProperties, metadata._MEM_FORMAT_ENCODING, metadata.MetadataIndex, metadata.StorageMeta,
+    filesystem._StorageInfo, torch.Size)}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stored box of a tensor: `length` bytes from `start` on in `path`."""
+
+    box: Box
+    path: Path
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+
+class TorchDistReader:
+    """Any box of any tensor of a `torch_dist` folder.
+
+    Raises:
+        CheckpointError: the folder is of another format, or its metadata makes no sense.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            stated = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder} is no checkpoint of megatron-core: {error}") from None
+        if stated.get("sharded_backend") != FORMAT["sharded_backend"]:
+            raise CheckpointError(f"{folder} is in the format {stated.get('sharded_backend')!r}; not torch_dist")
+        try:
+            with open(folder / METADATA, "rb") as file:
+                found = _Unpickler(file).load()
+            self.tensors = {key: _stored(folder, key, info, found.storage_data)
+                            for key, info in found.state_dict_metadata.items()
+                            if isinstance(info, metadata.TensorStorageMetadata)}
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamagedCheckpoint(f"{folder / METADATA} cannot be read: {type(error).__name__}: {error}") from None
+
+    def read(self, key: str, box: Box) -> torch.Tensor:
+        """A new CPU tensor with the values of `box`.
+
+        Raises:
+            CheckpointError: a part of the box is stored nowhere, or a file is missing or damaged.
+        """
+        stored = self.tensors[key]
+        tensor = torch.empty(box.size, dtype=stored.dtype)
+        filled = 0
+        for chunk in stored.chunks:
+            region = box.intersect(chunk.box)
+            if region is not None:
+                tensor[region.within(box)] = _load(chunk, key, stored.dtype)[region.within(chunk.box)]
+                filled += region.num_elements
+        if filled < box.num_elements:
+            missing = box.num_elements - filled
+            raise DamagedCheckpoint(f"{self.folder}: {missing:,} elements of {key} are stored nowhere")
+        return tensor
+
+
+class _Inert:
+    """Stands for an object of any other class: keeps its attributes, and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {})
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def append(self, value: Any) -> None: ...
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(found, torch.dtype | torch.layout):
+            return found
+        return VALUE_CLASSES.get((module, name), _Inert)
+
+
+def _stored(folder: Path, key: str, info: metadata.TensorStorageMetadata, places: dict[Any, Any]) -> Stored:
+    chunks = []
+    for chunk in info.chunks:
+        box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+        place = places[metadata.MetadataIndex(key, box.offset)]
+        if Path(place.relative_path).name != place.relative_path:
+            raise ValueError(f"{key} lies in {place.relative_path!r}, which is not a file of this folder")
+        if getattr(place, "transform_descriptors", None):
+            raise ValueError(f"{key} is stored transformed ({place.transform_descriptors})")
+        chunks.append(Chunk(box, folder / place.relative_path, int(place.offset), int(place.length)))
+    return Stored(tuple(info.size), info.properties.dtype, tuple(chunks))
+
+
+def _load(chunk: Chunk, key: str, dtype: torch.dtype) -> torch.Tensor:
+    try:
+        with open(chunk.path, "rb") as file:
+            file.seek(chunk.start)
+            tensor = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise DamagedCheckpoint(f"{chunk.path}: {key} at byte {chunk.start:,} cannot be read: {error}") from None
+    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.box.size or tensor.dtype != dtype:
+        raise DamagedCheckpoint(f"{chunk.path}: {key} at byte {chunk.start:,} is not what {METADATA} says")
+    return tensor
+
+
+def write_torch_dist(folder: Path, entries: Sequence[Entry], fetch: Callable[[Entry], torch.Tensor],
+                     empty: Sequence[str], common: dict[str, Any], file_bytes: int = FILE_BYTES) -> None:
+    """Writes a `torch_dist` folder of one rank.
+
+    Args:
+        entries: the chunks, in the order in which they are fetched and written.
+        fetch: gives the tensor of an entry, of shape `entry.box.size`.
+        empty: names of objects that a loader asks for and that have nothing in them.
+        common: plain values.
+        file_bytes: no file is much larger, unless it holds a single chunk.
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written.
+    """
+    folder.mkdir(parents=True)
+    places: dict[metadata.MetadataIndex, filesystem._StorageInfo] = {}
+    for number, group in enumerate(divide(entries, lambda entry: entry.num_bytes, file_bytes)):
+        name = f"__0_{number}.distcp"
+        with open(folder / name, "wb") as file:
+            for entry in group:
+                start = file.tell()
+                _save(fetch(entry), file)
+                places[metadata.MetadataIndex(entry.key, entry.box.offset)] = filesystem._StorageInfo(
+                    name, start, file.tell() - start)
+    with open(folder / OBJECTS, "wb") as file:
+        for name in empty:
+            start = file.tell()
+            _save([None], file)
+            places[metadata.MetadataIndex(name)] = filesystem._StorageInfo(OBJECTS, start, file.tell() - start)
+    (folder / METADATA).write_bytes(pickle.dumps(_describe(entries, empty, places)))
+    (folder / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
+    with open(folder / COMMON, "wb") as file:
+        _save(common, file)
+
+
+def _save(value: Any, file: io.BufferedWriter) -> None:
+    """On a full disk torch raises a RuntimeError about a position, or swallows what the file said."""
+    try:
+        torch.save(value, file)
+        file.flush()
+    except RuntimeError as error:
+        raise OSError(f"{file.name}: torch.save failed, as it does on a full disk ({error})") from error
+
+
+def _describe(entries: Sequence[Entry], empty: Sequence[str],
+              places: dict[metadata.MetadataIndex, filesystem._StorageInfo]) -> metadata.Metadata:
+    tensors: dict[str, metadata.TensorStorageMetadata] = {}
+    for entry in entries:
+        stored = tensors.setdefault(entry.key, metadata.TensorStorageMetadata(
+            metadata.TensorProperties(dtype=entry.dtype), torch.Size(entry.global_shape), []))
+        stored.chunks.append(metadata.ChunkStorageMetadata(torch.Size(entry.box.offset), torch.Size(entry.box.size)))
+    objects = {name: metadata.BytesStorageMetadata() for name in empty}
+    return metadata.Metadata({**tensors, **objects}, storage_data=places)
