@@ -44,7 +44,7 @@ def check_replicas(model: ParallelModel, step: int) -> None:
     found += _differences(_tied_ends(model), mesh.pipeline, (0, mesh.pipeline.size - 1))
     if found:
         raise ReplicasDiffer(f"step {step}: copies that must be equal differ:\n  " + "\n  ".join(found) + "\n"
-                             "restart from an earlier checkpoint; if it comes back, suspect the hardware of those ranks")
+                             "restart from an earlier checkpoint; if it comes back, suspect those ranks' hardware")
 
 
 def _parameters(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
