@@ -38,9 +38,12 @@ class TokenIds(Tokenizer):
 
     def encode_array(self, text: str, *, continues: bool = False) -> npt.NDArray[np.int32]:
         try:
-            return np.array([int(word) for word in text.split()], np.int32)
+            ids = np.array([int(word) for word in text.split()], np.int32)
         except (ValueError, OverflowError):
-            raise RequestError(f"prompt {text!r:.60}: with --token-ids it is numbers with spaces between") from None
+            ids = np.zeros(0, np.int32)
+        if not ids.size:
+            raise RequestError(f"prompt {text!r:.60}: with --token-ids it is numbers with spaces between")
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
@@ -54,11 +57,11 @@ class Timer:
     first_token_seconds: float | None = None
     num_tokens: int = 0
 
-    def add(self, num_tokens: int) -> None:
-        """So many new tokens exist now."""
+    def add_one(self) -> None:
+        """One more token; the first ends the pass over the prompt."""
         if self.first_token_seconds is None:
             self.first_token_seconds = time.perf_counter() - self.start
-        self.num_tokens += num_tokens
+        self.num_tokens += 1
 
     def __str__(self) -> str:
         seconds = time.perf_counter() - self.start
@@ -112,7 +115,7 @@ def _stream(generator: Generator, prompt: list[int], tokenizer: Tokenizer, reque
     say("".join(map(decoder.push, prompt)))
     for [token] in generator.stream([prompt], request.sampling, Limits(request.max_new_tokens, tokenizer.eod_id)):
         assert token is not None                             # the stream ends with its only text
-        timer.add(1)
+        timer.add_one()
         say(decoder.push(token))
     say(decoder.flush() + "\n")
 
@@ -124,7 +127,7 @@ def _batches(generator: Generator, prompts: list[list[int]], tokenizer: Tokenize
     for first in range(0, len(prompts), request.batch_size):
         part = prompts[first : first + request.batch_size]
         for number, new in enumerate(generator.generate(part, request.sampling, limits, first), first):
-            timer.add(len(new))
+            timer.num_tokens += len(new)
             text = tokenizer.decode([*prompts[number], *new])
             if request.as_json:
                 say(json.dumps({"prompt": request.prompts[number], "text": text, "tokens": new,

@@ -155,6 +155,7 @@ def test_a_layout_that_cannot_be_is_one_message(run: str) -> None:
     (["--prompt", "x", "--bos"], "has no beginning-of-text id"),
     (["--prompt", "x", "--tokenizer", "/nowhere/t.model"], "--tokenizer T says where"),
     (["--prompt", "1 x", "--token-ids"], "numbers with spaces between"),
+    (["--prompt", "", "--token-ids"], "numbers with spaces between"),
     (["--prompt", "1 257", "--token-ids"], "token id 257"),
     (["--prompt", "\udcff"], "not valid text"),
 ], ids=lambda value: " ".join(value)[:40].encode(errors="replace").decode() if isinstance(value, list) else "")
