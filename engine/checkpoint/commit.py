@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.folder import leftover_path, prune, publish, sync_directory
+from engine.checkpoint.folder import leftover_path, make_directory, prune, publish, sync_directory
 from engine.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -73,9 +73,9 @@ class Save:
         return self.writing / f"rank-{rank:05d}.{state}"
 
 
-def make_directory(save: Save) -> None:
+def begin(save: Save) -> None:
     """The first rank's opening move, before any other rank goes on."""
-    save.writing.mkdir(parents=True)
+    make_directory(save.writing)
     save.on_point("directory made")
 
 

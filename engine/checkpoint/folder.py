@@ -12,6 +12,7 @@ ever read.  `tidy` brings a folder in which a process was killed back to committ
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -130,6 +131,19 @@ def set_aside(path: Path) -> Path:
             sync_directory(path.parent)
             return target
     raise OSError(f"{path.parent} holds a thousand corrupt copies of {path.name}")
+
+
+def make_directory(path: Path) -> None:
+    """Makes a new directory, and those above it that are missing, each of which lasts when this returns.
+
+    Raises:
+        FileExistsError: `path` is there already.
+    """
+    if not path.parent.is_dir():
+        with contextlib.suppress(FileExistsError):      # another process may be quicker, for all but the last
+            make_directory(path.parent)
+    path.mkdir()
+    sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

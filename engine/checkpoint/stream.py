@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint.commit import write_manifest
-from engine.checkpoint.folder import leftover_path, publish, sync_directory
+from engine.checkpoint.folder import leftover_path, make_directory, publish, sync_directory
 from engine.checkpoint.manifest import Manifest, StoredFile, assemble_tensors
 from engine.checkpoint.shard import CODES, Entry, file_bytes, write_shard
 from engine.errors import CheckpointError
@@ -44,7 +44,7 @@ def write_checkpoint(path: Path, step: int, metadata: dict[str, Any], files: Seq
     save_id = secrets.token_hex(6)
     writing = leftover_path(path, "writing", save_id)
     try:
-        writing.mkdir(parents=True)
+        make_directory(writing)
         with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
             manifest = Manifest(step, metadata, *_write_files(writing, files, fetch, pool))
         write_manifest(writing, manifest)

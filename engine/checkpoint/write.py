@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint.agree import Group, rank_in, size_of
-from engine.checkpoint.commit import Save, SaveFailed, explain, make_directory, write_and_commit
+from engine.checkpoint.commit import Save, SaveFailed, begin, explain, write_and_commit
 from engine.checkpoint.folder import checkpoint_name, tidy
 from engine.checkpoint.pieces import Piece
 from engine.checkpoint.plan import Agreement, Planner
@@ -183,7 +183,7 @@ class CheckpointWriter:
         if self._rank == 0:
             try:
                 tidy(self.directory)
-                make_directory(attempt)
+                begin(attempt)
             except OSError as error:
                 problem = explain(error, attempt.writing, [])
         agreement = self._planner.agree(step, pieces, save_id, ready=problem is None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import stat
 import threading
@@ -64,8 +65,7 @@ def test_full_disk(tmp_path: Path, asynchronous: bool) -> None:
     assert list(committed_steps(tmp_path)) == [3]
 
 
-@pytest.mark.parametrize("limit", (0, 1200))
-def test_full_disk_when_the_manifest_is_written(tmp_path: Path, limit: int) -> None:
+def test_full_disk_when_the_manifest_is_written(tmp_path: Path) -> None:
     """The tensors fit, the manifest does not."""
     save(tmp_path, 1, pieces_at(1), {}, keep=1)
     writer = CheckpointWriter(tmp_path, 1, False)
@@ -108,8 +108,6 @@ def _one_rank_fails(directory: str, failing: int, how: str, asynchronous: bool) 
     writer = CheckpointWriter(Path(directory), 1, asynchronous, group, on_point=on_point,
                               timeout_seconds=0.5 if how == "hangs" else 60)
     writer.save(2, pieces, {})
-    if rank == failing and how == "disk full":
-        reports += writer.wait()
     reports += writer.wait()
     healthy.save(3, pieces, {})
     return reports + healthy.wait()
@@ -252,7 +250,7 @@ def test_one_save_in_flight(tmp_path: Path) -> None:
 
 
 def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut can lose anything that was not fsynced: every file, its directory, then the parent."""
+    """A power cut can lose anything that was not fsynced: every file and directory, in order."""
     events: list[str] = []
     fsync, rename = os.fsync, Path.rename
 
@@ -266,10 +264,10 @@ def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(Path, "rename", record_rename)
-    save(tmp_path / "c", 1, pieces_at(1), {}, keep=1)
-    hidden = events[2].split(" ")[0] if "→" in events[2] else events[3]
-    names = [event.replace(hidden, "WRITING") for event in events if "unfinished" not in event]
-    assert names == ["rank-00000.safetensors", "manifest.json", "WRITING", "WRITING → step-00000001", "c"]
+    save(tmp_path / "new" / "c", 1, pieces_at(1), {}, keep=1)
+    names = [re.sub(r"\.step-00000001\.writing-\w+", "WRITING", event) for event in events if "done" not in event]
+    assert names == [tmp_path.name, "new", "c", "rank-00000.safetensors", "manifest.json", "WRITING",
+                     "WRITING → step-00000001", "c"]
 
 
 def test_files_belong_to_their_readers(tmp_path: Path) -> None:
