@@ -12,11 +12,12 @@ from torch import Tensor
 
 def attention_reference(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None) -> Tensor:
     """The definition, with the scores written out; `mask` as in `attention`, None for causal (S = T)."""
-    scores = torch.einsum("sbgqd,tbgd->bgqst", q_SBGQD.float(), k_TBGD.float()) * q_SBGQD.shape[-1] ** -0.5
+    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_SBGQD, k_TBGD, v_TBGD))
+    scores = torch.einsum("sbgqd,tbgd->bgqst", q, k) * q.shape[-1] ** -0.5
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
     scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
-    out = torch.einsum("bgqst,tbgd->sbgqd", scores.softmax(-1), v_TBGD.float())
+    out = torch.einsum("bgqst,tbgd->sbgqd", scores.softmax(-1), v)
     return out.flatten(2).to(q_SBGQD.dtype)
 
 
@@ -28,5 +29,6 @@ def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | No
     """
     q = q_SBGQD.flatten(2, 3).permute(1, 2, 0, 3)
     k, v = k_TBGD.permute(1, 2, 0, 3), v_TBGD.permute(1, 2, 0, 3)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q_SBGQD.shape[3] > 1)
+    grouped = q_SBGQD.shape[3] > 1
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3).flatten(2)

@@ -21,7 +21,8 @@ _FLASH_CUDA = torch.ops.aten._scaled_dot_product_flash_attention
 _FLASH_CUDA_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def block_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool,
+                  mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Output [B, H, S, D] and log-sum-exp [B, H, S] of one block.
 
     Args:

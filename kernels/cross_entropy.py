@@ -28,7 +28,8 @@ Gather = Callable[[Tensor], Tensor]
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
     """Plain torch: loss per token for logits [..., V] and targets [...]."""
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none").view(targets.shape)
+    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets.flatten(), reduction="none").view(targets.shape)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -17,24 +17,29 @@ from torch import Tensor
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Plain torch; the definition the fast version is tested against."""
-    x32 = x.float()
-    return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    wide = _widen(x)
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _widen(x: Tensor) -> Tensor:
+    """fp32, or fp64 where that came in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+        wide = _widen(x)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
-        return (x32 * rstd).to(x.dtype).mul_(weight)
+        return (wide * rstd).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        grad = grads[0].float()
-        x_hat = x.float() * rstd
+        grad = _widen(grads[0])
+        x_hat = _widen(x) * rstd
         grad_x_hat = grad * weight
         # torch.linalg.vecdot reads both operands once where mul + mean would write a temporary
         dot = torch.linalg.vecdot(grad_x_hat, x_hat).unsqueeze(-1).div_(x.shape[-1])

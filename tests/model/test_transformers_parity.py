@@ -124,9 +124,9 @@ def training_path(name: str) -> Outcome:
             bucket.set_master(entry, weights_of(name)[entry.spec.name])
     ours.publish()
     scale = 1 / batch.tokens_SB.numel()
-    loss = ours.forward_backward(parts, scale)
+    losses = ours.forward_backward(parts, scale)
     gradients = {spec.name: view for bucket in ours.buckets for spec, _, view in bucket.boxes(bucket.grad_shard)}
-    return Outcome(loss * scale, hugging_face.twin_names(gradients, model))
+    return Outcome(losses.sum() * scale, hugging_face.twin_names(gradients, model))
 
 
 @pytest.mark.parametrize("ours", [uncut_model, training_path], ids=lambda f: f.__name__)

@@ -1,0 +1,45 @@
+"""A kernel beside its reference: same inputs, same upstream gradients, outputs and gradients compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+# Largest difference, relative to the largest magnitude of the tensor.  In bf16 the reference is computed in fp32 on the
+# same rounded inputs; a kernel may round a few times on its way.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2}
+DTYPES = tuple(TOLERANCE)
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers, the same for every dtype up to rounding."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30)).item()
+
+
+def forward_backward(function: Function, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Outputs of `function` on `inputs` cast to `dtype`, then the inputs' gradients for fixed upstream gradients."""
+    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [random(*out.shape, seed=99 + i).to(torch.bfloat16).to(out.dtype) for i, out in enumerate(outputs)]
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+
+
+def assert_equal(fast: Function, reference: Function, inputs: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Outputs and gradients of `fast` in `dtype` are those of `reference`, and have the inputs' dtype and shape."""
+    rounded = [x.to(dtype) for x in inputs]
+    got = forward_backward(fast, rounded, dtype)
+    want = forward_backward(reference, rounded, torch.float32 if dtype == torch.bfloat16 else dtype)
+    for gradient, x in zip(got[-len(inputs):], rounded, strict=True):
+        assert gradient.dtype == dtype and gradient.shape == x.shape
+    for i, (mine, theirs) in enumerate(zip(got, want, strict=True)):
+        assert mine.shape == theirs.shape
+        assert relative_error(mine, theirs) < TOLERANCE[dtype], f"tensor {i}: {relative_error(mine, theirs):.1e}"

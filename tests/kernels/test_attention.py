@@ -1,0 +1,69 @@
+"""Grouped-query attention: causal, masked, one query over a cache, and documents packed into a sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels.attention import attention, attention_reference
+from engine.model.context import document_mask, document_positions
+from tests.kernels.compare import DTYPES, TOLERANCE, assert_equal, random, relative_error
+
+HEADS = [(4, 1), (2, 3), (1, 4)]      # key-value groups, queries per group
+
+
+def inputs(length: int, keys: int, groups: int, queries: int, batch: int = 2, dim: int = 8) -> list[Tensor]:
+    return [2 * random(length, batch, groups, queries, dim, seed=1), 2 * random(keys, batch, groups, dim, seed=2),
+            random(keys, batch, groups, dim, seed=3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("groups", "queries"), HEADS)
+@pytest.mark.parametrize("length", [1, 17, 70])
+def test_causal(length: int, groups: int, queries: int, dtype: torch.dtype) -> None:
+    assert_equal(attention, attention_reference, inputs(length, length, groups, queries), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("groups", "queries"), HEADS)
+@pytest.mark.parametrize("mask_batch", [1, 2])
+@pytest.mark.parametrize(("length", "keys"), [(9, 9), (1, 12), (5, 12)], ids=["square", "one-query", "over-a-cache"])
+def test_masks(length: int, keys: int, mask_batch: int, groups: int, queries: int, dtype: torch.dtype) -> None:
+    mask = torch.rand(mask_batch, 1, length, keys, generator=torch.Generator().manual_seed(4)) < 0.6
+    mask[..., 0] = True
+    assert_equal(lambda q, k, v: attention(q, k, v, mask), lambda q, k, v: attention_reference(q, k, v, mask),
+                 inputs(length, keys, groups, queries), dtype)
+
+
+@pytest.mark.parametrize(("groups", "queries"), HEADS)
+def test_the_reference_is_the_textbook(groups: int, queries: int) -> None:
+    """One query head at a time, in loops."""
+    q, k, v = inputs(5, 5, groups, queries, batch=1)
+    out = attention_reference(q, k, v).view(5, groups, queries, -1)
+    for group in range(groups):
+        for query in range(queries):
+            for position in range(5):
+                scores = k[: position + 1, 0, group] @ q[position, 0, group, query] / 8**0.5
+                assert torch.allclose(out[position, group, query], scores.softmax(0) @ v[: position + 1, 0, group])
+
+
+def document_ids() -> Tensor:
+    """Two sequences: documents of 5, 1 and 6 tokens; one of 4 and, under ids that return, two of 4."""
+    return torch.tensor([[0] * 5 + [1] + [2] * 6, [7] * 4 + [8] * 4 + [9] * 4])
+
+
+def test_positions_start_again_in_every_document() -> None:
+    assert document_positions(document_ids()).T.tolist() == [[*range(5), 0, *range(6)], [*range(4)] * 3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_documents_do_not_see_each_other(dtype: torch.dtype) -> None:
+    """The output of a packed sequence is that of its documents, each run alone."""
+    ids = document_ids()
+    q, k, v = (x.to(dtype) for x in inputs(12, 12, 2, 2))
+    packed = attention(q, k, v, document_mask(ids))
+    for row, document in ((0, 0), (0, 1), (0, 2), (1, 7), (1, 8), (1, 9)):
+        here = (ids[row] == document).nonzero().flatten()
+        alone = attention(*(x[here, row : row + 1] for x in (q, k, v)))
+        assert relative_error(packed[here, row : row + 1], alone) < TOLERANCE[dtype]
