@@ -33,6 +33,11 @@ class GradSlot:
         """A new sum begins, and the count with it."""
         self._fresh, self.contributions = True, 0
 
+    def close(self) -> None:
+        """What was summed up is about to be taken away: nothing, where nothing came, and not what memory held."""
+        if self._fresh:
+            self._view.zero_()
+
     def restart(self) -> None:
         """What was summed up has been taken away: the next contribution overwrites."""
         self._fresh = True

@@ -195,7 +195,7 @@ class Bucket:
         """Starts the reduction behind the last gradient it needs: of the microbatch, or of the step.
 
         Zero-bubble schedules may let the next microbatch's first gradients arrive before this one's last; the count is
-        then full with a mixture, which sums to the same.
+        then full with a mixture, in which a parameter may be missing; over the step it sums to the same.
         """
         self._arrived += 1
         per_microbatch = sum(entry.uses for entry in self.entries)
@@ -205,6 +205,8 @@ class Bucket:
 
     def _start_reduction(self) -> None:
         """Starts the sum over the ranks that hold the same parameters."""
+        for slot in self._slots:
+            slot.close()
         if self.kind.partial_sum:
             all_reduce(self.grad_buffer, self.mesh.tensor)
         alone = self.mesh.gradient.size == 1

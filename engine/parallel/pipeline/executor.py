@@ -116,14 +116,16 @@ class Executor:
         if defer:
             self._weight_work[key] = self.weight_grads.close()
         if action.chunk > 0:
-            grad_x = self._inputs[key].grad
-            assert grad_x is not None
-            self._hand_over(self._grads, action, action.chunk - 1, grad_x)
+            x = self._inputs[key]
+            assert x.grad is not None
+            self._hand_over(self._grads, action, action.chunk - 1, x.grad)
+            x.grad = None          # x stays until W; its gradient only until it is sent
 
     def _backward_weight(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
-        for compute in self._weight_work.pop(key, ()):
-            compute()
+        with torch.no_grad():      # a backward pass has no history; here, outside of autograd's, it would be recorded
+            for compute in self._weight_work.pop(key, ()):
+                compute()
         del self._inputs[key]
 
     def _hand_over(self, local: dict[Key, tuple[Tensor, Work]], action: Action, chunk: int, tensor: Tensor) -> None:
