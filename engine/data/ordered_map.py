@@ -1,19 +1,24 @@
 """A function over many items in many processes, results in the order of the items, memory bounded.
 
-Each worker is a fresh (spawned) process at the other end of its own pipe: it builds its function once (a tokenizer is
-loaded), then answers items one by one.  The parent hands out the next item wherever a worker is free, keeps early
-results until it is their turn, and never runs further ahead than a few items per worker.  As every pipe has one owner
-at each end, a parent that is killed closes them all and the workers leave by themselves.
+Each worker is a fresh Python at the other end of its own socket: it builds its function once (a tokenizer is loaded),
+then answers items one by one.  The parent hands out the next item wherever a worker is free, keeps early results until
+it is their turn, and never runs further ahead than a few items per worker.  As every socket has one owner at each end,
+a parent that is killed closes them all and the workers leave by themselves.
+
+This isn't `multiprocessing.Pool`, because its ways to start are both wrong here: `fork` copies a process that may run
+threads (torch's, a thread of gloo), and `spawn` imports the caller's main script again, which may take longer than the
+work, and needs the `if __name__ == "__main__"` that scripts forget.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
+import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 from engine.errors import OctantError, WorkerError
@@ -21,6 +26,7 @@ from engine.errors import OctantError, WorkerError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 AHEAD = 4  # items per worker that may be under way or waiting for their turn
+START = "import sys; sys.path[:] = {path!r}; from engine.data.ordered_map import serve; serve({fd})"
 
 
 def ordered_map(
@@ -35,7 +41,7 @@ def ordered_map(
         function = setup()
         yield from map(function, items)
         return
-    pool = _Pool(setup, num_workers)
+    pool: _Pool[Item, Result] = _Pool(setup, num_workers)
     try:
         yield from pool.run(iter(items))
     finally:
@@ -44,14 +50,15 @@ def ordered_map(
 
 class _Pool(Generic[Item, Result]):
     def __init__(self, setup: Callable[[], Callable[[Item], Result]], num_workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._processes: dict[Connection, BaseProcess] = {}
+        self._processes: dict[Connection, subprocess.Popen[bytes]] = {}
         for _ in range(num_workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, setup), daemon=True)
-            process.start()
+            ours, theirs = socket.socketpair()
+            start = START.format(path=sys.path, fd=theirs.fileno())
+            process = subprocess.Popen([sys.executable, "-c", start], pass_fds=[theirs.fileno()])
             theirs.close()
-            self._processes[ours] = process
+            self._processes[Connection(ours.detach())] = process
+        for connection in self._processes:
+            self._send(connection, setup)
 
     def run(self, items: Iterator[Item]) -> Iterator[Result]:
         free = list(self._processes)
@@ -87,11 +94,11 @@ class _Pool(Generic[Item, Result]):
             connection.close()
             process.terminate()
         for process in self._processes.values():
-            process.join()
+            process.wait()
 
-    def _send(self, connection: Connection, item: Item) -> None:
+    def _send(self, connection: Connection, message: object) -> None:
         try:
-            connection.send(item)
+            connection.send(message)
         except OSError as error:
             raise self._death(connection) from error
 
@@ -107,30 +114,27 @@ class _Pool(Generic[Item, Result]):
         return result
 
     def _death(self, connection: Connection) -> WorkerError:
-        process = self._processes[connection]
-        process.join(timeout=5)
-        code = process.exitcode
-        how = f"was killed by signal {-code} (out of memory?)" if code is not None and code < 0 else f"left with {code}"
+        code = self._processes[connection].wait()
+        how = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"left with exit code {code}"
         return WorkerError(f"a worker process {how}; try fewer --workers")
 
 
-def _serve(connection: Connection, setup: Callable[[], Callable[[Any], Any]]) -> None:
-    """The worker: answer items until the pipe closes.  Interrupts are the parent's business."""
+def serve(fd: int) -> None:
+    """The worker: take `setup`, then answer items until the socket closes.  Interrupts are the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(fd)
     function: Callable[[Any], Any] | None = None
-    while True:
-        try:
+    try:
+        setup = connection.recv()
+        while True:
             item = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            function = function or setup()
-            answer: tuple[Any, OctantError | None, str] = (function(item), None, "")
-        except OctantError as error:
-            answer = (None, error, "")
-        except BaseException:
-            answer = (None, None, traceback.format_exc())
-        try:
+            try:
+                function = function or setup()
+                answer: tuple[Any, OctantError | None, str] = (function(item), None, "")
+            except OctantError as error:
+                answer = (None, error, "")
+            except BaseException:
+                answer = (None, None, traceback.format_exc())
             connection.send(answer)
-        except OSError:
-            return
+    except (EOFError, OSError):
+        return

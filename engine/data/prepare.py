@@ -113,9 +113,8 @@ def prepare(
 ) -> Counts:
     """Tokenize `files` (see `readers`) into `output`.bin, .idx and .json.  Returns what went through.
 
-    `workers`: processes, by default one per core; with more than one, a script that calls this needs the usual
-    `if __name__ == "__main__"`.  `on_error`: `stop` at the first unusable record, or `skip` it and count.
-    `backend`: `auto` uses gigatoken where it is installed and agrees (`fast_backend`), `reference` never does.
+    `workers`: processes, by default one per core.  `on_error`: `stop` at the first unusable record, or `skip` it and
+    count.  `backend`: `auto` uses gigatoken where it is installed and agrees (`fast_backend`), `reference` never does.
     Raises DataError for the corpus (file and line) and RequestError for the request.
     """
     if on_error not in ("stop", "skip"):

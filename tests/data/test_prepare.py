@@ -378,8 +378,7 @@ def test_a_damaged_part_is_done_again(stopped: tuple[list[Path], Path]) -> None:
 KILLED = """
 import sys
 from engine.data.prepare import prepare
-if __name__ == "__main__":
-    prepare([sys.argv[1]], sys.argv[2], sys.argv[3], workers=2, part_seconds=0.0)
+prepare([sys.argv[1]], sys.argv[2], sys.argv[3], workers=2, part_seconds=0.0)
 """
 
 
