@@ -49,7 +49,8 @@ class Executor:
         self._reset([], 0.0)
 
     def _reset(self, batches: Sequence[Batch], scale: float | Tensor) -> None:
-        self._batches, self._scale = batches, scale
+        self._batches = batches
+        self._scale = torch.as_tensor(scale, dtype=torch.float32, device=self.messenger.device)
         self._arrived: dict[Key, tuple[Tensor, Work]] = {}        # inputs of F
         self._grads: dict[Key, tuple[Tensor, Work]] = {}          # gradients of outputs, for B
         self._outgoing: dict[Key, Tensor] = {}                    # to be sent
@@ -106,7 +107,7 @@ class Executor:
     def _backward_input(self, action: Action, defer: bool = True) -> None:
         key = (action.chunk, action.microbatch)
         if action.chunk == self.last_chunk:
-            grad = torch.as_tensor(self._scale, dtype=torch.float32, device=self.messenger.device)
+            grad = self._scale
         else:
             grad, work = self._grads.pop(key)
             work.wait()
