@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,7 +23,9 @@ from engine.parallel.context.zigzag import context_part
 from engine.parallel.data.buckets import Bucket
 from engine.parallel.parallelize import ParallelModel, parallelize
 from tests.distributed import mesh_for, run_distributed
-from tests.reference import global_batch, num_tokens
+from tests.reference import Reference, global_batch, num_tokens, train_reference
+
+TOLERANCE = 1e-5
 
 Shards = list[tuple[str, tuple[int, ...], Box, Tensor]]
 
@@ -134,3 +138,31 @@ def run_layout(config: Config, num_steps: int) -> list[Result]:
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Largest difference relative to the largest magnitude of the tensor."""
     return ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
+
+
+@cache
+def _reference(what: str, num_steps: int) -> Reference:
+    return train_reference(Config.model_validate_json(what), num_steps)
+
+
+def reference(config: Config, num_steps: int) -> Reference:
+    """One process, the whole batch at once.  It depends on what is trained, never on the layout, and is kept."""
+    trained = tiny_config(model=config.model.model_dump(), data=config.data.model_dump(),
+                          batch={"micro": 1, "global": config.batch.global_})
+    return _reference(trained.model_dump_json(by_alias=True), num_steps)
+
+
+def check(results: Sequence[Result], want: Reference) -> None:
+    """What the ranks saw is what one process saw: initial weights bit for bit, the rest within `TOLERANCE`."""
+    initial = assemble(r.initial for r in results)
+    assert initial.keys() == want.initial.keys()
+    for name, values in initial.items():
+        assert torch.equal(values, want.initial[name]), f"initial {name}"
+    for r in results:
+        assert r.parameters_equal_masters
+        assert r.losses == pytest.approx(want.losses, rel=TOLERANCE)
+        assert r.grad_norms == pytest.approx(want.grad_norms, rel=TOLERANCE)
+    for what in ("gradients", "weights"):
+        for name, values in assemble(getattr(r, what) for r in results).items():
+            error = relative_error(values, getattr(want, what)[name])
+            assert error < TOLERANCE, f"{what} of {name}: {error:.2e}"
