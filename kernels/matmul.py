@@ -1,28 +1,32 @@
-"""Matrix products; on the CPU in fp32, oneDNN's instead of the BLAS library's.
+"""Matrix products; on some CPUs in fp32, oneDNN's instead of the BLAS library's.
 
-For fp32 torch calls a BLAS library, on x86 usually MKL, which runs 256-bit code on processors not made by Intel even
-where they have AVX-512.  oneDNN, which comes with torch and is what torch uses for bf16, runs 512-bit code on all of
-them: about twice as fast on an AMD EPYC.  It is reached through the operator that torch's own compiler emits for linear
-layers; where that is missing, or the processor has no AVX-512, the products are torch's.
+For fp32 on x86 torch calls MKL, which runs 256-bit code on processors that Intel did not make, even where they have
+AVX-512.  oneDNN, which comes with torch and computes its bf16 products, runs 512-bit code on them: twice as fast on an
+AMD EPYC.  It is reached through the operator that torch's own compiler emits for linear layers, and adds up in fp32
+like MKL.  Everywhere else, or where that operator is missing, products are torch's.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Below this many multiplications, setting oneDNN up costs more than it saves (it breaks even at 128³ or so).
+# Below this many multiplications, setting oneDNN up costs more than it saves.
 SMALLEST_PRODUCT = 128**3
 
 
 @cache
 def has_onednn() -> bool:
-    """Whether this processor and this torch have the faster product."""
-    return (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    """Whether oneDNN has the faster product here: AVX-512, and not Intel's."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    other_maker = cpuinfo.is_file() and "GenuineIntel" not in cpuinfo.read_text(encoding="utf-8")
+    return other_maker and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _use_onednn(x: Tensor, weight: Tensor) -> bool:
