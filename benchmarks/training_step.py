@@ -1,12 +1,17 @@
 """One training step beside `transformers`, and what each kind of parallelism costs, on one machine's CPU.
 
-    python benchmarks/training_step.py [--threads 2] [--repeats 9] [--json F] [--markdown F]
+    python benchmarks/training_step.py [--sizes small large] [--threads 2] [--repeats 9] [--json F] [--markdown F]
 
-A step is forward, backward, gradient clipping and AdamW over the same number of random tokens in fp32, in four
-microbatches.  First table: our single process, as `octant train` runs it, beside `transformers`' Llama with torch's
-fused AdamW, both with `--threads` threads in this process.  Second table: the same step by two processes with half the
-threads each (tensor 2, pipeline 2, data 2): the same cores, so the ratio shows what cutting the model costs, and what
-two processes save where torch's threads don't scale.  Pipeline 2 includes its bubble, a fifth of its time.
+A step is forward, backward, gradient clipping and AdamW over the same number of random tokens in fp32.
+
+First tables, one per size: our single process, as `octant train` runs it, beside `transformers`' Llama (sdpa attention)
+with torch's AdamW, fused and as it is by default, all with `--threads` threads in this process.  `octant, torch's
+products` is our step with matrix products from the library that torch calls for `transformers` too: it differs from
+`octant` only where `kernels/matmul.py` finds a faster one.
+
+Last table: the `accumulate` step by two processes with half the threads each (tensor 2, pipeline 2, data 2): the same
+cores, so the ratio shows what cutting the model costs, and what two processes save where torch's threads don't scale.
+Pipeline 2 includes its bubble, a fifth of its time.
 """
 
 from __future__ import annotations
@@ -14,11 +19,13 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -29,22 +36,39 @@ from torch import Tensor
 from engine.config import Config
 from engine.distributed.mesh import Mesh, build_mesh, single_mesh
 from engine.distributed.topology import Topology
-from engine.metrics.benchmark import Case, add_options, alternating, publish
+from engine.kernels import matmul
+from engine.metrics.benchmark import Case, Comparison, add_options, alternating, publish
 from engine.model.context import Batch
 from engine.optim.adamw import AdamW
 from engine.optim.gradients import clip_divisor, sum_over_world
 from engine.parallel.parallelize import parallelize
 
-MODEL = {"num_layers": 6, "hidden_size": 256, "num_heads": 8, "num_kv_heads": 4, "ffn_hidden_size": 704,
-         "vocab_size": 4096, "max_seq_len": 256}
+SMALL = {"num_layers": 8, "hidden_size": 512, "num_heads": 8, "ffn_hidden_size": 1408, "vocab_size": 8192,
+         "max_seq_len": 512}
+LARGE = {"num_layers": 6, "hidden_size": 1024, "num_heads": 16, "num_kv_heads": 4, "ffn_hidden_size": 2816,
+         "vocab_size": 32000, "max_seq_len": 1024}
+TINY = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "ffn_hidden_size": 176, "vocab_size": 512,
+        "max_seq_len": 64}
 
 
-def make_config(**parallel: int) -> Config:
-    """8 sequences of 256 tokens a step, in four microbatches."""
-    config = Config.model_validate({
-        "model": MODEL, "steps": 1000, "parallel": {"data": 1} | parallel, "precision": {"compute": "fp32"},
-        "batch": {"micro": 2, "global": 8}, "data": {"seq_len": 256}})
-    return config.with_world_size(config.parallel.world_size)
+@dataclass(frozen=True)
+class Size:
+    """A model, and sequences (as long as it allows) per microbatch and per step."""
+
+    model: dict[str, int]
+    micro: int
+    per_step: int
+
+    def config(self, **parallel: int) -> Config:
+        """A job of this size in the layout `parallel`."""
+        config = Config.model_validate({
+            "model": self.model, "steps": 1000, "parallel": {"data": 1} | parallel, "precision": {"compute": "fp32"},
+            "batch": {"micro": self.micro, "global": self.per_step}, "data": {"seq_len": self.model["max_seq_len"]}})
+        return config.with_world_size(config.parallel.world_size)
+
+
+SIZES = {"small": Size(SMALL, micro=2, per_step=2), "accumulate": Size(SMALL, micro=1, per_step=4),
+         "large": Size(LARGE, micro=1, per_step=1), "tiny": Size(TINY, micro=1, per_step=4)}
 
 
 def tokens(config: Config) -> Tensor:
@@ -64,8 +88,8 @@ def octant_step(config: Config, mesh: Mesh) -> Callable[[], None]:
     scale = 1 / (config.batch.global_ * config.data.seq_len)
 
     def step() -> None:
-        loss = model.forward_backward(batches, scale)
-        sums = sum_over_world(loss, model.buckets, mesh)
+        losses = model.forward_backward(batches, scale)
+        sums = sum_over_world(losses, model.buckets, mesh)
         found_inf = torch.isfinite(sums.grad_norm).logical_not().float()
         optimizer.step(config.optim.lr, clip_divisor(sums.grad_norm, config.optim.grad_clip), found_inf)
         model.publish()
@@ -74,8 +98,16 @@ def octant_step(config: Config, mesh: Mesh) -> Callable[[], None]:
     return step
 
 
-def transformers_step(config: Config) -> Callable[[], None]:
-    """The same work with `LlamaForCausalLM` and torch's optimizer and clipping."""
+def with_torch_products(step: Callable[[], None]) -> Callable[[], None]:
+    """The step, with every matrix product left to torch."""
+    def run() -> None:
+        with patch.object(matmul, "has_onednn", lambda: False):
+            step()
+    return run
+
+
+def transformers_step(config: Config, *, fused: bool = True) -> Callable[[], None]:
+    """The same work with `LlamaForCausalLM`, torch's clipping, and torch's optimizer, fused or as it is by default."""
     import transformers  # optional package
 
     model_config, optim = config.model, config.optim
@@ -86,7 +118,7 @@ def transformers_step(config: Config) -> Callable[[], None]:
         max_position_embeddings=model_config.max_seq_len, tie_word_embeddings=False, use_cache=False,
         attn_implementation="sdpa"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps,
-                                  weight_decay=optim.weight_decay, fused=True)
+                                  weight_decay=optim.weight_decay, fused=fused or None)
     batches = [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in tokens(config).split(config.batch.micro)]
     scale = 1 / (config.batch.global_ * config.data.seq_len)
 
@@ -105,10 +137,9 @@ def transformers_step(config: Config) -> Callable[[], None]:
     return step
 
 
-def serve(rank: int, parallel: dict[str, int], store: str, threads: int, orders: Connection) -> None:
+def serve(rank: int, config: Config, store: str, threads: int, orders: Connection) -> None:
     """One process of a layout: a step per order, answered with its seconds."""
     torch.set_num_threads(threads)
-    config = make_config(**parallel)
     size = config.parallel.world_size
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     p = config.parallel
@@ -123,12 +154,12 @@ def serve(rank: int, parallel: dict[str, int], store: str, threads: int, orders:
 
 
 @contextmanager
-def running_layout(parallel: dict[str, int], threads: int) -> Iterator[Callable[[], float]]:
+def running_layout(config: Config, threads: int) -> Iterator[Callable[[], float]]:
     """Processes that hold one layout; calling it runs a step there and returns the slowest rank's seconds."""
-    context, size = mp.get_context("spawn"), make_config(**parallel).parallel.world_size
+    context, size = mp.get_context("spawn"), config.parallel.world_size
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe() for _ in range(size)]
-        arguments = [(rank, parallel, str(Path(folder) / "store"), threads, pipes[rank][1]) for rank in range(size)]
+        arguments = [(rank, config, str(Path(folder) / "store"), threads, pipes[rank][1]) for rank in range(size)]
         processes = [context.Process(target=serve, args=each, daemon=True) for each in arguments]
         for process in processes:
             process.start()
@@ -145,26 +176,45 @@ def running_layout(parallel: dict[str, int], threads: int) -> Iterator[Callable[
             process.join()
 
 
+def beside_transformers(name: str, threads: int, options: dict[str, Any]) -> Comparison:
+    """The first kind of table."""
+    config = SIZES[name].config()
+    work = config.batch.global_ * config.data.seq_len
+    ours = octant_step(config, single_mesh())
+    model, micro, number = config.model, config.batch.micro, config.num_microbatches
+    title = (f"{name}: {model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size}, {number} × "
+             f"{micro} × {config.data.seq_len} tokens, {threads} threads")
+    return alternating(
+        Case("transformers, fused AdamW", transformers_step(config), work),
+        Case("transformers, default AdamW", transformers_step(config, fused=False), work),
+        Case("octant, torch's products", with_torch_products(ours), work), Case("octant", ours, work), title=title,
+        **options)
+
+
+def across_layouts(name: str, threads: int, options: dict[str, Any]) -> Comparison:
+    """The second kind of table: two processes of half the threads."""
+    size = SIZES[name]
+    config = size.config()
+    work = config.batch.global_ * config.data.seq_len
+    with ExitStack() as stack:
+        layouts = [Case(f"{axis} 2", stack.enter_context(running_layout(size.config(**{axis: 2}), threads // 2)), work)
+                   for axis in ("tensor", "pipeline", "data")]
+        return alternating(Case("one process", octant_step(config, single_mesh()), work), *layouts, **options,
+                           title=f"{name}, by two processes of {threads // 2} threads")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=["small", "accumulate", "large"])
+    parser.add_argument("--layouts", choices=SIZES, default="accumulate", help="size of the last table")
     parser.add_argument("--threads", type=int, default=2, help="in all; even (default: %(default)s)")
     add_options(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    config = make_config()
-    work = config.batch.global_ * config.data.seq_len
-    ours = octant_step(config, single_mesh())
     options: dict[str, Any] = {"repeats": args.repeats, "unit": "tokens", "packages": ["transformers"]}
-    first = alternating(Case("transformers", transformers_step(config), work), Case("octant", ours, work),
-                        title=f"A training step, one process, {args.threads} threads, fp32", **options)
-    with (running_layout({"tensor": 2}, args.threads // 2) as tensor,
-          running_layout({"pipeline": 2}, args.threads // 2) as pipeline,
-          running_layout({"data": 2}, args.threads // 2) as data):
-        second = alternating(
-            Case("one process", ours, work), Case("tensor 2", tensor, work), Case("pipeline 2", pipeline, work),
-            Case("data 2", data, work), **options,
-            title=f"The same step by two processes of {args.threads // 2} threads")
-    publish([first, second], args)
+    results = [beside_transformers(name, args.threads, options) for name in args.sizes]
+    results.append(across_layouts(args.layouts, args.threads, options))
+    publish(results, args)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.training_step import make_config, octant_step, running_layout, transformers_step
+from benchmarks.training_step import SIZES, octant_step, running_layout, transformers_step, with_torch_products
 from engine.distributed.mesh import single_mesh
 
 
 def test_steps_of_one_process_run() -> None:
     pytest.importorskip("transformers")
-    octant_step(make_config(), single_mesh())()
-    transformers_step(make_config())()
+    config = SIZES["tiny"].config()
+    ours = octant_step(config, single_mesh())
+    ours()
+    with_torch_products(ours)()
+    transformers_step(config)()
+    transformers_step(config, fused=False)()
 
 
 def test_a_layout_runs_and_reports_its_seconds() -> None:
-    with running_layout({"tensor": 2}, threads=1) as step:
+    with running_layout(SIZES["tiny"].config(tensor=2), threads=1) as step:
         assert 0 < step() < 100
