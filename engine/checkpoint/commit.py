@@ -73,6 +73,14 @@ class Save:
         return self.writing / f"rank-{rank:05d}.{state}"
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """Older checkpoints after a commit: those deleted, and what went wrong with it."""
+
+    removed: tuple[Path, ...] = ()
+    warning: str | None = None
+
+
 def begin(save: Save) -> None:
     """The first rank's opening move, before any other rank goes on."""
     make_directory(save.writing)
@@ -80,11 +88,11 @@ def begin(save: Save) -> None:
 
 
 def write_and_commit(save: Save, entries: Sequence[Entry], fetch: Callable[[Entry], torch.Tensor],
-                     metadata: dict[str, Any], pool: Executor) -> list[Path]:
+                     metadata: dict[str, Any], pool: Executor) -> Pruned:
     """Writes this rank's file and sees the save through.
 
     Returns:
-        The older checkpoints that were deleted (first rank only).
+        What was done to older checkpoints (first rank only).
 
     Raises:
         SaveFailed: on every rank, if it failed on any; nothing is left of it.
@@ -102,7 +110,7 @@ def write_and_commit(save: Save, entries: Sequence[Entry], fetch: Callable[[Entr
         raise SaveFailed(reason) from error
     if save.rank != 0:
         _await_outcome(save, inode)
-        return []
+        return Pruned()
     try:
         _commit(save, _await_parts(save), metadata)
     except Exception as error:
@@ -183,14 +191,16 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
 
 
-def _prune(save: Save) -> list[Path]:
+def _prune(save: Save) -> Pruned:
     """The save is committed: whatever goes wrong here does not undo it."""
-    removed: list[Path] = []
+    pruned = Pruned()
     if save.keep is not None:
-        with contextlib.suppress(OSError):
-            removed = prune(save.final, save.keep, save.save_id)
+        try:
+            pruned = Pruned(tuple(prune(save.final, save.keep, save.save_id)))
+        except OSError as error:
+            pruned = Pruned((), f"an older checkpoint could not be deleted: {error}")
     save.on_point("pruned")
-    return removed
+    return pruned
 
 
 def _withdraw(save: Save) -> None:

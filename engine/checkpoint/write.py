@@ -50,6 +50,7 @@ class SaveReport:
         stalled_seconds: how long training stood still for it.
         waited_seconds: the part of `stalled_seconds` spent waiting for the save before it.
         removed: older checkpoints that were deleted (first rank only).
+        warning: what went wrong after the commit: an older checkpoint that could not be deleted.
     """
 
     step: int
@@ -60,6 +61,7 @@ class SaveReport:
     stalled_seconds: float
     waited_seconds: float
     removed: tuple[Path, ...] = ()
+    warning: str | None = None
 
 
 def no_point(_: str) -> None:
@@ -196,10 +198,11 @@ class CheckpointWriter:
     def _write(self, attempt: Save, entries: Sequence[Entry], fetch: Source,
                metadata: dict[str, Any], report: SaveReport) -> SaveReport:
         try:
-            removed = write_and_commit(attempt, entries, fetch, metadata, self._pool)
+            pruned = write_and_commit(attempt, entries, fetch, metadata, self._pool)
         except SaveFailed as error:
             return replace(report, error=str(error))
-        return replace(report, path=attempt.final, num_bytes=file_bytes(entries), removed=tuple(removed))
+        return replace(report, path=attempt.final, num_bytes=file_bytes(entries), removed=pruned.removed,
+                       warning=pruned.warning)
 
 
 def _source_of(entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> Source:

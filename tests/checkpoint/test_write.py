@@ -201,6 +201,24 @@ def test_keep(tmp_path: Path) -> None:
         CheckpointWriter(tmp_path, 0, False)
 
 
+def test_an_older_checkpoint_that_cannot_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The save counts; the person is told."""
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if "deleted" in target.name:
+            raise PermissionError(1, "Operation not permitted", str(self))
+        return rename(self, target)
+
+    save(tmp_path, 1, pieces_at(1), {}, keep=1)
+    monkeypatch.setattr(Path, "rename", refuse)
+    writer = CheckpointWriter(tmp_path, 1, False)
+    writer.save(2, pieces_at(2), {})
+    [report] = writer.poll()
+    assert report.path == tmp_path / "step-00000002" and report.error is None and report.removed == ()
+    assert report.warning is not None and "step-00000001" in report.warning
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     for values in (1, 2):
         path = save(tmp_path, 5, pieces_at(values), {}, keep=None)
