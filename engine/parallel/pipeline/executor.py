@@ -46,6 +46,7 @@ class Executor:
             Kind.RECV_F: self._receive_forward, Kind.RECV_B: self._receive_backward,
             Kind.REDUCE_GRAD: self._reduce_grad,
         }
+        self.peak_in_flight = 0      # activations held at once in the latest step: (chunk, microbatch), F to W
         self._reset([], 0.0)
 
     def _reset(self, batches: Sequence[Batch], scale: float | Tensor) -> None:
@@ -58,7 +59,6 @@ class Executor:
         self._edges: dict[Key, GradientEdge] = {}
         self._weight_work: dict[Key, list[Callable[[], None]]] = {}
         self._losses: list[Tensor] = []
-        self.peak_in_flight = 0
 
     def run(self, program: Sequence[Action], batches: Sequence[Batch], scale: float | Tensor) -> Tensor | None:
         """Executes one step.
@@ -72,6 +72,7 @@ class Executor:
             The summed loss of each microbatch, detached, on ranks that hold the last chunk; None elsewhere.
         """
         self._reset(batches, scale)
+        self.peak_in_flight = 0
         for action in program:
             with record_function(str(action)):
                 self._do[action.kind](action)
