@@ -64,6 +64,7 @@ def slow_start():
 
 {"done": lambda: None, "stopped": lambda: sys.exit(3), "train": train, "hang": hang, "slow": slow_start,
  "raise": lambda: failing(lambda: fail(RuntimeError("boom"))),
+ "raise late": lambda: failing(lambda: (time.sleep(0.3), fail(RuntimeError("boom")))),
  "refuse": lambda: failing(lambda: fail(ValueError("token 400 is outside the vocabulary of 257"), 2)),
  "kill": lambda: failing(lambda: os.kill(os.getpid(), signal.SIGKILL)),
  "exit": lambda: failing(lambda: os._exit(7)),
@@ -102,6 +103,7 @@ def test_ranks_that_agree(worker: Path, behaviours: tuple[str, ...], code: int) 
 
 @pytest.mark.parametrize(("behaviours", "message", "code"), [
     (("echo", "echo", "raise"), "rank 2 failed first: RuntimeError: boom\nits traceback is in LOG2", 1),
+    (("echo", "raise late"), "rank 1 failed first: RuntimeError: boom\nits traceback is in LOG1", 1),
     (("echo", "refuse"), "token 400 is outside the vocabulary of 257", 2),
     (("echo", "kill", "echo"), "rank 1 was ended by SIGKILL; out of memory? (its log: LOG1)", 1),
     (("exit", "echo"), "rank 0 ended with exit code 7 (its log: LOG0)", 1),
@@ -171,6 +173,8 @@ def ready(folder: Path, count: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_request_to_stop_reaches_every_rank(worker: Path, parent: list[subprocess.Popen[str]],
                                               number: signal.Signals) -> None:
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip(f"the tests were started with {number.name} ignored (nohup), and so are the processes they start")
     process = start_parent(worker, parent, "train", "train", "train")
     await_true(lambda: ready(worker.parent, 3), "three ranks", process)
     process.send_signal(number)
