@@ -45,8 +45,8 @@ def joined_mesh(launched: LaunchEnvironment | None, topology: Topology, device: 
         yield single_mesh(pick_device(device, 0))
         return
     place = pick_device(device, launched.local_rank)
-    # No device_id: with one, NCCL groups are split off the world's communicator, which takes every rank of the world, and
-    # the mesh creates a group on its own members only.
+    # No device_id: with one, NCCL groups are split off the world's communicator, which takes every rank of the world,
+    # and the mesh creates a group on its own members only.
     dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", init_method=launched.init_method,
                             rank=launched.rank, world_size=launched.world_size,
                             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS))
