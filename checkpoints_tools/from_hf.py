@@ -65,10 +65,13 @@ def convert_from_hf(folder: Path, output: Path, *, allow_pickle: bool = False, c
 
 def _assemble(entry: Entry, parts: dict[str, list[Part]], weights: HFWeights, advance: Advance) -> torch.Tensor:
     """One of our parameters from the foreign tensors that are cut out of it."""
-    tensor = torch.empty(entry.global_shape, dtype=entry.dtype)
-    for part in parts[entry.key.removeprefix(PREFIX)]:
-        tensor[part.box.slices] = weights.read(part.name).reshape(part.box.size)
     advance(entry.num_bytes)
+    own = parts[entry.key.removeprefix(PREFIX)]
+    if len(own) == 1:                                       # the largest ones, the embedding and the head: no copy
+        return weights.read(own[0].name).to(entry.dtype).reshape(entry.global_shape)
+    tensor = torch.empty(entry.global_shape, dtype=entry.dtype)
+    for part in own:
+        tensor[part.box.slices] = weights.read(part.name).reshape(part.box.size)
     return tensor
 
 

@@ -92,6 +92,9 @@ class TorchDistReader:
             CheckpointError: a part of the box is stored nowhere, or a file is missing or damaged.
         """
         stored = self.tensors[key]
+        exact = next((chunk for chunk in stored.chunks if chunk.box == box), None)
+        if exact is not None:                               # no copy
+            return _load(exact, key, stored.dtype)
         tensor = torch.empty(box.size, dtype=stored.dtype)
         filled = 0
         for chunk in stored.chunks:
@@ -125,6 +128,29 @@ class _Unpickler(pickle.Unpickler):
         return VALUE_CLASSES.get((module, name), _Inert)
 
 
+class _Window(io.RawIOBase):
+    """The bytes of a chunk as a file, so that torch reads them straight into the tensor."""
+
+    def __init__(self, file: io.FileIO, chunk: Chunk) -> None:
+        self._file, self._start, self._length, self._at = file, chunk.start, chunk.length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        done = self._file.readinto(memoryview(buffer)[:max(0, self._length - self._at)]) or 0
+        self._at += done
+        return done
+
+
 def _stored(folder: Path, key: str, info: metadata.TensorStorageMetadata, places: dict[Any, Any]) -> Stored:
     chunks = []
     for chunk in info.chunks:
@@ -140,9 +166,8 @@ def _stored(folder: Path, key: str, info: metadata.TensorStorageMetadata, places
 
 def _load(chunk: Chunk, key: str, dtype: torch.dtype) -> torch.Tensor:
     try:
-        with open(chunk.path, "rb") as file:
-            file.seek(chunk.start)
-            tensor = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
+        with open(chunk.path, "rb", buffering=0) as file:
+            tensor = torch.load(io.BufferedReader(_Window(file, chunk)), map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise DamagedCheckpoint(f"{chunk.path}: {key} at byte {chunk.start:,} cannot be read: {error}") from None
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.box.size or tensor.dtype != dtype:
