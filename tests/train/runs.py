@@ -159,7 +159,8 @@ def is_running(pid: int) -> bool:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """For clean-up: ends the whole process group."""
+    """For clean-up: ends a process and its children (torchrun's are in sessions of their own)."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in (*children_of(process.pid), process.pid):
+            os.kill(pid, signal.SIGKILL)
     process.communicate()

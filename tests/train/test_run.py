@@ -1,0 +1,333 @@
+"""What a run writes into its folder, and where the next start of it goes on.  One process, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine import cli
+from engine.checkpoint.pieces import Piece
+from engine.checkpoint.resume import open_checkpoint
+from engine.checkpoint.write import save
+from engine.config import Config, load_config
+from engine.distributed.boxes import Box
+from engine.distributed.launch import STOP_SIGNALS
+from engine.distributed.mesh import single_mesh
+from engine.metrics.sinks import JsonlSink
+from engine.model.flops import flops_per_token
+from engine.model.spec import spec_of
+from engine.model.transformer import Transformer
+from engine.optim.schedule import learning_rate
+from engine.train.batches import load_step
+from engine.train.corpora import Corpora
+from engine.train.run_folder import locked
+from tests.train.runs import metrics, run_config, saved_steps, trained, write_config
+
+KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "consumed_samples", "step_seconds", "tokens_per_second",
+        "tflops_per_device", "mfu", "memory_bytes", "skipped"}
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """A run in this process takes them over."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def octant_train(config: Config, *overrides: str) -> int:
+    folder = Path(config.run.dir)
+    path = write_config(config, folder.with_name(folder.name + ".yaml"))
+    return cli.run(["train", str(path), *overrides])
+
+
+def tensors(config: Config, step: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    reader = open_checkpoint(Path(config.run.dir) / "checkpoints" / f"step-{step:08d}")
+    return {key: reader.read(key) for key in reader.keys() if key.startswith(prefix)}
+
+
+def assert_equal_tensors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys() and got
+    assert not [key for key in want if not torch.equal(got[key], want[key])]
+
+
+def test_everything_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(tmp_path, "run")
+    assert octant_train(config) == 0
+    folder = Path(config.run.dir)
+    assert {path.name for path in folder.iterdir()} == {".lock", "checkpoints", "config.yaml", "doctor.txt",
+                                                        "metrics.jsonl"}
+    assert load_config(folder / "config.yaml") == config
+    assert "torch" in (folder / "doctor.txt").read_text()
+    assert saved_steps(config) == [2, 4, 5]
+    rows = metrics(config)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    for row in rows:
+        assert row.keys() == KEYS | ({"valid_loss"} if row["step"] == 3 else set())
+        assert row["consumed_samples"] == 4 * row["step"] and row["tokens"] == 64 * row["step"]
+        assert row["lr"] == learning_rate(row["step"], 5, config.optim)
+        assert (row["mfu"], row["skipped"]) == (None, 0)
+        assert 0 < row["loss"] < 6 and row["grad_norm"] > 0 and row["memory_bytes"] > 50e6
+        assert row["tokens_per_second"] == pytest.approx(64 / row["step_seconds"])
+        assert row["tflops_per_device"] == pytest.approx(
+            row["tokens_per_second"] * flops_per_token(config.model, config.data.seq_len) / 1e12)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    printed = capsys.readouterr()
+    assert printed.err == "" and printed.out.splitlines()[-1].startswith("next: octant generate")
+    assert sum(line.startswith("step") and "│ loss " in line for line in printed.out.splitlines()) == 5
+
+
+def test_its_config_runs_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(tmp_path, "run")
+    octant_train(config)
+    before = trained(config)
+    capsys.readouterr()
+    assert cli.run(["train", str(Path(config.run.dir) / "config.yaml")]) == 0
+    assert "nothing to do: step 5 of 5 is done; raise `steps`" in capsys.readouterr().out
+    assert (trained(config), saved_steps(config)) == (before, [2, 4, 5])
+    again = tmp_path / "again"
+    assert cli.run(["train", str(Path(config.run.dir) / "config.yaml"), f"run.dir={again}"]) == 0
+    assert [json.loads(line)["loss"] for line in (again / "metrics.jsonl").read_text().splitlines()] == \
+        [row[1] for row in before]
+
+
+def test_the_validation_loss_is_that_of_the_held_out_samples(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "run", steps=2, eval={"every": 2, "batches": 3})
+    octant_train(config)
+    model = Transformer(config.model)
+    weights = tensors(config, 2, "model.")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(weights["model." + spec_of(parameter).name])
+        valid, losses = Corpora.open(config).valid, []
+        assert valid is not None
+        for first in (0, 4, 8):
+            for batch in load_step(valid, first, config, single_mesh()).microbatches:
+                assert batch.labels_SB is not None
+                losses.append(F.cross_entropy(model(batch.tokens_SB, batch).flatten(0, 1), batch.labels_SB.flatten()))
+    assert metrics(config)[-1]["valid_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+
+
+def test_a_finished_run_goes_on_when_steps_is_raised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(tmp_path, "run", steps=3)
+    octant_train(config)
+    capsys.readouterr()
+    assert octant_train(config, "steps=6") == 0
+    printed = capsys.readouterr().out
+    assert "changed since the checkpoint: steps: 3 in the checkpoint, 6 now" in printed
+    assert "resumed from" in printed and "(step 3, 12 samples consumed)" in printed
+    rows = metrics(config)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["lr"] for row in rows] == [learning_rate(step, 3 if step <= 3 else 6, config.optim)
+                                           for step in range(1, 7)]
+    assert load_config(Path(config.run.dir) / "config.yaml").steps == 6
+
+
+def test_fewer_lines_are_the_same_lines(tmp_path: Path) -> None:
+    """Logged every third step and at the end; an evaluation between them has a line of its own."""
+    whole = run_config(tmp_path, "whole", steps=8, eval={"every": 4, "batches": 1})
+    sparse = run_config(tmp_path, "sparse", steps=8, eval={"every": 4, "batches": 1}, log={"every": 3})
+    octant_train(whole)
+    octant_train(sparse)
+    every, some = ({row["step"]: row for row in metrics(config)} for config in (whole, sparse))
+    assert list(some) == [3, 4, 6, 8]
+    assert some[4] == {"step": 4, "valid_loss": every[4]["valid_loss"]}
+    for step in (3, 6, 8):
+        assert some[step].keys() == every[step].keys()
+        assert all(some[step][key] == every[step][key] for key in ("loss", "grad_norm", "lr", "tokens"))
+    assert_equal_tensors(tensors(sparse, 8), tensors(whole, 8))
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [7]), (2, [6, 7]), (0, [2, 4, 6, 7])])
+def test_keep(tmp_path: Path, keep: int, left: list[int]) -> None:
+    config = run_config(tmp_path, "run", steps=7, checkpoint={"keep": keep})
+    octant_train(config)
+    assert saved_steps(config) == left
+
+
+def test_saved_at_the_end_only(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "run", steps=3, checkpoint={"every": 0})
+    octant_train(config)
+    assert saved_steps(config) == [3]
+
+
+@pytest.mark.parametrize("as_folder", [False, True], ids=["checkpoint", "run's folder"])
+def test_load_takes_the_weights_and_begins_at_step_0(tmp_path: Path, as_folder: bool,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    first = run_config(tmp_path, "first", steps=2)
+    octant_train(first)
+    path = Path(first.run.dir) if as_folder else Path(first.run.dir) / "checkpoints" / "step-00000002"
+    config = run_config(tmp_path, "second", steps=2, checkpoint={"load": str(path)},
+                        optim={"lr": 1e-12, "min_lr": 0, "weight_decay": 0})
+    assert octant_train(config) == 0
+    assert f"weights from {path}" in capsys.readouterr().out
+    weights, before = (tensors(c, 2, "model.") for c in (config, first))
+    assert all(torch.allclose(weights[key], before[key], atol=1e-9) for key in before)
+    assert [row["step"] for row in metrics(config)] == [1, 2]
+    assert metrics(config)[0]["consumed_samples"] == 4
+    capsys.readouterr()
+    assert octant_train(config, "steps=3") == 0, "the same command goes on with the run, not with `load`"
+    assert "(step 2, 8 samples consumed)" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_weights_cannot_be_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run_config(tmp_path, "first", steps=2)
+    octant_train(first)
+    reader = open_checkpoint(Path(first.run.dir))
+    pieces = [Piece(key, tuple(value.shape), Box.whole(tuple(value.shape)), value)
+              for key, value in tensors(first, 2, "model.").items()]
+    path = save(tmp_path / "weights", 0, pieces, {"config": reader.metadata["config"]}, keep=None)
+    assert octant_train(run_config(tmp_path, "load", checkpoint={"load": str(path)})) == 0
+    capsys.readouterr()
+    assert octant_train(run_config(tmp_path, "resume", checkpoint={"resume": str(path)})) == 2
+    assert capsys.readouterr().err == f"octant train: {path} holds weights only: start a run from it with " \
+                                      "checkpoint.load\n"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
+
+
+def test_beginning_anew_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(tmp_path, "run", steps=4)
+    octant_train(config)
+    folder, first = Path(config.run.dir), contents(Path(config.run.dir))
+    assert octant_train(config, "checkpoint.resume=never", "run.seed=8") == 0
+    assert f"what {folder} held of an earlier run is in {folder / 'earlier-1'} now" in capsys.readouterr().out
+    assert contents(folder / "earlier-1") == first
+    assert [row["step"] for row in metrics(config)] == [1, 2, 3, 4]
+    assert metrics(config)[0]["loss"] != json.loads(first["metrics.jsonl"].splitlines()[0])["loss"]
+    assert load_config(folder / "config.yaml").run.seed == 8
+    second = {name: data for name, data in contents(folder).items() if not name.startswith("earlier-")}
+    assert octant_train(config, "checkpoint.resume=never") == 0
+    assert contents(folder / "earlier-1") == first and contents(folder / "earlier-2") == second
+
+
+def test_beginning_anew_in_an_empty_folder_is_no_matter(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "run", steps=2, checkpoint={"resume": "never"})
+    assert octant_train(config) == 0
+    assert not list(Path(config.run.dir).glob("earlier-*"))
+
+
+def test_going_back_to_an_older_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The abandoned steps stay at hand, and cannot be resumed from by mistake."""
+    config = run_config(tmp_path, "run", steps=6)
+    octant_train(config)
+    folder, before, weights = Path(config.run.dir), trained(config), tensors(config, 6)
+    old = folder / "checkpoints" / "step-00000002"
+    assert octant_train(config, f"checkpoint.resume={old}", "steps=3") == 0
+    assert f"resumed from {old} (step 2, 8 samples consumed)" in capsys.readouterr().out
+    assert saved_steps(config) == [2, 3]
+    assert [row["step"] for row in metrics(config)] == [1, 2, 3]
+    earlier = run_config(tmp_path, "run/earlier-1")
+    assert saved_steps(earlier) == [4, 6] and trained(earlier) == before
+    assert_equal_tensors(tensors(earlier, 6), weights)
+
+
+def test_resuming_the_run_of_another_folder(tmp_path: Path) -> None:
+    first, whole = run_config(tmp_path, "first", steps=6), run_config(tmp_path, "whole", steps=6)
+    octant_train(whole)
+    octant_train(first, "steps=3")
+    before = contents(Path(first.run.dir))
+    config = run_config(tmp_path, "second", steps=2)
+    octant_train(config)
+    own = contents(Path(config.run.dir))
+    assert octant_train(config, f"checkpoint.resume={first.run.dir}", "steps=6") == 0
+    assert contents(Path(first.run.dir)) == before
+    assert contents(Path(config.run.dir) / "earlier-1") == own
+    assert saved_steps(config) == [4, 6]
+    assert [row["step"] for row in metrics(config)] == [4, 5, 6]
+    assert metrics(config)[0]["consumed_samples"] == 16
+
+
+def test_one_run_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(tmp_path, "run", steps=2)
+    folder = Path(config.run.dir)
+    with locked(folder) as exclusive:
+        assert exclusive
+        for overrides in ([], ["parallel.data=2"]):                          # refused by the launcher as well
+            assert octant_train(config, *overrides) == 2
+            holder = f"process {os.getpid()} on "
+            assert capsys.readouterr().err.startswith(f"octant train: run.dir {folder} is in use: {holder}")
+        assert contents(folder) == {}
+    assert octant_train(config) == 0
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for overrides in ([], ["parallel.data=2"]):
+        assert octant_train(run_config(tmp_path, "run"), f"run.dir={tmp_path}/file/run", *overrides) == 2
+        assert capsys.readouterr().err == (f"octant train: run.dir {tmp_path}/file/run cannot be written (Not a "
+                                           "directory): choose another\n")
+
+
+def test_saves_that_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the way that is a warning; at the end it is a failure."""
+    config = run_config(tmp_path, "run", steps=5)
+    folder = Path(config.run.dir)
+    folder.mkdir()
+    (folder / "checkpoints").write_text("in the way")
+    assert octant_train(config) == 1
+    printed = capsys.readouterr()
+    assert [line for line in printed.out.splitlines() if "not saved" in line and line.startswith("warning: step 2 ")]
+    assert printed.err.startswith("octant train: step 5, the last one, was not saved: ")
+    assert "checkpoints" in printed.err and printed.err.count("\n") == 1
+    assert len(metrics(config)) == 5
+    (folder / "checkpoints").unlink()
+    assert octant_train(config) == 0 and saved_steps(config) == [2, 4, 5]
+
+
+def test_a_full_disk_under_the_metrics_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    config, log = run_config(tmp_path, "run", steps=4), JsonlSink.log
+
+    def fail_once(self: JsonlSink, record: dict[str, Any]) -> None:
+        if record["step"] == 2:
+            raise OSError(28, "No space left on device")
+        log(self, record)
+
+    monkeypatch.setattr(JsonlSink, "log", fail_once)
+    assert octant_train(config) == 0
+    assert "warning: metrics of step 2 could not be written: [Errno 28] No space left on device" in \
+        capsys.readouterr().out
+    assert [row["step"] for row in metrics(config)] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(("number", "log_every"), [(signal.SIGTERM, 7), (signal.SIGINT, 1)])
+def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, log_every: int,
+                                  capfd: pytest.CaptureFixture[str]) -> None:
+    """Also between two logged steps; then the same command goes on, to the same end."""
+    whole = run_config(tmp_path, "whole", steps=60, log={"every": log_every}, checkpoint={"every": 0})
+    config = run_config(tmp_path, "run", steps=60, log={"every": log_every}, checkpoint={"every": 0})
+    octant_train(whole)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def ask() -> None:
+        while not (Path(config.run.dir) / "metrics.jsonl").exists() or len(metrics(config)) < 2:
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    assert octant_train(config) == 3
+    asking.join()
+    printed = capfd.readouterr()
+    assert "stopped on request at a saved step; the same command goes on from there" in printed.out
+    assert printed.err == "stopping after this step and saving; Ctrl-C again ends at once\n" * (number == signal.SIGINT)
+    [step] = saved_steps(config)
+    assert 2 <= step < 60
+    assert octant_train(config) == 0
+    assert trained(config) == trained(whole)
+    assert_equal_tensors(tensors(config, 60), tensors(whole, 60))
