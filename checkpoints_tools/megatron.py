@@ -41,6 +41,8 @@ def convert_to_megatron(reader: CheckpointReader, output: Path, dtype: torch.dty
                         check: bool = True, begin: Begin = quiet, file_bytes: int = FILE_BYTES) -> Checked | None:
     """Writes `output/iter_0000500/`, and the file in which Megatron-LM looks for the newest iteration.
 
+    A model at step 0 goes to `output/release/`: Megatron-LM takes no iteration 0.
+
     Args:
         dtype: of the weights written.
         check: read everything back and compare it, before it is put in place.
@@ -58,12 +60,13 @@ def convert_to_megatron(reader: CheckpointReader, output: Path, dtype: torch.dty
     entries = [_entry(part, source.config, dtype) for part in parts.values()]
     num_bytes = sum(entry.num_bytes for entry in entries)
     with committed(output, num_bytes) as root:
-        folder = root / f"iter_{reader.step:07d}"
+        newest = str(reader.step) if reader.step else "release"
+        folder = _folder_of(root, newest)
         with begin("writing", num_bytes) as advance:
             write_torch_dist(folder, entries, lambda entry: _fetch(source, parts[entry.name], entry, advance),
                              _extra_states(source.config), {"checkpoint_version": 3.0, "iteration": reader.step},
                              file_bytes)
-        (root / TRACKER).write_text(str(reader.step), encoding="utf-8")
+        (root / TRACKER).write_text(newest, encoding="utf-8")
         return _compare(source, TorchDistReader(folder), dtype, begin) if check else None
 
 
@@ -146,8 +149,11 @@ def _require_tensors(theirs: TorchDistReader, config: ModelConfig, parts: dict[s
 def _newest(folder: Path) -> Path:
     if (folder / FORMAT_FILE).exists() or not (folder / TRACKER).exists():
         return folder
-    newest = (folder / TRACKER).read_text(encoding="utf-8").strip()
-    return folder / (f"iter_{int(newest):07d}" if newest.isdigit() else newest)
+    return _folder_of(folder, (folder / TRACKER).read_text(encoding="utf-8").strip())
+
+
+def _folder_of(root: Path, newest: str) -> Path:
+    return root / (f"iter_{int(newest):07d}" if newest.isdigit() else "release")
 
 
 def _compare(source: Source, theirs: TorchDistReader, dtype: torch.dtype, begin: Begin) -> Checked:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ from checkpoints_tools.source import Source
 from checkpoints_tools.to_hf import convert_to_hf
 from engine import cli
 from engine.checkpoint.read import CheckpointReader
+from engine.data.tokenizer import load_tokenizer
 from engine.errors import CheckpointError, DataError
 from tests.checkpoints_tools.models import KINDS, LLAMA3, model, write_random
 
@@ -147,6 +149,21 @@ def test_generation_stops_nowhere_by_accident_without_a_tokenizer(tmp_path: Path
     made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert made.config.eos_token_id is None and made.generation_config.eos_token_id is None
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
+
+
+def test_a_sentencepiece_model_becomes_a_tokenizer_with_the_same_ids(tmp_path: Path) -> None:
+    texts = [text * 3 for text in TEXTS] + ["and then the dog went home", "the quick dog sleeps"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 20), model_prefix=str(tmp_path / "tok"), vocab_size=330, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    config = model(vocab_size=336)
+    reader = write_random(tmp_path / "ours", config, str(tmp_path / "tok.model"))
+    convert_to_hf(reader, tmp_path / "hf", check=False)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), load_tokenizer(tmp_path / "tok.model")
+    for text in TEXTS:
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (ours.bos_id, ours.eod_id) == (1, 2)
 
 
 @pytest.mark.parametrize(("tokenizer", "data", "message"), [
