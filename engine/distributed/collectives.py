@@ -157,15 +157,18 @@ class RingShift:
         return self._arriving
 
 
-def start_ring_shift(x: Tensor, axis: Axis) -> RingShift:
-    """Starts sending `x` to the next rank of the axis and receiving the previous one's, of the same shape."""
+def start_ring_shift(x: Tensor, axis: Axis, tag: int = 0) -> RingShift:
+    """Starts sending `x` to the next rank of the axis and receiving the previous one's, of the same shape.
+
+    Shifts that are under way at the same time need different tags.
+    """
     if axis.size == 1:
         return RingShift(x, [])
     x, arriving = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     _check("ring shift", x, axis)
     following, previous = axis.ranks[(axis.index + 1) % axis.size], axis.ranks[axis.index - 1]
-    return RingShift(arriving, dist.batch_isend_irecv([dist.P2POp(dist.isend, x, following, axis.group),
-                                                       dist.P2POp(dist.irecv, arriving, previous, axis.group)]))
+    return RingShift(arriving, dist.batch_isend_irecv([dist.P2POp(dist.isend, x, following, axis.group, tag),
+                                                       dist.P2POp(dist.irecv, arriving, previous, axis.group, tag)]))
 
 
 def my_part(x: Tensor, axis: Axis) -> Tensor:

@@ -9,7 +9,7 @@ next ones are already on their way.  The partial results are merged with their l
     from j > i      the late queries × all keys
 
 which is the same amount of work in every step and on every rank.  Backward goes round once more, and the gradients of
-keys and values travel with them, in fp32, until they are home.
+keys and values follow them one step behind, in fp32, until they are home: they too travel while a block is computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.distributed.collectives import start_ring_shift
+from engine.distributed.collectives import RingShift, start_ring_shift
 from engine.distributed.mesh import Axis
 from engine.kernels.attention_block import block_backward, block_forward
 from engine.parallel.context.zigzag import positions_of
@@ -72,6 +72,7 @@ class _RingAttention(torch.autograd.Function):
         grad, length = grads[0].contiguous(), q.shape[2]
         grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         visiting, grad_kv = kv, torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
+        travelling: RingShift | None = None
         for step in range(axis.size):
             source = (axis.index - step) % axis.size
             arriving = start_ring_shift(visiting, axis) if step + 1 < axis.size else None
@@ -81,11 +82,15 @@ class _RingAttention(torch.autograd.Function):
                                     out[:, :, rows], lse[:, :, rows].contiguous(),
                                     **_masking(mask, part, source, axis, length))
             grad_q[:, :, rows] += pieces[0]
+            if travelling is not None:
+                grad_kv = travelling.wait()
             grad_kv[0, :, :, part.keys] += pieces[1]
             grad_kv[1, :, :, part.keys] += pieces[2]
+            travelling = start_ring_shift(grad_kv, axis, tag=1)      # after the last step this brings them home
             if arriving is not None:
                 visiting = arriving.wait()
-            grad_kv = start_ring_shift(grad_kv, axis).wait()      # after the last step this brings them home
+        if travelling is not None:
+            grad_kv = travelling.wait()
         return grad_q.to(q.dtype), grad_kv.to(kv.dtype), None, None
 
 
