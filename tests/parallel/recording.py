@@ -1,4 +1,5 @@
-"""What one rank does in a step, in order: actions, matrix products, and every collective's start and wait.
+"""What one rank does in a step, in order: actions, matrix products (a block of ring attention counts as one), and
+every collective's start and wait.
 
 The recorder stands between the engine and `torch.distributed`, so what it sees is what is sent, whoever asked for it.
 """
@@ -13,9 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import engine.parallel.context.ring as ring
 import engine.parallel.gradients as gradients
 import engine.parallel.pipeline.executor as executor
 import engine.parallel.pipeline.p2p as p2p
@@ -146,6 +149,8 @@ def recorded(mesh: Mesh) -> Iterator[Recording]:
         replace(layers, "linear", note("product", "forward"))
         replace(layers, "matmul", note("product", "input gradient"))
         replace(gradients, "matmul_into", note("product", "weight gradient"))
+        replace(ring, "block_forward", note("product", "forward"))
+        replace(ring, "block_backward", note("product", "input gradient"))
         replace(executor, "record_function", note("action", ""))
         yield out
 
@@ -162,11 +167,10 @@ def record_step(config: Config, bucket_elements: int) -> Recording:
     """Runs on one rank: a step from its first action to the published weights."""
     model, optimizer, mesh = build(config, bucket_elements)
     batches = microbatches(config, global_batch(config, 1), mesh)
-    one, zero = batches[0].tokens_SB.new_ones((), dtype=model.buckets[0].master.dtype), model.buckets[0].master.new_zeros(())
     with recorded(mesh) as out:
         losses = model.forward_backward(batches, 1e-3)
         sum_over_world(losses, model.buckets, mesh)
-        optimizer.step(1e-3, one, zero)
+        optimizer.step(1e-3, torch.ones(()), torch.zeros(()))
         model.publish()
     out.num_buckets = len(model.buckets)
     out.extra = {"program": [str(action) for action in model.program], "peak": model.executor.peak_in_flight,
