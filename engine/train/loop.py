@@ -195,6 +195,8 @@ class Trainer:
         if self.console is None:
             return
         for report in reports:
+            if report.warning is not None:
+                self.console.warning(f"step {report.step} was saved, but {report.warning}")
             if report.error is None:
                 self.console.checkpoint(report.step, report.path, report.stalled_seconds)
             elif last and report.step == self.state.step:
