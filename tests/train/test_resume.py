@@ -50,6 +50,13 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, layout: str, precision: s
     assert saved_steps(interrupted(True)) == [2, 4, 5]
 
 
+def test_a_request_is_heard_between_logged_steps(tmp_path: Path) -> None:
+    """One step late, so that the host need not wait for the device; by all ranks after the same step."""
+    config = run_config(tmp_path, "run", steps=40, parallel={"data": 2}, log={"every": 30}, checkpoint={"every": 0})
+    train(config, stop_at=3)
+    assert saved_steps(config) == [4]
+
+
 def test_bf16_trains_with_fp32_masters(tmp_path: Path) -> None:
     exact, rounded = (run_config(tmp_path, compute, steps=20, precision={"compute": compute}, checkpoint={"every": 0})
                       for compute in ("fp32", "bf16"))

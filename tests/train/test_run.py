@@ -195,6 +195,24 @@ def test_a_checkpoint_of_weights_cannot_be_resumed(tmp_path: Path, capsys: pytes
                                       "checkpoint.load\n"
 
 
+def test_a_damaged_checkpoint_is_set_aside_and_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(tmp_path, "run")
+    octant_train(config)
+    before, want = trained(config), tensors(config, 5)
+    [file] = (Path(config.run.dir) / "checkpoints" / "step-00000005").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    capsys.readouterr()
+    assert octant_train(config) == 0
+    printed = capsys.readouterr().out
+    assert "checkpoint of step 5 skipped, now step-00000005.corrupt: rank-00000.safetensors: the content has changed " \
+        "since it was written" in printed
+    assert "(step 4, 16 samples consumed)" in printed
+    assert trained(config) == before
+    assert_equal_tensors(tensors(config, 5), want)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
             if path.is_file() and path.name != ".lock"}
