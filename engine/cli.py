@@ -99,17 +99,21 @@ def _prepare(p: Parser) -> None:
                    help="what to do with a record that cannot be read (default: %(default)s)")
     p.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True,
                    help="end every document with the end-of-document id (default: on)")
+    p.add_argument("--shard", metavar="K/N", help="only the K-th of N runs of files, into PREFIX-0000K-of-0000N")
     p.add_argument("--backend", choices=("auto", "reference"), default="auto",
                    help="auto: gigatoken where it is installed and gives the same ids (default: %(default)s)")
 
 
 def _data(p: Parser) -> None:
-    inspect, verify, clean = _actions(
+    inspect, verify, merge, clean = _actions(
         p, ("inspect", "statistics of a prepared corpus, or the samples a run consumes",
             "data inspect run.yaml --samples 0:8 --json"),
         ("verify", "check a prepared corpus against its index and content hashes", "data verify data/web"),
+        ("merge", "several corpora of one tokenizer as one", "data merge data/web-0000*.bin --output data/web"),
         ("clean", "filter documents and lines by rules, mask personal data, remove duplicates and evaluation sets",
          "data clean raw/*.jsonl.gz --output clean/ --decontaminate gsm8k_test.jsonl"))
+    merge.add_argument("target", nargs="+", metavar="PREFIX", help="corpora, in the order they shall have")
+    merge.add_argument("--output", required=True, metavar="PREFIX")
     for action in (inspect, verify):
         action.add_argument("target", nargs="+", metavar="TARGET", help="prefix of a corpus, or a file")
         action.add_argument("--json", action="store_true", help="one JSON object per line")
@@ -187,6 +191,8 @@ def _convert(p: Parser) -> None:
         action.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
     to_hf.add_argument("--tokenizer", metavar="T", help="where the run's tokenizer is now; `none`: write none "
                                                         "(default: where the run found it)")
+    from_hf.add_argument("--tokenizer", metavar="T", help="what runs from it will use; `none`: leave it open "
+                                                          "(default: the folder's own)")
     from_hf.add_argument("--allow-pickle", action="store_true",
                          help="read pytorch_model.bin where there are no safetensors, as tensors only")
     from_megatron.add_argument("--config", required=True, metavar="CONFIG.yaml",

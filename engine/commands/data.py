@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +24,7 @@ from engine.config import load_config
 from engine.data.cleaning.command import run as clean
 from engine.data.indexed import IndexedDataset, bin_path, idx_path
 from engine.data.inspect import histogram_lines, segments, share_lines, statistics
+from engine.data.shards import merge_corpora
 from engine.data.sidecar import Sidecar
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.data.training_data import Sample
@@ -31,11 +33,19 @@ from engine.errors import DataError, RequestError
 from engine.train.corpora import Corpora
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
-CORPUS_SUFFIXES = (".bin", ".idx")
+CORPUS_SUFFIXES = (".bin", ".idx", ".json")
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"inspect": _inspect, "verify": _verify, "clean": clean}[args.action](args)
+    return {"inspect": _inspect, "verify": _verify, "merge": _merge, "clean": clean}[args.action](args)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    prefixes = list(dict.fromkeys(map(_prefix, args.target)))  # a glob names .bin, .idx and .json of each
+    whole = merge_corpora(prefixes, args.output)
+    print(f"{args.output}: {len(prefixes)} corpora, {whole.num_documents:,} documents, {whole.num_tokens:,} tokens")
+    print(f"next: octant data inspect {args.output}")
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -56,8 +66,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _prefix(target: str) -> str:
-    """`data/web`, also when it is given as `data/web.bin`."""
-    return target[:-4] if target.endswith(CORPUS_SUFFIXES) else target
+    """`data/web`, also when it is given as `data/web.bin`, `.idx` or `.json`."""
+    path = Path(target)
+    return str(path.with_suffix("")) if path.suffix in CORPUS_SUFFIXES else target
 
 
 def _print_statistics(prefix: str, as_json: bool) -> None:

@@ -6,6 +6,17 @@ import argparse
 import time
 
 from engine.data.prepare import prepare
+from engine.errors import RequestError
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    """`3/16` -> (3, 16)."""
+    if text is None:
+        return None
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise RequestError(f"--shard {text}: write K/N, such as 0/16")
+    return int(index), int(count)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         on_error=args.on_error,
         append_eod=args.append_eod,
         backend=args.backend,
+        shard=_shard(args.shard),
     )
     seconds = time.monotonic() - start
     print(

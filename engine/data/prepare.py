@@ -28,6 +28,7 @@ from engine.data.ordered_map import ordered_map
 from engine.data.parts import NUM_EXAMPLES, Counts, Documents, Parts, Position
 from engine.data.progress import Progress
 from engine.data.readers import BadRecord, Block, InputFile, expand_inputs, read_blocks, records_of
+from engine.data.shards import shard_of
 from engine.data.sidecar import TokenizerInfo
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.distributed.environment import available_cores
@@ -108,6 +109,7 @@ def prepare(
     on_error: str = "stop",
     append_eod: bool = True,
     backend: str = "auto",
+    shard: tuple[int, int] | None = None,
     part_seconds: float = PART_SECONDS,
     say: Callable[[str], None] = print,
 ) -> Counts:
@@ -115,7 +117,8 @@ def prepare(
 
     `workers`: processes, by default one per core.  `on_error`: `stop` at the first unusable record, or `skip` it and
     count.  `backend`: `auto` uses gigatoken where it is installed and agrees (`fast_backend`), `reference` never does.
-    Raises DataError for the corpus (file and line) and RequestError for the request.
+    `shard=(k, n)`: only the k-th of n runs of files, into `output`-0000k-of-0000n; merged in order (`shards`) they are
+    what one run would have written.  Raises DataError for the corpus (file and line) and RequestError for the request.
     """
     if on_error not in ("stop", "skip"):
         raise RequestError(f"--on-error {on_error}: use stop or skip")
@@ -124,6 +127,8 @@ def prepare(
     if workers is not None and workers < 1:
         raise RequestError(f"--workers {workers}: at least one process is needed")
     inputs = expand_inputs(files)
+    if shard is not None:
+        inputs, output = shard_of(inputs, *shard), f"{output}-{shard[0]:05d}-of-{shard[1]:05d}"
     loaded = load_tokenizer(tokenizer)
     dtype = best_dtype(loaded.vocab_size)
     prefix = Path(output)

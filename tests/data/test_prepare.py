@@ -18,11 +18,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from engine.commands import data as data_command
 from engine.commands import prepare as command
 from engine.data import fast_backend, readers
 from engine.data.indexed import IndexedDataset
 from engine.data.prepare import prepare
 from engine.data.readers import expand_inputs, read_blocks, read_texts
+from engine.data.shards import merge_corpora
 from engine.data.sidecar import Sidecar, describe_file
 from engine.data.tokenizer import load_tokenizer
 from engine.data.tokenizer_training import train_tokenizer
@@ -440,7 +442,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.jsonl").write_bytes(_json_lines(["one", "", "two"]) + b"{\n")
     arguments = argparse.Namespace(
         files=[str(tmp_path / "a.jsonl")], tokenizer="bytes", output=str(tmp_path / "sub" / "out"), workers=None,
-        field="text", on_error="skip", append_eod=True, backend="auto",
+        field="text", on_error="skip", append_eod=True, backend="auto", shard=None,
     )  # fmt: skip
     assert command.run(arguments) == 0
     printed = capsys.readouterr().out
@@ -448,3 +450,38 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 empty documents were left out" in printed
     assert "a.jsonl, line 4: invalid JSON" in printed
     assert printed.splitlines()[-1] == f"next: octant data inspect {tmp_path / 'sub' / 'out'}"
+
+
+def test_shards_merge_into_what_one_run_writes(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [_write(tmp_path / f"{i}.jsonl", chinese_texts(1 + 7 * i % 5, seed=i)) for i in range(9)]
+    for index in range(3):
+        prepare(files, model, tmp_path / "web", workers=1, shard=(index, 3))
+    shards = sorted(tmp_path.glob("web-*"))
+    assert [path.name for path in shards if path.suffix == ".bin"] == [f"web-0000{i}-of-00003.bin" for i in range(3)]
+    arguments = argparse.Namespace(action="merge", target=list(map(str, shards)), output=str(tmp_path / "merged"))
+    assert data_command.run(arguments) == 0
+    assert "3 corpora, 26 documents" in capsys.readouterr().out
+    prepare(files, model, tmp_path / "whole", workers=1)
+    assert _bytes(tmp_path / "merged") == _bytes(tmp_path / "whole")
+
+
+def test_shards_that_cannot_be(tmp_path: Path) -> None:
+    files = [_write(tmp_path / f"{i}.jsonl", ["text"]) for i in range(2)]
+    for shard, message in (((2, 2), "shards are 0/2 to 1/2"), ((-1, 2), "shards are"), ((3, 9), "no file falls to it")):
+        with pytest.raises(RequestError, match=message):
+            prepare(files, "bytes", tmp_path / "out", shard=shard)
+
+
+def test_merging_needs_one_tokenizer(model: str, tmp_path: Path) -> None:
+    file = _write(tmp_path / "a.jsonl", ["text"])
+    prepare([file], "bytes", tmp_path / "a", workers=1)
+    prepare([file], model, tmp_path / "b", workers=1)
+    before = _bytes(tmp_path / "a")
+    with pytest.raises(DataError, match=r"with bytes, .*b with tok\.model: made with different tokenizers"):
+        merge_corpora([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    with pytest.raises(DataError, match="is among the corpora"):
+        merge_corpora([tmp_path / "a", tmp_path / "a"], tmp_path / "a")
+    assert _bytes(tmp_path / "a") == before
+    (tmp_path / "b.json").unlink()
+    with pytest.raises(DataError, match="has no side file"):
+        merge_corpora([tmp_path / "b"], tmp_path / "c")
