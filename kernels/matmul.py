@@ -48,9 +48,11 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """out = a·b, or out += a·b, for matrices; `out` [m, n] may have another dtype than `a` [m, k] and `b` [k, n]."""
-    if out.dtype == a.dtype and not _use_onednn(a, b.T):
+    if _use_onednn(a, b.T):      # it copies a first factor that is not contiguous: let that be the smaller one
+        product = matmul(a, b) if a.shape[0] <= b.shape[1] else matmul(b.T, a.T).T
+    elif out.dtype == a.dtype:
         out.addmm_(a, b, beta=1 if accumulate else 0)
-    elif accumulate:
-        out.add_(matmul(a, b))
+        return
     else:
-        out.copy_(matmul(a, b))
+        product = a @ b
+    out.add_(product) if accumulate else out.copy_(product)
