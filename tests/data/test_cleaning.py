@@ -16,7 +16,7 @@ from engine.commands import data as command
 from engine.data.cleaning.characters import Text, profile, tokens
 from engine.data.cleaning.contamination import evaluation_index
 from engine.data.cleaning.document import clean_document
-from engine.data.cleaning.duplicates import Deduplicator, fingerprint
+from engine.data.cleaning.duplicates import Deduplicator, Fingerprint, fingerprint
 from engine.data.cleaning.masking import chinese_id, luhn
 from engine.data.cleaning.pipeline import clean
 from engine.data.cleaning.rule import (
@@ -50,6 +50,10 @@ def _write(path: Path, texts: list[str]) -> Path:
 def _kept(folder: Path) -> list[dict[str, str]]:
     files = sorted(folder.glob("clean-*.jsonl.gz"))
     return [json.loads(line) for file in files for line in gzip.decompress(file.read_bytes()).splitlines()]
+
+
+def _fingerprint(text: str, rules: Duplicates) -> Fingerprint:
+    return fingerprint(text, tokens(text), rules)
 
 
 def _holds(rule: Rule, text: str) -> bool:
@@ -157,9 +161,10 @@ def test_rules(rule: Rule, goes: list[str], stays: list[str]) -> None:
 
 def test_lines_fall_and_take_the_document_with_them() -> None:
     rules = Rules(lines=LineRules(max_dropped_share=0.5, rules=(Digits(rule="digits"),)))
-    assert clean_document("one\n12\n\ntwo\n34", rules, NO_EVALUATION)[0] == "one\n\ntwo", "exactly half may fall"
-    text, removals = clean_document("one\n12\n34", rules, NO_EVALUATION)
-    assert text is None
+    kept, _ = clean_document("one\n12\n\ntwo\n34", rules, NO_EVALUATION)
+    assert kept is not None and kept.text == "one\n\ntwo", "exactly half may fall"
+    kept, removals = clean_document("one\n12\n34", rules, NO_EVALUATION)
+    assert kept is None
     assert [r.label for r in removals] == ["digits", "digits", "lines_dropped"]
     assert [r.kind for r in removals] == ["line", "line", "document"]
     assert removals[-1].note == "2 of 3 lines fell"
@@ -197,17 +202,17 @@ def test_near_duplicates_follow_the_threshold() -> None:
             edited[place] = f"new{place}"
         rules = Duplicates(near=0.8)
         known = Deduplicator(rules)
-        assert known.seen(fingerprint(" ".join(words), rules), "first") is None
+        assert known.seen(_fingerprint(" ".join(words), rules), "first") is None
         expected = ("near_duplicate", "first") if near else None
-        assert known.seen(fingerprint(" ".join(edited), rules), "second") == expected
+        assert known.seen(_fingerprint(" ".join(edited), rules), "second") == expected
 
 
 def test_short_texts_are_no_near_duplicates_of_each_other() -> None:
     rules = Duplicates()
     known = Deduplicator(rules)
     for text in ("", "a", "b", "c d e", "!!!", "???"):
-        assert known.seen(fingerprint(text, rules), text) is None
-    assert known.seen(fingerprint("A.", rules), "again") == ("exact_duplicate", "a")
+        assert known.seen(_fingerprint(text, rules), text) is None
+    assert known.seen(_fingerprint("A.", rules), "again") == ("exact_duplicate", "a")
 
 
 def test_switching_duplicates_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,17 +238,18 @@ def test_contamination_of_every_kind_of_evaluation_file(tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("a.txt", "b.json", "c.jsonl.gz", "d.parquet")]
     index = evaluation_index(files, Contamination())
     assert (index.num_texts, index.num_too_short) == (7, 1)
-    for question, name in zip([*questions, short], ["a.txt", "b.json", "b.json", "c.jsonl.gz", "d.parquet", "a.txt"],
-                              strict=True):  # fmt: skip
-        found = index.overlap(f"{writer.english()} {question.upper()} {writer.english()}")
+    names = ["a.txt", "b.json", "b.json", "c.jsonl.gz", "d.parquet", "a.txt"]
+    for question, name in zip([*questions, short], names, strict=True):
+        found = index.overlap(tokens(" ".join([writer.english(), question.upper(), writer.english()])))
         assert found is not None and found.endswith(name)
-    assert index.overlap(writer.text()) is None
-    assert index.overlap("") is None
+    assert index.overlap(tokens(writer.text())) is None
+    assert index.overlap([]) is None
     twelve = " ".join(tokens(questions[0])[:12])
-    assert index.overlap(f"{twelve} and then something else") is None
+    assert index.overlap(tokens(f"{twelve} and then something else")) is None
     thirteen = " ".join(tokens(questions[0])[:13])
-    assert index.overlap(f"so {thirteen} it goes") is not None
-    assert evaluation_index([tmp_path / "a.txt"], Contamination(ngram=4, min_words=2)).overlap(twelve) is not None
+    assert index.overlap(tokens(f"so {thirteen} it goes")) is not None
+    four = evaluation_index([tmp_path / "a.txt"], Contamination(ngram=4, min_words=2))
+    assert four.overlap(tokens(twelve)) is not None
 
 
 def test_evaluation_files_that_cannot_be_looked_for(tmp_path: Path) -> None:
@@ -287,6 +293,7 @@ def test_bad_records(tmp_path: Path) -> None:
         ("documents: [{rule: length, min: 3}]", r"documents\.0\.length\.min: Extra inputs"),
         ("documents: [{rule: script, keep: [english]}]", r"unknown script 'english'; known: arabic, cyrillic"),
         ("lines: {rules: [{rule: patterns, patterns: ['(']}]}", r"'\(' is not a regular expression"),
+        ("documents: [{rule: patterns, patterns: ['Foo\\S']}]", r"has capitals, but texts are compared in lower case"),
         ("mask: [{name: x, pattern: '[', replacement: y}]", r"'\[' is not a regular expression"),
         ("lines: {max_dropped_share: 50}", r"max_dropped_share: Input should be less than or equal to 1"),
         ("rules: [", "is not YAML"),

@@ -83,6 +83,17 @@ class Text:
 
     def __init__(self, text: str) -> None:
         self.text = text
+        self._contains: dict[str, bool] = {}
+
+    def contains(self, expression: str) -> bool:
+        """Whether a regular expression is found anywhere."""
+        if expression not in self._contains:
+            self._contains[expression] = re.search(expression, self.text) is not None
+        return self._contains[expression]
+
+    @functools.cached_property
+    def lower(self) -> str:
+        return self.text.lower()
 
     @functools.cached_property
     def profile(self) -> Profile:

@@ -35,11 +35,10 @@ class EvaluationIndex:
     num_texts: int = 0
     num_too_short: int = 0
 
-    def overlap(self, text: str) -> str | None:
-        """The first sequence a document shares with an evaluation file, and which file; None where there is none."""
+    def overlap(self, words: Sequence[str]) -> str | None:
+        """The first sequence a document's words share with an evaluation file, and which; None without one."""
         if not self.hashes:
             return None
-        words = tokens(text)
         hashes = word_hashes(words)
         for length, known, sources in self.hashes:
             found = ngram_hashes(hashes, length)

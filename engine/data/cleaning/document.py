@@ -27,8 +27,16 @@ class Removal:
         return len(self.text.encode()) if self.text_bytes < 0 else self.text_bytes
 
 
-def clean_document(text: str, rules: Rules, evaluation: EvaluationIndex) -> tuple[str | None, list[Removal]]:
-    """The cleaned text, or None where the document goes; and what was removed.
+@dataclass(frozen=True)
+class Kept:
+    """What is left of a document, and its words as they were before masking."""
+
+    text: str
+    words: list[str]
+
+
+def clean_document(text: str, rules: Rules, evaluation: EvaluationIndex) -> tuple[Kept | None, list[Removal]]:
+    """The cleaned document, or None where it goes; and what was removed.
 
     Order: lines, then questions about what is left of the document, then contamination, then masking.
     """
@@ -39,13 +47,14 @@ def clean_document(text: str, rules: Rules, evaluation: EvaluationIndex) -> tupl
     for rule in rules.documents:
         if rule.removes(document):
             return None, [*removals, Removal(rule.label, DOCUMENT, kept)]
-    found = evaluation.overlap(kept)
+    found = evaluation.overlap(document.tokens)
     if found is not None:
         return None, [*removals, Removal(CONTAMINATION, DOCUMENT, kept, found)]
     for mask in rules.mask:
-        kept, masked = mask.apply(kept)
-        removals += (Removal(mask.name, MASK, match) for match in masked)
-    return kept, removals
+        if document.contains(mask.requires):
+            kept, masked = mask.apply(kept)
+            removals += (Removal(mask.name, MASK, match) for match in masked)
+    return Kept(kept, document.tokens), removals
 
 
 def _clean_lines(text: str, rules: Rules) -> tuple[str | None, list[Removal]]:

@@ -12,10 +12,10 @@ process in order: the result is the same for any number of workers.  Memory is a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.data.cleaning.characters import tokens
 from engine.data.cleaning.rules import Duplicates
 from engine.errors import RequestError
 
@@ -32,15 +32,15 @@ class Fingerprint:
     sketch: Any
 
 
-def fingerprint(text: str, rules: Duplicates) -> Fingerprint:
-    """Computed by the workers.  Raises RequestError where rensa is needed and absent."""
-    words = tokens(text) or [text]
+def fingerprint(text: str, words: Sequence[str], rules: Duplicates) -> Fingerprint:
+    """Of a text and its words (`tokens`); computed by the workers.  Raises RequestError where rensa is absent."""
+    words = words or [text]
     whole = " ".join(words)
     sketch = None
     if rules.near is not None:
         sketch = _rensa().RMinHash(num_perm=rules.permutations, seed=SEED)
-        last = max(1, len(words) - rules.shingle + 1)
-        sketch.update([" ".join(words[start : start + rules.shingle]) for start in range(last)])
+        shingles = zip(*(words[start:] for start in range(rules.shingle)), strict=False)
+        sketch.update(list(map(" ".join, shingles)) or [whole])
     return Fingerprint(hashlib.blake2b(whole.encode(), digest_size=16).digest(), sketch)
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import field_validator
 
-from engine.data.cleaning.rule import Strict
+from engine.data.cleaning.rule import Strict, check_pattern
 
 
 def luhn(text: str) -> bool:
@@ -51,15 +51,12 @@ class Mask(Strict):
     pattern: str
     replacement: str
     check: Literal["luhn", "chinese_id", "phone_length", "none"] = "none"
+    requires: str = ""  # found in every text that has something to mask; looked for first, as most texts haven't
 
-    @field_validator("pattern")
+    @field_validator("pattern", "requires")
     @classmethod
-    def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-        return pattern
+    def _usable(cls, pattern: str) -> str:
+        return check_pattern(pattern)
 
     @cached_property
     def _compiled(self) -> re.Pattern[str]:

@@ -79,7 +79,8 @@ class Cleaner:
             kept, removals = clean_document(text, self.rules, self.evaluation)
             report.count(removals, source)
             if kept is not None:
-                candidates.append(Candidate(kept, source, fingerprint(kept, self.rules.duplicates)))
+                sketch = fingerprint(kept.text, kept.words, self.rules.duplicates)
+                candidates.append(Candidate(kept.text, source, sketch))
         return Cleaned(candidates, report, records.bad, task.file, task.block.file_position)
 
 

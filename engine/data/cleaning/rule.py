@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from engine.data.cleaning.characters import HAN, SCRIPTS, Text
+from engine.data.cleaning.characters import SCRIPTS, Text
 from engine.errors import RequestError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -186,38 +186,57 @@ class Keywords(Rule):
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         def bounded(word: str) -> str:
-            left = r"\b" if re.match(rf"[^\W{HAN}]", word) else ""
-            right = r"\b" if re.search(rf"[^\W{HAN}]\Z", word) else ""
-            return left + re.escape(word) + right
+            """The left bound stands behind the first letter, so that the search can leap from one to the next."""
+            left = r"(?<!\w.)" if re.match(r"\w", word, re.ASCII) else ""
+            right = r"(?!\w)" if re.search(r"\w\Z", word, re.ASCII) else ""
+            return re.escape(word[0]) + left + re.escape(word[1:]) + right
 
-        return re.compile("|".join(map(bounded, self.words)), re.IGNORECASE | re.ASCII)
+        return re.compile("|".join(bounded(word.lower()) for word in self.words), re.ASCII)
 
     def removes(self, text: Text) -> bool:
-        return sum(1 for _ in self._pattern.finditer(text.text)) >= self.min_count
+        return sum(1 for _ in self._pattern.finditer(text.lower)) >= self.min_count
 
 
 class Patterns(Rule):
-    """One of the regular expressions is found (Python's `re`, in any case)."""
+    """One of the regular expressions (Python's `re`) is found in the text in lower case.
+
+    Those that begin with `^` are tried at the start only, the others wherever their first letter is.
+    """
 
     rule: Literal["patterns"]
     patterns: tuple[str, ...]
 
     @field_validator("patterns")
     @classmethod
-    def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    def _usable(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+            check_pattern(pattern)
+            letters = re.sub(r"\\.|\(\?P?<\w+>", "", pattern)
+            if letters != letters.lower():
+                raise ValueError(f"{pattern!r} has capitals, but texts are compared in lower case")
         return patterns
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(f"(?:{pattern})" for pattern in self.patterns), re.IGNORECASE)
+    def _compiled(self) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
+        anchored = [pattern for pattern in self.patterns if pattern.startswith("^")]
+        floating = [pattern for pattern in self.patterns if not pattern.startswith("^")]
+        joined = ["|".join(f"(?:{pattern})" for pattern in part) for part in (anchored, floating)]
+        return (re.compile(joined[0]) if anchored else None, re.compile(joined[1]) if floating else None)
 
     def removes(self, text: Text) -> bool:
-        return self._pattern.search(text.text) is not None
+        anchored, floating = self._compiled
+        if anchored is not None and anchored.match(text.lower):
+            return True
+        return floating is not None and floating.search(text.lower) is not None
+
+
+def check_pattern(pattern: str) -> str:
+    """The pattern itself.  Raises ValueError where it is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    return pattern
 
 
 def load_fasttext(path: str) -> Any:
