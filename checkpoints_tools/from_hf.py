@@ -17,7 +17,7 @@ from checkpoints_tools.hf_files import HFWeights
 from checkpoints_tools.names import PREFIX, Part, hf_parts, parameter_shapes
 from checkpoints_tools.output import committed, divide
 from checkpoints_tools.progress import Advance, Begin, quiet
-from checkpoints_tools.source import Source, require_shapes
+from checkpoints_tools.source import NO_TOKENIZER, Source, require_shapes
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.shard import Entry
 from engine.checkpoint.stream import write_checkpoint
@@ -31,11 +31,13 @@ NO_WEIGHT = ".rotary_emb.inv_freq"      # computed from the configuration; old f
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def convert_from_hf(folder: Path, output: Path, *, allow_pickle: bool = False, check: bool = True,
-                    begin: Begin = quiet) -> Checked | None:
+def convert_from_hf(folder: Path, output: Path, *, tokenizer: str | None = None, allow_pickle: bool = False,
+                    check: bool = True, begin: Begin = quiet) -> Checked | None:
     """Writes the model of a Hugging Face folder as a checkpoint at `output`.
 
     Args:
+        tokenizer: what runs from this checkpoint will use; None: the folder's, if it has one; `none`: leave it open.
+            Another tokenizer is refused when the checkpoint is loaded.
         allow_pickle: read `.bin` files where there are no safetensors.
         check: compare both before the checkpoint is put in place.
         begin: told what is going on, and how far it has come.
@@ -55,7 +57,7 @@ def convert_from_hf(folder: Path, output: Path, *, allow_pickle: bool = False, c
                for name, shape in parameter_shapes(config).items()]
     num_bytes = sum(entry.num_bytes for entry in entries)
     files = divide(entries, lambda entry: entry.num_bytes, FILE_BYTES)
-    metadata = _metadata(config, folder)
+    metadata = _metadata(config, folder, tokenizer)
     with committed(output, num_bytes) as place:
         with begin("writing", num_bytes) as advance:
             write_checkpoint(place, 0, metadata, files, lambda entry: _assemble(entry, parts, weights, advance))
@@ -86,11 +88,10 @@ def _require_weights(config: ModelConfig, weights: HFWeights, parts: dict[str, l
     require_shapes(expected, found, weights.folder)
 
 
-def _metadata(config: ModelConfig, folder: Path) -> dict[str, Any]:
+def _metadata(config: ModelConfig, folder: Path, tokenizer: str | None) -> dict[str, Any]:
     """What a run would have saved, as far as a foreign model can know it."""
-    spec, sha256 = None, None
-    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        spec = str(folder.resolve())
-        sha256 = load_tokenizer(spec).sha256
+    if tokenizer is None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        tokenizer = str(folder.resolve())
+    spec = None if tokenizer == NO_TOKENIZER else tokenizer
     return {"config": {"model": config.model_dump(mode="json"), "data": {"tokenizer": spec}},
-            "data": {"tokenizer": sha256}}
+            "data": {"tokenizer": None if spec is None else load_tokenizer(spec).sha256}}

@@ -36,8 +36,8 @@ def _to_hf(args: argparse.Namespace) -> int:
 
 
 def _from_hf(args: argparse.Namespace) -> int:
-    checked = convert_from_hf(Path(args.source), Path(args.output), allow_pickle=args.allow_pickle,
-                              check=not args.skip_check, begin=on_console)
+    checked = convert_from_hf(Path(args.source), Path(args.output), tokenizer=args.tokenizer,
+                              allow_pickle=args.allow_pickle, check=not args.skip_check, begin=on_console)
     _report(f"{args.output}: the model of {args.source} as a checkpoint", checked)
     print(f'next: octant generate {args.output} --prompt "The"   (or train on: checkpoint.load={args.output})')
     return 0

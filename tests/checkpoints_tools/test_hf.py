@@ -123,7 +123,8 @@ def test_bf16_is_our_model_rounded(tmp_path: Path) -> None:
     checked = convert_to_hf(reader, tmp_path / "hf", torch.bfloat16)
     assert checked is not None and checked.largest_difference <= checked.allowed
     assert {t.dtype for t in tensors(tmp_path / "hf").values()} == {torch.bfloat16}
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype="auto")
+    assert made.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("spec", ["bytes", "folder"])
@@ -142,6 +143,16 @@ def test_the_tokenizer_goes_along_and_gives_the_same_ids(spec: str, tmp_path: Pa
     assert made.config.bos_token_id is None
     out = made.generate(torch.tensor([[72]]), max_new_tokens=3, do_sample=False, pad_token_id=256)
     assert out.shape[1] <= 4
+
+
+@pytest.mark.parametrize(("tokenizer", "spec"), [(None, "hf"), ("bytes", "bytes"), ("none", None)])
+def test_a_checkpoint_from_theirs_names_its_tokenizer(tokenizer: str | None, spec: str | None, tmp_path: Path) -> None:
+    convert_to_hf(write_random(tmp_path / "first", model(vocab_size=257), "bytes"), tmp_path / "hf", check=False)
+    convert_from_hf(tmp_path / "hf", tmp_path / "ours", tokenizer=tokenizer, check=False)
+    metadata = CheckpointReader(tmp_path / "ours").metadata
+    place = str(tmp_path / "hf") if spec == "hf" else spec
+    assert metadata["config"]["data"]["tokenizer"] == place
+    assert metadata["data"]["tokenizer"] == (load_tokenizer(place).sha256 if place else None)
 
 
 def test_generation_stops_nowhere_by_accident_without_a_tokenizer(tmp_path: Path) -> None:
@@ -289,7 +300,7 @@ def test_a_wrong_conversion_is_noticed_and_not_put_in_place(tmp_path: Path, monk
     data = bytearray((tmp_path / "hf" / "model.safetensors").read_bytes())
     data[-2] ^= 1
     (tmp_path / "hf" / "model.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"the logits of both models would take .* instead of logits"):
+    with pytest.raises(CheckpointError, match=r"comparing logits would take .* instead of logits"):
         check_hf(source, tmp_path / "hf", torch.float32, available=0)
     monkeypatch.setattr("checkpoints_tools.check.find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"pip install 'octant\[hf\]'"):
@@ -325,7 +336,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     write_random(tmp_path / "run" / "checkpoints" / "step-00000007", model(vocab_size=257), "bytes")
     assert cli.run(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "hf"), "--dtype", "bf16"]) == 0
     out = capsys.readouterr().out
-    assert "checked: logits of 128 random tokens" in out and "next: python -c" in out.splitlines()[-1]
+    assert "of 128 random tokens" in out and "checked: logits" in out and "next: python -c" in out.splitlines()[-1]
     assert cli.run(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "ours"), "--skip-check"]) == 0
     out = capsys.readouterr().out
     assert "not checked" in out and out.splitlines()[-1].startswith("next: octant generate")
