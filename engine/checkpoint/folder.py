@@ -12,7 +12,6 @@ ever read.  `tidy` brings a folder in which a process was killed back to committ
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -134,16 +133,16 @@ def set_aside(path: Path) -> Path:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a new directory, and those above it that are missing, each of which lasts when this returns.
+    """Makes a new directory.  Those above it that are missing are made to last; `path` itself is not, before `publish`.
 
     Raises:
         FileExistsError: `path` is there already.
     """
-    if not path.parent.is_dir():
-        with contextlib.suppress(FileExistsError):      # another process may be quicker, for all but the last
-            make_directory(path.parent)
+    missing = [parent for parent in path.parents if not parent.is_dir()]
+    for parent in reversed(missing):
+        parent.mkdir(exist_ok=True)
+        sync_directory(parent.parent)
     path.mkdir()
-    sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

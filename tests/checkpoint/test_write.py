@@ -284,7 +284,7 @@ def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Path, "rename", record_rename)
     save(tmp_path / "new" / "c", 1, pieces_at(1), {}, keep=1)
     names = [re.sub(r"\.step-00000001\.writing-\w+", "WRITING", event) for event in events if "done" not in event]
-    assert names == [tmp_path.name, "new", "c", "rank-00000.safetensors", "manifest.json", "WRITING",
+    assert names == [tmp_path.name, "new", "rank-00000.safetensors", "manifest.json", "WRITING",
                      "WRITING → step-00000001", "c"]
 
 
