@@ -86,7 +86,7 @@ class Block:
 def expand_inputs(files: Iterable[str | Path]) -> list[InputFile]:
     """Files, folders (searched, sorted), globs and `-` -> the files of the corpus, each once, in the order given.
 
-    In folders, names that begin with `_` or `.` are passed over, as everywhere that has such folders: they are no data.
+    In folders, names that begin with `_` or `.` and the side files of corpora are passed over: they are no text.
 
     Raises RequestError for a name that matches nothing or whose format isn't known.
     """
@@ -110,12 +110,17 @@ def _matching(name: str) -> list[Path]:
         several = [p for p in sorted(path.rglob("*")) if not any(part[0] in "_." for part in p.relative_to(path).parts)]
     else:
         several = [Path(p) for p in sorted(glob.glob(name, recursive=True))]
-    known = [p for p in several if p.is_file() and _format_of(p)[0] in FORMATS]
+    known = [p for p in several if p.is_file() and _format_of(p)[0] in FORMATS and not _is_side_file(p)]
     if known:
         return known
     if path.is_dir() or several:
         raise RequestError(f"{name} holds no {', '.join(FORMATS)} files (each also .gz or .zst)")
     raise RequestError(f"input {name} does not exist")
+
+
+def _is_side_file(path: Path) -> bool:
+    """A corpus prepared into the same folder has a `.json` beside its `.bin` and `.idx`, which is no text."""
+    return path.suffix == ".json" and all(path.with_suffix(suffix).exists() for suffix in (".bin", ".idx"))
 
 
 def _format_of(path: Path) -> tuple[str, str]:

@@ -35,7 +35,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except OSError as error:
             raise DataError(f"cannot read tokenizer {self.path}: {error.strerror}") from error
         self._tokenizer = _backend(data, self.path)
-        self.name = self.path.parent.name if self.path.name == "tokenizer.json" else self.path.name
+        self.name = self.path.resolve().parent.name if self.path.name == "tokenizer.json" else self.path.name
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         added = self._tokenizer.get_added_tokens_decoder().values()

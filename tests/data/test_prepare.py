@@ -224,6 +224,18 @@ def test_inputs_are_files_folders_and_globs(tmp_path: Path) -> None:
         found("sub/*.md")
 
 
+def test_side_files_are_no_input(tmp_path: Path) -> None:
+    """Preparing a folder into itself, and again after a kill, reads neither the corpus's side file nor its parts'."""
+    _write(tmp_path / "a.jsonl", ["one", "two"])
+    for _ in range(2):
+        counts = prepare([tmp_path], "bytes", tmp_path / "a", workers=1)
+        assert counts.documents == 2
+        (tmp_path / "a.parts").mkdir()
+        for suffix in (".json", ".bin", ".idx"):
+            (tmp_path / "a.parts" / f"part-00000{suffix}").write_text("{}")
+        assert [Path(file.path).name for file in expand_inputs([tmp_path / "**" / "*"])] == ["a.jsonl"]
+
+
 def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("ab", "cd"):  # the second time nothing of the first may be taken for it
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(_json_lines([text]))))
