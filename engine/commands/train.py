@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides).with_world_size(launched.world_size)
     try:
         error_path(Path(config.run.dir), launched.rank).unlink(missing_ok=True)
-        return _run_rank(config, launched, stop)
+        code = _run_rank(config, launched, stop)
+        stop.shut_out()
+        return code
     except BaseException as error:
         _leave(config, launched.rank, error)
 

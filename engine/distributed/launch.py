@@ -114,46 +114,54 @@ def launch_local(command: Sequence[str], world_size: int, run_dir: Path, *, grac
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     for rank in range(world_size):
         error_path(run_dir, rank).unlink(missing_ok=True)
-    children: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory(prefix="octant-") as meeting, _signal_handlers(children, graceful) as let_in:
+    requests = _Requests(graceful)
+    with tempfile.TemporaryDirectory(prefix="octant-") as meeting, requests.heard() as let_in:
         try:
             for rank in range(world_size):
-                children.append(_start(command, rank, world_size, Path(meeting) / "store", run_dir, show_stderr))
+                requests.children.append(_start(command, rank, world_size, Path(meeting) / "store", run_dir,
+                                                show_stderr))
             let_in()
-            return _wait(children, run_dir)
+            return _wait(requests, run_dir)
         finally:
-            _end(children)
+            _end(requests.children)
 
 
-@contextlib.contextmanager
-def _signal_handlers(children: Sequence[subprocess.Popen[bytes]], graceful: bool) -> Iterator[Callable[[], object]]:
-    """What requests to stop do to `children`; they are let in once what this yields has been called.
+class _Requests:
+    """What requests to stop do to the children.
 
     A terminal's Ctrl-C reaches the children directly as well; hearing of it twice does no harm.
     """
-    interrupts = 0
 
-    def on_signal(number: int, _: FrameType | None) -> None:
-        nonlocal interrupts
-        interrupts += number == SIGINT
-        if not graceful or interrupts > 1:
-            raise KeyboardInterrupt
+    def __init__(self, graceful: bool) -> None:
+        self.graceful = graceful
+        self.children: list[subprocess.Popen[bytes]] = []
+        self.end_now = False        # for the waiting loop: raising out of a handler could leave `Popen` with its lock
+        self._interrupts = 0
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self._interrupts += number == SIGINT
+        if not self.graceful or self._interrupts > 1:
+            self.end_now = True
+            return
         if number == SIGINT:
             say_stopping()
-        for child in children:
+        for child in self.children:
             child.send_signal(SIGTERM)
 
-    mask = pthread_sigmask(SIG_BLOCK, STOP_SIGNALS if graceful else ())
-    previous = {number: getsignal(number) for number in STOP_SIGNALS}
-    for number, handler in previous.items():
-        if handler is not SIG_IGN:                           # nohup, or a script's background job
-            signal(number, on_signal)
-    try:
-        yield lambda: pthread_sigmask(SIG_SETMASK, mask)
-    finally:
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[Callable[[], object]]:
+        """Handles signals; those for graceful children wait until what this yields has been called."""
+        mask = pthread_sigmask(SIG_BLOCK, STOP_SIGNALS if self.graceful else ())
+        previous = {number: getsignal(number) for number in STOP_SIGNALS}
         for number, handler in previous.items():
-            signal(number, handler)
-        pthread_sigmask(SIG_SETMASK, mask)
+            if handler is not SIG_IGN:                       # nohup, or a script's background job
+                signal(number, self._on_signal)
+        try:
+            yield lambda: pthread_sigmask(SIG_SETMASK, mask)
+        finally:
+            for number, handler in previous.items():
+                signal(number, handler)
+            pthread_sigmask(SIG_SETMASK, mask)
 
 
 def say_stopping() -> None:
@@ -170,8 +178,9 @@ def _start(command: Sequence[str], rank: int, world_size: int, store: Path, run_
                                 env=child_environment(rank, world_size, store))
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]], run_dir: Path) -> int:
-    while True:
+def _wait(requests: _Requests, run_dir: Path) -> int:
+    children = requests.children
+    while not requests.end_now:
         codes = [child.poll() for child in children]
         if any(code not in (None, 0, 3) for code in codes):
             deadline = time.monotonic() + GRACE_SECONDS
@@ -181,6 +190,7 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], run_dir: Path) -> int:
         if all(code is not None for code in codes):
             return 3 if 3 in codes else 0
         time.sleep(POLL_SECONDS)
+    raise KeyboardInterrupt
 
 
 def _first_cause(codes: Sequence[int | None], run_dir: Path) -> RankFailure:

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import IO, Any, Self, TextIO, cast
 
 import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -44,7 +44,7 @@ class Console:
     def __init__(self, total_steps: int, stream: TextIO | None = None, is_terminal: bool | None = None,
                  first_step: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self.total_steps = total_steps
-        self._stream = stream if stream is not None else sys.stdout
+        self._stream = _Voice(stream if stream is not None else sys.stdout)
         self._clock = clock
         self._times: deque[tuple[int, float]] = deque(maxlen=ETA_WINDOW + 1)
         self._skipped = None if first_step else 0           # a count; what it was before a resume isn't known here
@@ -96,11 +96,8 @@ class Console:
     def close(self) -> None:
         """Remove the live bar."""
         if self._bar is not None:
-            bar, self._bar = self._bar, None
-            try:
-                bar.stop()
-            except OSError:
-                self._fall_silent()
+            self._bar.stop()
+            self._bar = None
 
     def __enter__(self) -> Self:
         return self
@@ -112,26 +109,46 @@ class Console:
     def _open_bar(self, first_step: int) -> None:
         self._bar = Progress(TextColumn("[bold]{task.completed}/{task.total}"), BarColumn(bar_width=None),
                              TextColumn("{task.percentage:>3.0f} %"), transient=True, refresh_per_second=4,
-                             console=rich.console.Console(file=self._stream, force_terminal=True))
+                             console=rich.console.Console(file=cast(IO[str], self._stream), force_terminal=True))
         self._task = self._bar.add_task("", total=self.total_steps, completed=first_step)
         self._bar.start()
 
     def _print(self, line: str, style: str = "") -> None:
-        encoding = self._stream.encoding or "utf-8"
+        encoding = self._stream.encoding
         line = line.encode(encoding, "replace").decode(encoding)          # a log in ASCII must not end the run
-        try:
-            if self._bar is not None:
-                self._bar.console.print(Text(line, style=style), soft_wrap=True)
-            else:
-                print(line, file=self._stream, flush=True)
-        except OSError:
-            self._fall_silent()
+        if self._bar is not None:
+            self._bar.console.print(Text(line, style=style), soft_wrap=True)
+        else:
+            print(line, file=self._stream, flush=True)
 
-    def _fall_silent(self) -> None:
-        """Sends the stream's file, with what is still in its buffer, to nowhere."""
-        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), self._stream.fileno())
-        self.close()
+
+class _Voice:
+    """A text stream that falls silent where it cannot be written; the live bar's thread uses it too."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.encoding = stream.encoding or "utf-8"
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def _try(self, action: Callable[[], object]) -> None:
+        """On failure the stream's file, with what is still in its buffer, goes to nowhere from now on."""
+        try:
+            action()
+        except OSError:
+            with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 def step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float | None) -> str:

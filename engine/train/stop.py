@@ -6,7 +6,7 @@ settle in the next step's sum that one of them was asked, and all save and stop 
 
 from __future__ import annotations
 
-from signal import SIG_DFL, SIG_IGN, SIG_UNBLOCK, SIGINT, getsignal, pthread_sigmask, signal
+from signal import SIG_BLOCK, SIG_DFL, SIG_IGN, SIG_UNBLOCK, SIGINT, getsignal, pthread_sigmask, signal
 from types import FrameType
 
 from engine.distributed.launch import STOP_SIGNALS, say_stopping
@@ -31,6 +31,13 @@ class StopRequest:
         if number == SIGINT:
             say_stopping()
             signal(SIGINT, SIG_DFL)
+
+    def shut_out(self) -> None:
+        """For a process whose work is done: a late request must not kill it on its way out, success made failure.
+
+        An interpreter that ends gives signals their deadly default back; blocked ones never arrive.
+        """
+        pthread_sigmask(SIG_BLOCK, STOP_SIGNALS)
 
     def __call__(self) -> bool:
         return self._asked

@@ -50,6 +50,7 @@ def train():
     while not stop():
         time.sleep(0.01)
     (folder / f"saved-{rank}").touch()
+    stop.shut_out()
     sys.exit(3)
 
 def hang():
@@ -189,12 +190,12 @@ def test_no_request_is_lost_while_ranks_are_starting(worker: Path, parent: list[
                                                      delay_ms: int) -> None:
     """They are interpreters that are still importing: a signal would kill them, or be taken for Ctrl-C."""
     process = start_parent(worker, parent, "slow", "train")
-    await_true(lambda: (worker.parent / "logs").exists(), "the launcher", process)
+    await_true(log_path(worker.parent, 0).exists, "the launcher", process)
     time.sleep(delay_ms / 1000)
     os.killpg(process.pid, signal.SIGINT)                                     # as a terminal does: to all of them
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stderr.count("\n")) == (3, 1)
+    assert (process.returncode, stderr.count("\n")) == (3, 1), stderr
     assert len(list(worker.parent.glob("saved-*"))) == 2
     assert "Traceback" not in log_path(worker.parent, 1).read_text()
 
