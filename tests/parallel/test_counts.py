@@ -41,10 +41,17 @@ def test_tensor_with_sequence_parallelism(recompute: str) -> None:
         }
 
 
-def test_tensor_without_sequence_parallelism() -> None:
-    ranks, m = record(tensor=2, sequence=False)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_tensor_without_sequence_parallelism(recompute: str) -> None:
+    ranks, m = record(tensor=2, sequence=False, recompute=recompute)
+    again = 2 * L if recompute == "full" else 0
     for rank in ranks:
-        assert rank.collectives == {"all_reduce tensor": m * ((2 + 2) * L + 2) + 1, "all_gather tensor": m}
+        assert rank.collectives == {"all_reduce tensor": m * ((2 + 2) * L + again + 2) + 1, "all_gather tensor": m}
+
+
+def test_norm_gradients_are_summed_whenever_their_bucket_is_reduced() -> None:
+    (rank, *_), m = record(tensor=2, data=2, zero=2, batch={"global": 8})
+    assert m == 4 and rank.collectives["all_reduce tensor"] == m * rank.extra["partial"] > 0
 
 
 def test_sequence_parallelism_sends_what_plain_tensor_parallelism_does() -> None:
