@@ -18,6 +18,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
@@ -32,18 +33,22 @@ START = "import sys; sys.path[:] = {path!r}; from engine.data.ordered_map import
 def ordered_map(
     setup: Callable[[], Callable[[Item], Result]], items: Iterable[Item], num_workers: int
 ) -> Iterator[Result]:
-    """Yield `setup()(item)` for each item, in order.  `setup`, items and results are pickled; one worker runs in place.
+    """Yield `setup()(item)` for each item, in order.  `setup`, items and results are pickled.
 
-    Raises what the function raised where that is an OctantError, WorkerError (with the worker's traceback) for anything
-    else and for a worker that died.
+    One worker, or one item, is done in this process.
+
+    Raises what the function raised where that is an OctantError, WorkerError (with the worker's traceback) for
+    anything else and for a worker that died.
     """
-    if num_workers <= 1:
+    rest = iter(items)
+    first = list(islice(rest, 2))
+    if num_workers <= 1 or len(first) < 2:
         function = setup()
-        yield from map(function, items)
+        yield from map(function, chain(first, rest))
         return
     pool: _Pool[Item, Result] = _Pool(setup, num_workers)
     try:
-        yield from pool.run(iter(items))
+        yield from pool.run(chain(first, rest))
     finally:
         pool.close()
 

@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,20 @@ import numpy.typing as npt
 
 from engine.data.indexed import IndexedWriter, merge
 from engine.data.sidecar import TokenizerInfo, make_sidecar, sidecar_path
+from engine.errors import DataError
 
 NUM_EXAMPLES = 10  # of unusable records, kept for the report
+
+
+@contextmanager
+def named_write_errors(path: str | Path) -> Iterator[None]:
+    """A full disk or a forbidden folder becomes a DataError that names what was being written."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # that is the terminal's reader, not a file
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}; nothing that was finished is lost") from error
 
 
 @dataclass(frozen=True, order=True)

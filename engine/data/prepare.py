@@ -25,7 +25,7 @@ import numpy.typing as npt
 from engine.data.fast_backend import FastTokenizer, accelerated
 from engine.data.indexed import best_dtype
 from engine.data.ordered_map import ordered_map
-from engine.data.parts import NUM_EXAMPLES, Counts, Documents, Parts, Position
+from engine.data.parts import NUM_EXAMPLES, Counts, Documents, Parts, Position, named_write_errors
 from engine.data.progress import Progress
 from engine.data.readers import BadRecord, Block, InputFile, expand_inputs, read_blocks, records_of
 from engine.data.shards import shard_of
@@ -133,22 +133,25 @@ def prepare(
     dtype = best_dtype(loaded.vocab_size)
     prefix = Path(output)
     key_of = functools.partial(_key, (VERSION, loaded.sha256, text_field, on_error, append_eod), inputs)
-    parts = Parts(Path(f"{prefix}.parts"), key_of, dtype, part_seconds)
-    if parts.finished:
-        say(f"{prefix}: {len(parts.finished)} finished part(s) kept, {parts.total().text_bytes / 1e6:,.0f} MB of text")
     encoder = functools.partial(_encoder, str(tokenizer), backend, text_field, append_eod, dtype.name)
-    tasks = _tasks(inputs, parts.end, text_field, loaded.joins_at_newline)
-    try:
-        with Progress(inputs) as progress:
-            for answer in ordered_map(encoder, tasks, _useful_workers(workers or available_cores(), inputs)):
-                if answer.bad and on_error == "stop":
-                    raise DataError(f"{answer.bad[0]} (--on-error skip leaves such records out)")
-                parts.add(answer.documents)
-                where = answer.task.position.file, answer.task.block.file_position
-                progress.update(*where, answer.documents.counts.text_bytes)
-    finally:
-        parts.finish()  # also after an error: what came before it needn't be done again
-    return _join(parts, prefix, loaded)
+    num_workers = _useful_workers(workers or available_cores(), inputs)
+    with named_write_errors(prefix):
+        parts = Parts(Path(f"{prefix}.parts"), key_of, dtype, part_seconds)
+        if parts.finished:
+            megabytes = parts.total().text_bytes / 1e6
+            say(f"{prefix}: {len(parts.finished)} finished part(s) kept, {megabytes:,.0f} MB of text")
+        tasks = _tasks(inputs, parts.end, text_field, loaded.joins_at_newline)
+        try:
+            with Progress(inputs) as progress:
+                for answer in ordered_map(encoder, tasks, num_workers):
+                    if answer.bad and on_error == "stop":
+                        raise DataError(f"{answer.bad[0]} (--on-error skip leaves such records out)")
+                    parts.add(answer.documents)
+                    where = answer.task.position.file, answer.task.block.file_position
+                    progress.update(*where, answer.documents.counts.text_bytes)
+        finally:
+            parts.finish()  # also after an error: what came before it needn't be done again
+        return _join(parts, prefix, loaded)
 
 
 def _join(parts: Parts, prefix: Path, tokenizer: Tokenizer) -> Counts:

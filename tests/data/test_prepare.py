@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import gzip
 import io
 import json
@@ -319,6 +320,21 @@ def test_the_first_bad_record_is_reported_with_many_workers(tmp_path: Path, monk
     for workers in (1, 3):
         with pytest.raises(DataError, match="line 901: invalid JSON"):
             prepare([tmp_path / "a.jsonl"], "bytes", tmp_path / "out", workers=workers)
+
+
+def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = _write(tmp_path / "a.jsonl", ["text"])
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"cannot write .*file/out: Not a directory"):
+        prepare([file], "bytes", tmp_path / "file" / "out", workers=1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("engine.data.indexed.IndexedWriter.add_documents", full)
+    with pytest.raises(DataError, match=r"cannot write .*out: No space left on device"):
+        prepare([file], "bytes", tmp_path / "out", workers=1)
+    assert not (tmp_path / "out.idx").exists()
 
 
 def test_nothing_to_prepare(tmp_path: Path) -> None:

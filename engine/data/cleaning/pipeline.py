@@ -22,6 +22,7 @@ from engine.data.cleaning.duplicates import Deduplicator, Fingerprint, fingerpri
 from engine.data.cleaning.report import Report
 from engine.data.cleaning.rules import Rules
 from engine.data.ordered_map import ordered_map
+from engine.data.parts import named_write_errors
 from engine.data.progress import Progress
 from engine.data.readers import BadRecord, Block, InputFile, expand_inputs, read_blocks, records_of
 from engine.distributed.environment import available_cores
@@ -112,17 +113,19 @@ def clean(
     inputs = expand_inputs(files)
     evaluation = evaluation_index(evaluation_files, rules.contamination)
     deduplicator = Deduplicator(rules.duplicates)
-    folder = _output_folder(Path(output), inputs)
     report = Report(num_examples)
     setup = functools.partial(_cleaner, Cleaner(rules, evaluation, text_field, num_examples))
-    with Progress(inputs) as progress, _Shards(folder) as shards:
+    with named_write_errors(output), Progress(inputs) as progress:
+        folder = _output_folder(Path(output), inputs)
+        shards = _Shards(folder)
         for cleaned in ordered_map(setup, _tasks(inputs, text_field), workers or available_cores()):
             if cleaned.bad and on_error == "stop":
                 raise DataError(f"{cleaned.bad[0]} (--on-error skip leaves such records out)")
             report.merge(cleaned.report)
             _keep_new(cleaned.candidates, deduplicator, shards, report)
             progress.update(cleaned.file, cleaned.file_position, cleaned.report.bytes_in)
-    report.write(folder)
+        shards.finish()
+        report.write(folder)
     return report
 
 
@@ -168,13 +171,6 @@ class _Shards:
         self._file: gzip.GzipFile | None = None
         self._text_bytes = 0
 
-    def __enter__(self) -> _Shards:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._finish()
-
     def write(self, candidate: Candidate) -> None:
         if self._file is None:
             self._raw = open(self._path(".partial"), "wb")
@@ -183,12 +179,13 @@ class _Shards:
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._text_bytes += len(candidate.text)
         if self._text_bytes >= SHARD_BYTES:
-            self._finish()
+            self.finish()
 
     def _path(self, suffix: str) -> Path:
         return self._folder / f"clean-{self._num_shards:05d}.jsonl.gz{suffix}"
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Close the open shard and give it its name."""
         if self._file is None or self._raw is None:
             return
         self._file.close()
