@@ -113,8 +113,8 @@ def metrics(config: Config) -> list[dict[str, Any]]:
 
 def trained(config: Config) -> list[tuple[Any, ...]]:
     """The part of the metrics that depends on arithmetic only: it must not change by a bit."""
-    return [tuple(row.get(key) for key in ("step", "loss", "grad_norm", "lr", "tokens", "consumed_samples", "skipped",
-                                           "valid_loss")) for row in metrics(config)]
+    keys = ("step", "loss", "grad_norm", "lr", "tokens", "consumed_samples", "skipped", "valid_loss")
+    return [tuple(row[key] for key in keys if key in row) for row in metrics(config)]
 
 
 def saved_steps(config: Config) -> list[int]:

@@ -115,6 +115,17 @@ def test_the_matrix_is_large_enough() -> None:
     assert len(PAIRS) >= 20
 
 
+@pytest.mark.parametrize(("model", "layout"), [target for target in TARGETS if target[1] != "single"])
+def test_rank_0_writes_the_same_numbers_in_every_layout(
+        sources: tuple[Path, dict[tuple[str, str], dict[str, Tensor]]], model: str, layout: str) -> None:
+    """The losses, which the last stage of a pipeline knows, and the evaluation's among them."""
+    folder, _ = sources
+    got, want = (trained(source_config(folder, model, name)) for name in (layout, "single"))
+    assert [len(row) for row in want] == [7, 7, 8]                            # step 3 has an evaluation
+    for row, expected in zip(got, want, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(("model", "target"), TARGETS)
 def test_a_checkpoint_of_any_layout_loads_bit_for_bit(
         sources: tuple[Path, dict[tuple[str, str], dict[str, Tensor]]], model: str, target: str) -> None:

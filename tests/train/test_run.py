@@ -213,6 +213,21 @@ def test_a_damaged_checkpoint_is_set_aside_and_said_so(tmp_path: Path, capsys: p
     assert_equal_tensors(tensors(config, 5), want)
 
 
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(tmp_path, "run", steps=2)
+    octant_train(config)
+    before = contents(Path(config.run.dir))
+    for overrides in (["model.num_layers=2", "model.rope_theta=5000"],
+                      ["model.num_layers=2", f"checkpoint.load={config.run.dir}", f"run.dir={tmp_path}/other"]):
+        capsys.readouterr()
+        assert octant_train(config, *overrides) == 2
+        error = capsys.readouterr().err
+        assert "octant train: the checkpoint is of another model" in error
+        assert "model.num_layers: 4 in the checkpoint, 2 now" in error
+        assert ("model.rope_theta: 10000.0 in the checkpoint, 5000.0 now" in error) == (len(overrides) == 2)
+    assert contents(Path(config.run.dir)) == before
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
             if path.is_file() and path.name != ".lock"}
