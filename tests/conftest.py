@@ -8,15 +8,15 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")               # before torch is imported; threads of many processes fight
 
-# Folders whose tests start processes or train; everything else comes before them, in this order among themselves.
-SLOW = ("model", "data", "generate", "bench", "checkpoints_tools", "parallel", "checkpoint", "train")
+# Folders (and a file) whose tests start processes or train; everything else comes before them, in this order.
+SLOW = ("model", "data", "generate", "bench", "checkpoints_tools", "parallel", "checkpoint", "train", "test_demo.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A mistake should show in the first seconds rather than in the last ones."""
 
     def rank(item: pytest.Item) -> int:
-        folders = item.path.relative_to(item.config.rootpath).parts
-        return max((SLOW.index(folder) + 1 for folder in folders if folder in SLOW), default=0)
+        parts = item.path.relative_to(item.config.rootpath).parts
+        return max((SLOW.index(part) + 1 for part in parts if part in SLOW), default=0)
 
     items.sort(key=rank)

@@ -1,34 +1,29 @@
-"""The README's commands parse and run, and every file it names is there."""
+"""The README's commands parse, its make targets do what it says, and every file it names is there.
+
+That the `octant` commands also run is `tests/test_demo.py`'s: it takes them from here.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from engine.cli import build_parser
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 LINES = [line.removeprefix("$ ") for block in BLOCKS for line in block.splitlines() if line]
 COMMANDS = [shlex.split(line, comments=True) for line in LINES]
 
-# What makes a command small enough for a test, or leaves it to another: words of it -> words to put in their place.
-SMALLER = {
-    "32000": ["340"],
-    "configs/tiny.yaml": [str(ROOT / "configs" / "tiny.yaml"), "data.tokenizer=tok.model", "model.vocab_size=340",
-                          "data.train=[{path: data/web}]", "data.valid=[]", "steps=2", "batch.global=4"],
-}
-
 
 def octant_commands() -> list[list[str]]:
+    """Their arguments, in the README's order."""
     return [command[1:] for command in COMMANDS if command[:1] == ["octant"]]
 
 
@@ -39,7 +34,21 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize("command", octant_commands(), ids=" ".join)
 def test_command_parses(command: list[str]) -> None:
-    build_parser().parse_args([word for word in command if word not in ("…", "...")])
+    build_parser().parse_args(command)
+
+
+@pytest.mark.parametrize(("target", "runs"), [("demo", "octant demo"), ("test", "python -m pytest")])
+def test_make_installs_and_runs(target: str, runs: str, tmp_path: Path) -> None:
+    """Dry, as in a fresh clone: a virtual environment, the installation into it, then the command."""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(["make", "--dry-run", target, f"VENV={tmp_path / 'fresh'}"], cwd=ROOT, capture_output=True,
+                          text=True, env=outside, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1].endswith(f"{tmp_path}/fresh/bin/{runs}")
+    [environment] = [i for i, line in enumerate(lines) if "-m venv" in line]
+    [installation] = [i for i, line in enumerate(lines) if "pip" in line and "--editable" in line]
+    assert environment < installation < len(lines) - 1
 
 
 def test_make_targets_and_scripts_exist() -> None:
@@ -57,17 +66,3 @@ def test_every_file_named_is_there() -> None:
     paths = re.findall(rf"`((?:{folders})/[\w./-]+)`", README)
     missing = [path for path in (*links, *paths) if "://" not in path and not (ROOT / path).exists()]
     assert not missing
-
-
-def test_the_commands_run_one_after_the_other(tmp_path: Path) -> None:
-    words = "the run of a model over all that it reads and all that it has read before"
-    lines = (json.dumps({"text": f"{words} {i} {words[i % 40:]} {i * i}"}) for i in range(400))
-    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
-    for command in octant_commands():
-        if command[0] in ("demo", "bench"):
-            continue
-        smaller = [part for word in command for part in SMALLER.get(word, [word])]
-        done = subprocess.run([sys.executable, "-m", "engine", *smaller], cwd=tmp_path, capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
-        assert done.returncode == 0, f"octant {shlex.join(smaller)}\n{done.stdout}{done.stderr}"
-    assert (tmp_path / "out" / "config.json").is_file()
