@@ -6,6 +6,8 @@ The planted corpus (`tests/data/planted.py`) has twenty cases of each rule per s
 that look like cases.  It was written together with the rules, so its figures say that the rules do what they claim,
 not how they do on the web; for that read `report.md` of a run on your own data.
 
+Boilerplate held out: lines written down after the rules and never used to change them, to see how far the lists reach.
+
 Near duplicates: pairs of texts of 300 words whose true Jaccard similarity of shingles is known, and the share of pairs
 that were called duplicates at a threshold of 0.8.
 
@@ -20,7 +22,7 @@ import random
 import tempfile
 from pathlib import Path
 
-from engine.data.cleaning.characters import tokens
+from engine.data.cleaning.characters import Text, tokens
 from engine.data.cleaning.duplicates import Deduplicator, fingerprint
 from engine.data.cleaning.pipeline import clean
 from engine.data.cleaning.rules import Duplicates, load_rules
@@ -28,6 +30,34 @@ from engine.metrics.benchmark import describe_environment
 from tests.data.planted import Score, Writer, planted_corpus, score, table
 
 WORDS_PER_TEXT, PAIRS = 300, 200
+
+
+HELD_OUT_EN = """Sign in to your account|Log in with Facebook|Your cart is empty|Items per page: 20|Sort by: Price
+Filter results|Quick links|Useful links|Stay connected|Join our mailing list|Enter your email address
+We respect your privacy|Unsubscribe at any time|Report this ad|Listen to this article|Posted in Uncategorized
+About the author|More from this author|Photo credit: Getty Images|Click to enlarge|Jump to recipe|Rate this recipe
+Was this article helpful?|Tell us what you think|Return to main page|Joined: Mar 2008|Posts: 1,204|Quote
+Send private message|Powered by phpBB|You cannot post new topics|Reply with quote|Browse by category
+Change language|English / Español|Close this dialog|Skip ad|Cookie notice|© 2021 The Orchard Ltd.|42 shares
+Subscribe to our channel|Follow us on Instagram for more|Read more about this topic|Terms & Conditions apply
+View all comments (12)|Updated: 12 May 2020|Categories: Travel, Food|Next article: The Bridge|Site by Studio North
+Please enable cookies to continue""".replace("\n", "|").split("|")
+HELD_OUT_ZH = """欢迎关注我的博客|本帖最后由 admin 于 2012-3-4 编辑|楼主|发表于 2012-03-04 10:20|只看该作者|引用
+使用道具|积分 1024|在线时间 35 小时|发帖|快速回复|您需要登录后才可以回帖|站长统计|技术支持：某某科技|推荐给好友|我要投稿
+扫描下方二维码|关注我们|更多>>|[详细]|【打印】【关闭】|(责编：张三、李四)|图片来源：新华社|广告位招租|精彩导读|今日头条
+热词：|版权与免责声明|凡本网注明来源的作品|未经书面授权禁止使用|全国统一热线|QQ群：123456|RSS订阅|网络异常|立即咨询|在线预约
+沪公网安备 31010102000001号|本站内容版权归原作者所有|转载请保留本文链接|来源：人民网|编辑：小李|下一篇：山谷里的花园
+点击图片查看大图|长按二维码关注|已阅读 2033 次|收藏(3)|分享到微信|返回首页>>
+联系地址：北京市海淀区""".replace("\n", "|").split("|")
+
+
+def held_out() -> list[str]:
+    """How many of the held-out lines fall, and which stay."""
+    rules, rows = load_rules().lines.rules, []
+    for name, lines in (("English", HELD_OUT_EN), ("Chinese", HELD_OUT_ZH)):
+        stay = [line for line in lines if not any(rule.removes(Text(line)) for rule in rules)]
+        rows += [f"{name}: {len(lines) - len(stay)} of {len(lines)} fall. These stay: {'; '.join(stay)}.", ""]
+    return rows
 
 
 def planted_scores(seeds: int, folder: Path) -> list[Score]:
@@ -91,6 +121,7 @@ def main() -> None:
         files = args.files or [folder / str(seed) / "corpus.jsonl" for seed in range(args.seeds)]
         lines = ["# Cleaning", "", "Made by `benchmarks/cleaning.py`; its docstring says what is measured.", ""]
         lines += [f"## Planted cases and decoys, {args.seeds} seeds", "", *table(scores), ""]
+        lines += ["## Boilerplate held out", "", *held_out()]
         lines += ["## Near duplicates around the threshold of 0.8", "", *near_duplicate_curve(), ""]
         lines += ["## Speed", "", speed(files, folder), ""]
     facts = describe_environment(["rensa"])

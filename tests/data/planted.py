@@ -61,17 +61,29 @@ LINES = {
     "digits": ["123 456 789", "2024-01-31 12:30", "1,234.50 | 2,345.60 | 17%", "３４５６７８９"],
     "symbols": ["=================", "★☆★☆★☆ >>> <<<", "→→→ + + + = ✓✓✓"],
     "punctuation": ["-----------------", "。。。。。。！！！！", "........... ... (...)", "****** // ******"],
+    "menu_en": [
+        "Home | About Us | Contact", "Share on Facebook", "« Previous", "Toggle navigation", "View cart", "Search for:",
+        "Related posts", "Advertisement", "12 comments", "Privacy Policy / Terms of Use / Sitemap", "Add to Cart",
+        "Login   Register",
+    ],
+    "menu_zh": [
+        "首页 | 登录 | 注册", "返回顶部", "相关阅读", "[打印本页] [关闭窗口]", "猜你喜欢", "上一篇 下一篇", "我要评论",
+        "分享到：微信 微博 QQ空间", "热门文章：", "网站首页 > 新闻中心", "登录 注册 收藏本站",
+    ],
     "boilerplate_en": [
         "This website uses cookies to improve your experience.", "© 2019 The Meadow Company. All rights reserved.",
         "Read our Privacy Policy here", "Click here to subscribe", "Sign up for our newsletter today",
-        "Skip to main content", "Please enable JavaScript to view this page.", "12 comments", "Share this article",
-        "Home | About Us | Contact", "Next post: The Harbour", "Leave a comment", "Log in", "Add to cart", "Read more",
+        "Please enable JavaScript to view this page.", "1,024 followers", "Next post: The Harbour", "Posted by admin",
+        "Your email address will not be published.", "Powered by WordPress", "Page 2 of 17", "Tags: harbour, meadow",
+        "You must be logged in to post a comment.", "Follow us on Twitter", "Log in with your account to comment",
+        "By continuing to use this site you agree to the terms.", "Last updated on May 3, 2014",
     ],
     "boilerplate_zh": [
         "版权所有 未经授权不得转载", "上一篇：春天的花园", "下一篇:没有了", "京ICP备12345678号",
         "责任编辑：王小明", "发布时间：2020年1月1日", "点击查看更多内容", "扫描二维码下载客户端",
-        "关注微信公众号获取更多", "首页 | 登录 | 注册",
-        "当前位置：首页 > 新闻 > 正文", "请先登录后评论", "转载请注明出处", "返回顶部", "浏览次数：1024 次",
+        "关注微信公众号获取更多", "当前位置：首页 > 新闻 > 正文", "请先登录后评论", "转载请注明出处",
+        "浏览次数：1024 次", "本文仅代表作者个人观点，与本网站无关", "如有侵权请联系删除", "共5页 上一页 下一页",
+        "联系电话：请看首页", "赞(12)", "已有 12 人参与", "字号：大 中 小",
     ],
 }  # fmt: skip
 
@@ -94,6 +106,9 @@ DECOY_LINES = [
     "上一次见面的时候，我们谈了很久。", "编辑部的工作需要很多耐心。",
     "我们点击鼠标，打开了那个系统的窗口，开始研究数据。",
     "The home of the painter stands near the harbour; contact with the village was rare.",
+    "Share the bread, he said, and follow us to the river.", "Posted letters took two weeks to arrive.", "And then",
+    "我们的首页设计需要研究，登录的方法也需要说明。", "作者认为这个问题很重要。", "他转载了那篇文章吗？没有人知道。",
+    "Next to the market, the previous owner built a page of stone.", "print()", "返回的时候，天气很好。",
 ]  # fmt: skip
 DECOY_NUMBERS = [
     "4111 1111 1111 1112", "110105194912310021", "978-3-16-148410-0", "2024-01-31", "3.14159265358979", "192.168.10.25",

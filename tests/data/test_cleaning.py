@@ -23,6 +23,8 @@ from engine.data.cleaning.rule import (
     Digits,
     FastText,
     Keywords,
+    Patterns,
+    Phrases,
     RepeatedLines,
     RepeatedNgrams,
     Rule,
@@ -152,6 +154,12 @@ def test_tokens_see_through_reformatting() -> None:
         (RepeatedNgrams(rule="repeated_ngrams", n=2, max_share=0.4), ["a b a b a b"], ["a b c d e f", "a b", ""]),
         (Keywords(rule="keywords", words=("cat", "博彩")), ["A CAT.", "博彩站", "用cat吧"], ["category", "bobcat"]),
         (Keywords(rule="keywords", words=("cat",), min_count=2), ["cat, cat"], ["cat"]),
+        (
+            Phrases(rule="phrases", phrases=("Home", "about us", "首页", "登录")),
+            ["home", "HOME | About Us  Home", "[首页] [登录]", "首页 登录", "» home (3)"],
+            ["go home", "about", "首页的设计", "| 12 |", ""],
+        ),
+        (Patterns(rule="patterns", patterns=("^a", "b$", "cc")), ["Axx", "xB", "xCCx"], ["xa", "bx", "cxc"]),
     ],
 )
 def test_rules(rule: Rule, goes: list[str], stays: list[str]) -> None:

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from engine.data.cleaning.characters import SCRIPTS, Text
 from engine.errors import RequestError
 
+_BETWEEN_PHRASES = re.compile(r"(?:[^\w\s&'’]|[\d_])+|\s\s+")
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -197,6 +199,25 @@ class Keywords(Rule):
         return sum(1 for _ in self._pattern.finditer(text.lower)) >= self.min_count
 
 
+class Phrases(Rule):
+    """Nothing but phrases of a list, in any case, with punctuation, numbers and symbols between them: menus, buttons.
+
+    Phrases stand between such separators or two spaces; where one is not in the list, its words are tried alone.
+    """
+
+    rule: Literal["phrases"]
+    phrases: tuple[str, ...]
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(" ".join(phrase.lower().split()) for phrase in self.phrases)
+
+    def removes(self, text: Text) -> bool:
+        parts = [" ".join(part.split()) for part in _BETWEEN_PHRASES.split(text.lower)]
+        found = [part for part in parts if part]
+        return bool(found) and all(part in self._known or self._known.issuperset(part.split()) for part in found)
+
+
 class Patterns(Rule):
     """One of the regular expressions (Python's `re`) is found in the text in lower case.
 
@@ -253,6 +274,6 @@ def load_fasttext(path: str) -> Any:
 
 AnyRule = Annotated[
     Length | Words | Script | FastText | Punctuation | Symbols | Digits | UpperCase | RepeatedLines | RepeatedNgrams
-    | Keywords | Patterns,
+    | Keywords | Phrases | Patterns,
     Field(discriminator="rule"),
 ]  # fmt: skip
