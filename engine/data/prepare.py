@@ -24,10 +24,11 @@ import numpy.typing as npt
 
 from engine.data.fast_backend import FastTokenizer, accelerated
 from engine.data.indexed import best_dtype
+from engine.data.inputs import InputFile, expand_inputs
 from engine.data.ordered_map import ordered_map
 from engine.data.parts import NUM_EXAMPLES, Counts, Documents, Parts, Position, named_write_errors
 from engine.data.progress import Progress
-from engine.data.readers import BadRecord, Block, InputFile, expand_inputs, read_blocks, records_of
+from engine.data.readers import BadRecord, Block, read_blocks, records_of
 from engine.data.shards import shard_of
 from engine.data.sidecar import TokenizerInfo
 from engine.data.tokenizer import Tokenizer, load_tokenizer

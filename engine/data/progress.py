@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from engine.data.readers import InputFile
+from engine.data.inputs import InputFile
 
 SECONDS_BETWEEN_LINES = 10.0
 

@@ -16,38 +16,22 @@ stop or to go on.
 from __future__ import annotations
 
 import codecs
-import glob
 import json
-import sys
 import tempfile
-import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from engine.data.inputs import InputFile, decompressed, expand_inputs, open_input
 from engine.data.json_values import LONGEST_RECORD_BYTES, json_values
 from engine.errors import DataError, RequestError
 
 Item = TypeVar("Item")
 
-FORMATS = (".txt", ".jsonl", ".json", ".parquet")
-COMPRESSIONS = (".gz", ".zst")
 BLOCK_BYTES = 1 << 20  # text handed to a worker at a time
-READ_BYTES = 1 << 18
 LONGEST_DOCUMENT_BYTES = 1 << 26  # of a .txt file
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file of the corpus and what tells whether it has changed since."""
-
-    path: str  # "-" is standard input
-    format: str
-    compression: str = ""
-    num_bytes: int = 0
-    modified_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,60 +67,6 @@ class Block:
     file_position: int = field(default=0, compare=False)  # bytes of the file read so far, for the progress bar
 
 
-def expand_inputs(files: Iterable[str | Path]) -> list[InputFile]:
-    """Files, folders (searched, sorted), globs and `-` -> the files of the corpus, each once, in the order given.
-
-    In folders, names that begin with `_` or `.` and the side files of corpora are passed over: they are no text.
-
-    Raises RequestError for a name that matches nothing or whose format isn't known.
-    """
-    found: dict[str, InputFile] = {}
-    for name in map(str, files):
-        if name == "-":
-            found.setdefault(name, InputFile(name, ".jsonl", modified_ns=time.time_ns()))  # never the same twice
-            continue
-        for path in _matching(name):
-            found.setdefault(str(path.resolve()), _input_file(path))
-    if not found:
-        raise RequestError("no input files were given")
-    return list(found.values())
-
-
-def _matching(name: str) -> list[Path]:
-    path = Path(name)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        several = [p for p in sorted(path.rglob("*")) if not any(part[0] in "_." for part in p.relative_to(path).parts)]
-    else:
-        several = [Path(p) for p in sorted(glob.glob(name, recursive=True))]
-    known = [p for p in several if p.is_file() and _format_of(p)[0] in FORMATS and not _is_side_file(p)]
-    if known:
-        return known
-    if path.is_dir() or several:
-        raise RequestError(f"{name} holds no {', '.join(FORMATS)} files (each also .gz or .zst)")
-    raise RequestError(f"input {name} does not exist")
-
-
-def _is_side_file(path: Path) -> bool:
-    """A corpus prepared into the same folder has a `.json` beside its `.bin` and `.idx`, which is no text."""
-    return path.suffix == ".json" and all(path.with_suffix(suffix).exists() for suffix in (".bin", ".idx"))
-
-
-def _format_of(path: Path) -> tuple[str, str]:
-    suffixes = path.suffixes or [""]
-    compression = suffixes[-1] if suffixes[-1] in COMPRESSIONS else ""
-    return (suffixes[-2] if compression and len(suffixes) > 1 else suffixes[-1]), compression
-
-
-def _input_file(path: Path) -> InputFile:
-    format, compression = _format_of(path)
-    if format not in FORMATS:
-        raise RequestError(f"{path}: unknown format; inputs end in {', '.join(FORMATS)}, each also with .gz or .zst")
-    stat = path.stat()
-    return InputFile(str(path), format, compression, stat.st_size, stat.st_mtime_ns)
-
-
 def read_blocks(file: InputFile, text_field: str, join_texts: bool = True) -> Iterator[Block]:
     """The blocks of one file.  `join_texts`: long texts may be cut into fragments of one document (see `Block`).
 
@@ -156,11 +86,6 @@ def read_blocks(file: InputFile, text_field: str, join_texts: bool = True) -> It
         yield Block(file.path, abandon=True, bad=(BadRecord(file.path, "", str(error)),), file_position=position)
 
 
-def open_input(file: InputFile) -> BinaryIO:
-    """The file as it lies on disk, or standard input."""
-    return sys.stdin.buffer if file.path == "-" else open(file.path, "rb")
-
-
 def _blocks_of(file: InputFile, raw: BinaryIO, text_field: str, join_texts: bool) -> Iterator[Block]:
     if file.format == ".parquet":
         return _parquet_blocks(file, raw, text_field)
@@ -170,36 +95,6 @@ def _blocks_of(file: InputFile, raw: BinaryIO, text_field: str, join_texts: bool
     if file.format == ".json":
         return _json_blocks(file.path, chunks, text_field)
     return _line_blocks(file.path, chunks)
-
-
-def decompressed(raw: BinaryIO, compression: str) -> Iterator[bytes]:
-    """The content in chunks.  Raises DataError where a compressed file ends early."""
-    if not compression:
-        yield from iter(lambda: raw.read(READ_BYTES), b"")
-        return
-    start = _decompressor(compression)
-    stream: Any = None
-    while data := raw.read(READ_BYTES):
-        while data:
-            stream = stream or start()
-            try:
-                if content := stream.decompress(data):
-                    yield content
-            except Exception as error:  # zlib.error, or ZstdError of an optional package
-                raise DataError(f"the {compression} file is damaged ({error})") from error
-            data, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
-    if stream is not None:
-        raise DataError(f"the {compression} file ends in the middle; it was cut off")
-
-
-def _decompressor(compression: str) -> Callable[[], Any]:
-    if compression == ".gz":
-        return lambda: zlib.decompressobj(wbits=31)
-    try:
-        import zstandard  # optional package
-    except ImportError as error:
-        raise RequestError("reading .zst files needs the package zstandard: pip install 'octant[data]'") from error
-    return lambda: zstandard.ZstdDecompressor().decompressobj()
 
 
 def _cut(chunks: Iterable[bytes], size: int, limit: int, keep_newline: bool) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from engine.data.indexed import merge
-from engine.data.readers import InputFile
+from engine.data.inputs import InputFile
 from engine.data.sidecar import Sidecar, make_sidecar, sidecar_path
 from engine.errors import DataError, RequestError
 

@@ -21,10 +21,11 @@ import pytest
 
 from engine.commands import data as data_command
 from engine.commands import prepare as command
-from engine.data import fast_backend, readers
+from engine.data import fast_backend, inputs, readers
 from engine.data.indexed import IndexedDataset
+from engine.data.inputs import expand_inputs
 from engine.data.prepare import prepare
-from engine.data.readers import expand_inputs, read_blocks, read_texts
+from engine.data.readers import read_blocks, read_texts
 from engine.data.shards import merge_corpora
 from engine.data.sidecar import Sidecar, describe_file
 from engine.data.tokenizer import load_tokenizer
@@ -145,7 +146,7 @@ def test_blocks_depend_on_content_only(tmp_path: Path, monkeypatch: pytest.Monke
         for file in expand_inputs([tmp_path / "a.txt", tmp_path / "b.txt.gz"])
     )
     assert plain == packed
-    monkeypatch.setattr(readers, "READ_BYTES", 97)
+    monkeypatch.setattr(inputs, "READ_BYTES", 97)
     again = [(b.texts, b.continues, b.ends) for b in read_blocks(expand_inputs([tmp_path / "c.txt"])[0], "text")]
     assert again == plain
 
@@ -191,7 +192,7 @@ def test_fields_and_lists_of_strings(tmp_path: Path) -> None:
 
 
 def test_json_that_is_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "READ_BYTES", 7)
+    monkeypatch.setattr(inputs, "READ_BYTES", 7)
     texts = ["a", "b" * 100, "世界 \\ \" \u2028 end", "", "c"]
     (tmp_path / "lines.json").write_bytes(_json_lines(texts))
     (tmp_path / "list.json").write_text(json.dumps([{"text": text, "n": [1.5, None, {"x": True}]} for text in texts]))

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from engine.data.cleaning.characters import tokens
 from engine.data.cleaning.rules import Contamination
+from engine.data.inputs import InputFile, decompressed, expand_inputs, open_input
 from engine.data.json_values import json_values
-from engine.data.readers import InputFile, decompressed, expand_inputs, open_input
 from engine.errors import DataError
 
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so multiplying by it loses nothing

@@ -6,7 +6,7 @@ Near (Broder 1997): the similarity of two texts is the Jaccard similarity of the
 row).  MinHash keeps, for each of 128 random orders, the smallest shingle; the share of orders in which two texts agree
 estimates their similarity.  To find candidates without comparing all pairs the 128 values are cut into bands, and
 texts that agree in any whole band are compared.  Sketches are made by the workers with `rensa`, compared by one
-process in order: the result is the same for any number of workers.  Memory is about 3 KB per document kept.
+process in order: the result is the same for any number of workers.  Memory is about 4 KB per document kept.
 """
 
 from __future__ import annotations

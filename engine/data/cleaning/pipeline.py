@@ -21,10 +21,11 @@ from engine.data.cleaning.document import DOCUMENT, Removal, clean_document
 from engine.data.cleaning.duplicates import Deduplicator, Fingerprint, fingerprint
 from engine.data.cleaning.report import Report
 from engine.data.cleaning.rules import Rules
+from engine.data.inputs import InputFile, expand_inputs
 from engine.data.ordered_map import ordered_map
 from engine.data.parts import named_write_errors
 from engine.data.progress import Progress
-from engine.data.readers import BadRecord, Block, InputFile, expand_inputs, read_blocks, records_of
+from engine.data.readers import BadRecord, Block, read_blocks, records_of
 from engine.distributed.environment import available_cores
 from engine.errors import DataError, RequestError
 
