@@ -2,13 +2,18 @@
 
     OMP_NUM_THREADS=1 python benchmarks/parallel_step.py [--repeats 9] [--markdown F] [--json F] [--trace FOLDER]
 
-One process per stage or replica, one thread each, fp32, eight microbatches of one sequence per pipeline.  All layouts
-live in the same four processes and take turns.
+One process per stage or replica, one thread each, fp32, microbatches of one sequence: eight for the pipeline, two for
+each replica.  All layouts live in the same four processes and take turns.
 
 The prediction: F, B and W of each stage are measured in the four processes at once, without messages, and so are one
 message and what comes after the schedule (gradient norm, AdamW, publishing).  `simulate` is given the costs of the
-slowest stage, and its time from first start to last end is added to the rest.  For ZeRO it is eight times F + B + W
-of the whole model and the rest: what the step would take if the network were free.
+slowest stage, and its time from first start to last end is added to the rest.  For ZeRO it is twice F + B + W of
+the whole model and the rest: what the step would take if the network were free.  Both sides take the fastest of
+their rounds, which on a machine with other work is what comes nearest to the machine without it.
+
+Where the processes do not have a core each, a bubble costs nothing: another stage computes in it.  So the schedules are
+also run with a tiny model whose every F, B and W is followed by a wait, which needs no core: what is measured then is
+the executor and its messages, and whether they keep the simulator's time.
 
 `--trace` writes profiles of rank 0 for https://ui.perfetto.dev, in which collectives are seen under matrix products.
 """
@@ -22,8 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -44,7 +48,8 @@ from engine.parallel.pipeline.action import Action, Kind
 from engine.parallel.pipeline.schedules import build_schedule
 from engine.parallel.pipeline.simulate import Costs, simulate
 
-NUM_PROCESSES, NUM_MICROBATCHES = 4, 8
+NUM_PROCESSES = 4
+PIPELINE_MICROBATCHES, REPLICA_MICROBATCHES = 8, 2
 BUCKET_ELEMENTS = 1_000_000
 MODEL = {"num_layers": 8, "hidden_size": 256, "num_heads": 8, "num_kv_heads": 8, "ffn_hidden_size": 704,
          "vocab_size": 512, "max_seq_len": 256}
@@ -52,14 +57,18 @@ PIPELINES = {name: {"pipeline": NUM_PROCESSES, "schedule": name, "virtual_stages
              for name, chunks in (("1f1b", 1), ("gpipe", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-h2", 1),
                                   ("zb-v", 2))}
 ZERO = {f"zero {level}": {"data": NUM_PROCESSES, "zero": level} for level in range(4)}
-LAYOUTS: dict[str, dict[str, Any]] = PIPELINES | ZERO | {"tensor 2 × data 2": {"tensor": 2, "data": 2}}
+WAITS = {f"{name}, waits": parallel for name, parallel in PIPELINES.items()}
+LAYOUTS: dict[str, dict[str, Any]] = PIPELINES | ZERO | WAITS | {"tensor 2 × data 2": {"tensor": 2, "data": 2}}
+TINY = {"num_layers": 8, "hidden_size": 32, "num_heads": 4, "ffn_hidden_size": 64, "vocab_size": 64, "max_seq_len": 256}
+WAITED = Costs(forward=0.06, backward=0.06, weight=0.06)      # seconds
 
 
-def make_config(parallel: dict[str, Any]) -> Config:
+def make_config(parallel: dict[str, Any], model: dict[str, int]) -> Config:
     data = parallel.get("data", 1)
+    microbatches = PIPELINE_MICROBATCHES if data == 1 else REPLICA_MICROBATCHES
     config = Config.model_validate({
-        "model": MODEL, "steps": 1000, "parallel": {"data": 1} | parallel, "precision": {"compute": "fp32"},
-        "batch": {"micro": 1, "global": NUM_MICROBATCHES * data}, "data": {"seq_len": 256}})
+        "model": model, "steps": 1000, "parallel": {"data": 1} | parallel, "precision": {"compute": "fp32"},
+        "batch": {"micro": 1, "global": microbatches * data}, "data": {"seq_len": 256}})
     return config.with_world_size(config.parallel.world_size)
 
 
@@ -78,19 +87,34 @@ class Layout:
         self.model.initialise(0)
         self.optimizer = AdamW(self.model.buckets, self.config.optim)
         generator = torch.Generator().manual_seed(self.mesh.data.index)
-        ids = torch.randint(self.config.model.vocab_size, (NUM_MICROBATCHES, 257, 1), generator=generator)
+        ids = torch.randint(self.config.model.vocab_size, (self.config.num_microbatches, 257, 1), generator=generator)
         self.batches = [Batch(row[:-1], torch.arange(256).unsqueeze(1), row[1:]) for row in ids]
 
-    def step(self) -> None:
-        """What `engine.train.loop` does, without reading data."""
+    def step(self) -> tuple[float, float]:
+        """What `engine.train.loop` does, without reading data: seconds of all, and of what comes after the schedule."""
+        dist.barrier()
+        start = perf_counter()
         losses = self.model.forward_backward(self.batches, 1e-3)
-        self.update(losses)
-
-    def update(self, losses: Tensor | None) -> None:
-        """What comes after the schedule."""
+        dist.barrier()
+        middle = perf_counter()
         sums = sum_over_world(losses, self.model.buckets, self.mesh)
         self.optimizer.step(1e-4, clip_divisor(sums.grad_norm, 1.0), torch.zeros(()))
         self.model.publish()
+        dist.barrier()
+        return perf_counter() - start, perf_counter() - middle
+
+
+def add_waits(layout: Layout) -> None:
+    """Lets every F, B and W of this layout take `WAITED` longer, divided by the chunks of a stage."""
+    engine, chunks = layout.model.executor, layout.model.schedule.num_chunks
+    do = dict(engine._do)
+
+    def waiting(action: Action) -> None:
+        do[action.kind](action)
+        if action.kind.is_compute:
+            sleep(WAITED.of(action.kind) / chunks)
+
+    engine._do = dict.fromkeys(do, waiting)
 
 
 class Silence:
@@ -111,7 +135,7 @@ class Silence:
 
 
 def measure_costs(layout: Layout) -> dict[str, float]:
-    """Seconds of F, B and W of this rank's only chunk: medians over the microbatches, all ranks computing at once."""
+    """Seconds of F, B and W of this rank's only chunk, the fastest of the microbatches, all ranks computing at once."""
     model, engine = layout.model, layout.model.executor
     (chunk,) = model.chunks
     messenger, do = engine.messenger, engine._do
@@ -128,13 +152,13 @@ def measure_costs(layout: Layout) -> dict[str, float]:
     last = chunk + 1 == len(model.schedule.placement)
     parts = [[Kind.RECV_F] * (chunk > 0), [Kind.F], [Kind.SEND_F] * (not last), [Kind.RECV_B] * (not last), [Kind.B],
              [Kind.SEND_B] * (chunk > 0), [Kind.W]]
-    program = [Action(kind, m, chunk) for m in range(NUM_MICROBATCHES) for part in parts for kind in part]
+    program = [Action(kind, m, chunk) for m in range(len(layout.batches)) for part in parts for kind in part]
     for bucket in model.buckets:
-        bucket.begin_step(NUM_MICROBATCHES)
+        bucket.begin_step(len(layout.batches))
     dist.barrier()
     engine.run(program, layout.batches, 1e-3)
     engine.messenger, engine._do = messenger, do
-    return {kind.value: median(values) for kind, values in seconds.items()}
+    return {kind.value: min(values) for kind, values in seconds.items()}
 
 
 def measure_message(mesh: Mesh, shape: tuple[int, ...]) -> float:
@@ -150,15 +174,7 @@ def measure_message(mesh: Mesh, shape: tuple[int, ...]) -> float:
             dist.recv(x, 0)
             dist.send(x, 0)
         seconds.append((perf_counter() - start) / 2)
-    return median(seconds) if mesh.rank < 2 else 0.0
-
-
-def timed_call(call: Callable[[], Any]) -> float:
-    dist.barrier()
-    start = perf_counter()
-    call()
-    dist.barrier()
-    return perf_counter() - start
+    return min(seconds) if mesh.rank < 2 else 0.0
 
 
 def serve(rank: int, store: str, orders: Connection) -> None:
@@ -168,16 +184,15 @@ def serve(rank: int, store: str, orders: Connection) -> None:
     groups: Groups = {}
     layouts = {}
     for name, parallel in LAYOUTS.items():
-        config = make_config(parallel)
+        config = make_config(parallel, TINY if name in WAITS else MODEL)
         layouts[name] = Layout(config, build_mesh(Topology.of(config.parallel), "cpu", groups=groups))
+        if name in WAITS:
+            add_waits(layouts[name])
     while (order := orders.recv()) is not None:
         what, name = order
         layout = layouts[name]
         if what == "step":
-            orders.send(timed_call(layout.step))
-        elif what == "update":
-            losses = layout.model.forward_backward(layout.batches, 1e-3)
-            orders.send(timed_call(lambda layout=layout, losses=losses: layout.update(losses)))
+            orders.send(layout.step())
         elif what == "costs":
             orders.send(measure_costs(layout))
         elif what == "message":
@@ -218,35 +233,32 @@ def processes() -> Iterator[Ask]:
 
 
 def slowest_stage(ask: Ask, name: str, repeats: int) -> Costs:
-    """Costs of the stage with the most work, medians over `repeats` measurements."""
+    """Costs of the stage with the most work, the fastest of `repeats` measurements."""
     rounds = [ask("costs", name) for _ in range(repeats)]
-    stages = [{kind: median(costs[rank][kind] for costs in rounds) for kind in "FBW"} for rank in range(NUM_PROCESSES)]
+    stages = [{kind: min(costs[rank][kind] for costs in rounds) for kind in "FBW"} for rank in range(NUM_PROCESSES)]
     worst = max(stages, key=lambda costs: sum(costs.values()))
     return Costs(worst["F"], worst["B"], worst["W"], max(ask("message", name)))
 
 
-def predictions(ask: Ask, repeats: int) -> tuple[dict[str, float], str]:
-    """Predicted seconds of a step by layout, and the measured costs in words."""
-    stage, whole = slowest_stage(ask, "zb-h1", repeats), slowest_stage(ask, "zero 0", repeats)
-    out = {}
-    for name, parallel in (PIPELINES | ZERO).items():
-        rest = median(max(ask("update", name)) for _ in range(repeats))
-        if name in PIPELINES:
-            schedule = build_schedule(name, NUM_PROCESSES, NUM_MICROBATCHES, parallel["virtual_stages"])
-            out[name] = simulate(schedule, stage).elapsed + rest
-        else:
-            out[name] = NUM_MICROBATCHES * whole.work + rest
+def predictions(stage: Costs, whole: Costs, rest: dict[str, float]) -> dict[str, float]:
+    """Predicted seconds of a step by layout; `rest`: what comes after the schedule."""
+    out = {name: REPLICA_MICROBATCHES * whole.work + rest[name] for name in ZERO}
+    for name, parallel in (PIPELINES | WAITS).items():
+        schedule = build_schedule(parallel["schedule"], NUM_PROCESSES, PIPELINE_MICROBATCHES,
+                                  parallel["virtual_stages"])
+        out[name] = simulate(schedule, WAITED if name in WAITS else stage).elapsed + rest[name]
+    return out
 
-    def words(costs: Costs) -> str:
-        return (f"F {costs.forward * 1e3:.2f}, B {costs.backward * 1e3:.2f}, W {costs.weight * 1e3:.2f}, "
-                f"message {costs.communication * 1e3:.2f} ms")
 
-    return out, f"Measured costs — slowest of four stages: {words(stage)}; whole model: {words(whole)}."
+def words(costs: Costs) -> str:
+    """Costs in milliseconds."""
+    return (f"F {costs.forward * 1e3:.2f}, B {costs.backward * 1e3:.2f}, W {costs.weight * 1e3:.2f}, "
+            f"message {costs.communication * 1e3:.2f} ms")
 
 
 def table(result: Comparison, predicted: dict[str, float]) -> str:
     """Measured beside predicted."""
-    base, seconds = result.measurements[0], {m.name: m.median_seconds for m in result.measurements}
+    base, seconds = result.measurements[0], {m.name: min(m.seconds) for m in result.measurements}
     lines = ["| case | predicted s | measured s | measured / predicted | predicted / " + base.name
              + " | measured / " + base.name + " |", "|---|---:|---:|---:|---:|---:|"]
     lines += [f"| {name} | {predicted[name]:.4f} | {taken:.4f} | {taken / predicted[name]:.2f} | "
@@ -255,11 +267,16 @@ def table(result: Comparison, predicted: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def compare(ask: Ask, names: Sequence[str], repeats: int, title: str) -> Comparison:
-    """Steps of these layouts, in turns."""
-    work = NUM_MICROBATCHES * 256 * (NUM_PROCESSES if names[0] in ZERO else 1)
-    return alternating(*(Case(name, lambda name=name: max(ask("step", name)), work) for name in names),
-                       repeats=repeats, unit="tokens", title=title)
+def compare(ask: Ask, names: Sequence[str], repeats: int, title: str, rest: dict[str, float]) -> Comparison:
+    """Steps of these layouts, in turns; the fastest time of what comes after the schedule goes to `rest`."""
+    def step(name: str) -> float:
+        answers = ask("step", name)
+        rest[name] = min(rest.get(name, 1e9), max(after for _, after in answers))
+        return max(seconds for seconds, _ in answers)
+
+    work = 256 * make_config(LAYOUTS[names[0]], MODEL).batch.global_
+    return alternating(*(Case(name, lambda name=name: step(name), work) for name in names), repeats=repeats,
+                       unit="tokens", title=title)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -276,11 +293,13 @@ def main(arguments: list[str] | None = None) -> None:
                 ask(str(args.trace / f"{name.replace(' ', '-')}.json"), name)
             print(f"profiles are in {args.trace}; open them with https://ui.perfetto.dev")
             return
-        before, costs = predictions(ask, 5)
-        results = [compare(ask, list(PIPELINES), args.repeats, "Schedules, four stages, eight microbatches"),
-                   compare(ask, list(ZERO), args.repeats, "ZeRO levels, four replicas, eight microbatches each")]
-        after, _ = predictions(ask, 5)
-    predicted = {name: (before[name] + after[name]) / 2 for name in before}
+        rest: dict[str, float] = {}
+        results = [compare(ask, list(PIPELINES), args.repeats, "Schedules, four stages, eight microbatches", rest),
+                   compare(ask, list(ZERO), args.repeats, "ZeRO levels, four replicas, two microbatches each", rest),
+                   compare(ask, list(WAITS), args.repeats, "Schedules, each of F, B and W a wait of 60 ms", rest)]
+        stage, whole = slowest_stage(ask, "zb-h1", args.repeats), slowest_stage(ask, "zero 0", args.repeats)
+    predicted = predictions(stage, whole, rest)
+    costs = f"Measured costs: slowest of four stages {words(stage)}; whole model {words(whole)}."
     publish(results, args)
     text = "\n\n".join([costs, *(f"### {result.title}\n\n{table(result, predicted)}" for result in results)])
     print(text)
