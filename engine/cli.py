@@ -214,6 +214,17 @@ def _checkpoint(p: Parser) -> None:
     reshard.add_argument("--files", type=int, default=1, help="(default: %(default)s)")
 
 
+def _plan(p: Parser) -> None:
+    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as parallel.zero=3")
+    p.add_argument("--gpus", type=int, metavar="N", help="processes of the job (default: as parallel.data says, or one "
+                                                         "copy of the model where it is auto)")
+    p.add_argument("--explain-rank", type=int, metavar="R",
+                   help="what rank R holds, which ranks it works with and what it does in a step")
+    p.add_argument("--schedule-svg", metavar="FILE", help="draw the pipeline schedule, at costs that follow from the "
+                                                          "model")
+
+
 def _schedule(p: Parser) -> None:
     p.add_argument("name", metavar="NAME", choices=("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"),
                    help="gpipe, 1f1b, interleaved, zb-h1, zb-h2 or zb-v")
@@ -255,6 +266,8 @@ VERBS = (
          _eval),
     Verb("convert", "checkpoints to and from Hugging Face and megatron-core", "convert to-hf runs/x out/", _convert),
     Verb("checkpoint", "list, inspect, verify or reshard checkpoints", "checkpoint list runs/x", _checkpoint),
+    Verb("plan", "a job of any size on paper: what a rank holds and does, and the schedule as a picture",
+         "plan configs/llama-65b.yaml --explain-rank 777", _plan),
     Verb("schedule", "a pipeline schedule as a grid, with its bubble and peak activations",
          "schedule 1f1b --stages 4 --microbatches 8", _schedule),
     Verb("bench", "measured tables", "bench matmul", _bench),

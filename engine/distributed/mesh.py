@@ -81,6 +81,15 @@ def single_mesh(device: torch.device | str = "cpu") -> Mesh:
     return Mesh(Topology(), 0, torch.device(device), **axes)
 
 
+def meta_mesh(topology: Topology, rank: int) -> Mesh:
+    """The mesh of one rank of a job that is not running: no groups, and the device of tensors without memory.
+
+    What is built on it has the shapes, boxes and program of that rank, and cannot compute or communicate.
+    """
+    axes = {name: Axis(name, ranks, ranks.index(rank), None) for name, ranks in topology.axes_of(rank).items()}
+    return Mesh(topology, rank, torch.device("meta"), **axes)
+
+
 Groups = dict[tuple[int, ...], dist.ProcessGroup]
 
 
@@ -117,15 +126,5 @@ def build_mesh(topology: Topology, device: torch.device | str, timeout_seconds: 
             known[ranks] = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
         return Axis(name, ranks, ranks.index(rank), known.get(ranks), checked)
 
-    def line(name: str, *axes: str) -> Axis:
-        return axis(name, topology.group_of(rank, *axes))
-
-    tensor, context, pipeline, data = (line(a, a) for a in ("tensor", "context", "pipeline", "data"))
-    gradient = line("gradient", "data", "context")
-    size = topology.shard or gradient.size
-    first = gradient.index - gradient.index % size
-    shard = axis("shard", gradient.ranks[first : first + size])
-    replicate = axis("replicate", gradient.ranks[gradient.index % size :: size])
-    world = axis("world", tuple(range(world_size)))
-    return Mesh(topology, rank, torch.device(device), tensor, context, pipeline, data, gradient,
-                shard, replicate, world)
+    return Mesh(topology, rank, torch.device(device),
+                **{name: axis(name, ranks) for name, ranks in topology.axes_of(rank).items()})

@@ -61,17 +61,18 @@ class Topology:
         """The rank at these coordinates (an axis left out counts as 0)."""
         return int(np.ravel_multi_index(tuple(coordinates.get(axis, 0) for axis in AXES), self.shape))
 
-    def groups(self, *axes: str) -> list[tuple[int, ...]]:
-        """Every group of ranks that differ only along `axes`, each in rank order."""
-        ranks = np.arange(self.world_size).reshape(self.shape)
-        inner = [AXES.index(axis) for axis in AXES if axis in axes]
-        outer = [i for i in range(len(AXES)) if i not in inner]
-        lines = ranks.transpose(outer + inner).reshape(-1, prod(self.shape[i] for i in inner))
-        return [tuple(int(r) for r in line) for line in lines]
-
     def group_of(self, rank: int, *axes: str) -> tuple[int, ...]:
         """The group along `axes` that contains `rank`."""
         mine = self.coordinates(rank)
         ranks = np.arange(self.world_size).reshape(self.shape)
         index = tuple(slice(None) if axis in axes else mine[axis] for axis in AXES)
         return tuple(int(r) for r in np.asarray(ranks[index]).reshape(-1))
+
+    def axes_of(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """The ranks that `rank` works with in each direction, itself included; see `mesh` for the names."""
+        axes = {axis: self.group_of(rank, axis) for axis in ("tensor", "context", "pipeline", "data")}
+        gradient = self.group_of(rank, "data", "context")
+        index, size = gradient.index(rank), self.shard or len(gradient)
+        first = index - index % size
+        return axes | {"gradient": gradient, "shard": gradient[first : first + size],
+                       "replicate": gradient[index % size :: size], "world": tuple(range(self.world_size))}

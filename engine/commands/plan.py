@@ -1,0 +1,59 @@
+"""`octant plan CONFIG.yaml`: a job on paper, before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from pathlib import Path
+
+from engine.config import Config, load_config
+from engine.errors import RequestError
+from engine.parallel.pipeline.picture import schedule_svg, title
+from engine.plan.timeline import timeline
+
+
+def run(args: argparse.Namespace) -> int:
+    """Explain a rank, draw the schedule, or both.
+
+    Raises:
+        RequestError: neither was asked for, there is no such rank, or the picture cannot be written.
+        ConfigError: the configuration is wrong, or impossible on so many processes.
+    """
+    if args.explain_rank is None and args.schedule_svg is None:
+        raise RequestError("say what to plan: --explain-rank R, --schedule-svg FILE")
+    config = resolved(load_config(args.config, args.overrides), args.gpus)
+    if args.schedule_svg is not None:
+        _draw(config, Path(args.schedule_svg))
+    if args.explain_rank is not None:
+        explanation = import_module("engine.plan.explain").explain(config, args.explain_rank)      # torch from here on
+        print(import_module("engine.plan.words").in_words(explanation) + "\n")
+    print(f"next: {_next(args, config)}")
+    return 0
+
+
+def resolved(config: Config, num_gpus: int | None) -> Config:
+    """On so many GPUs; by default on as many as the configuration names, or one copy of the model takes."""
+    parallel = config.parallel
+    if num_gpus is None:
+        num_gpus = parallel.model_parallel_size * (parallel.data if isinstance(parallel.data, int) else 1)
+    return config.with_world_size(num_gpus)
+
+
+def _draw(config: Config, path: Path) -> None:
+    drawn = timeline(config)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(schedule_svg(drawn), encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"cannot write the picture to {path}: {error.strerror}") from None
+    print(f"{title(drawn)}, where 1 is the forward pass of the stage with the most work; drawn in {path}")
+
+
+def _next(args: argparse.Namespace, config: Config) -> str:
+    """What has not been looked at yet: the picture, the last rank; then training."""
+    last = config.parallel.world_size - 1
+    if args.schedule_svg is None and config.parallel.pipeline > 1:
+        return f"octant plan {args.config} --schedule-svg schedule.svg"
+    if args.explain_rank != last:
+        return f"octant plan {args.config} --explain-rank {last}"
+    return f"octant train {args.config}"

@@ -1,0 +1,133 @@
+"""What one rank of a job holds, whom it talks to and what it does, without running the job.
+
+There is no second description of a layout that could be wrong: this is `parallelize` itself, on the meta device, where
+tensors have shapes and no memory, with a mesh that has ranks and no groups.  So it takes milliseconds for any rank of
+any job, and what is read off here is what the rank will build: its buckets, their shards, their boxes, its program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.config import Config
+from engine.distributed.boxes import Box
+from engine.distributed.mesh import Mesh, meta_mesh
+from engine.distributed.topology import Topology
+from engine.errors import RequestError
+from engine.model.spec import spec_of
+from engine.optim.adamw import AdamW
+from engine.parallel.data.buckets import Bucket
+from engine.parallel.parallelize import ParallelModel, parallelize
+from engine.parallel.pipeline.program import Program
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank holds of one parameter.
+
+    Attributes:
+        name: global name.
+        shape: global shape.
+        slice: what the rank computes with.
+        state: what it updates: the boxes of its share of the fp32 masters and moments.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    slice: Box
+    state: tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Memory that is taken all the time, padding included; what comes and goes within a step is not in it.
+
+    Attributes:
+        parameters: in the compute dtype.
+        gradients: fp32.
+        optimizer: both moments, and the fp32 masters unless they are the parameters themselves.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A rank of the job of `config`.
+
+    Attributes:
+        coordinates: its index along every axis.
+        axes: the ranks it works with, by the names of `engine.distributed.mesh`.
+        layers: by chunk, the layers it runs.
+        placement: chunk → pipeline stage, of the whole pipeline.
+        parts: its parameters, in model order.
+        elements: parameters that it computes with, a tied one once.
+        num_buckets: flat vectors they lie in; each is reduced and gathered as one.
+        program: its actions of one step, in order.
+    """
+
+    config: Config
+    rank: int
+    coordinates: dict[str, int]
+    axes: dict[str, tuple[int, ...]]
+    layers: dict[int, tuple[int, ...]]
+    placement: tuple[int, ...]
+    parts: tuple[Part, ...]
+    elements: int
+    num_buckets: int
+    bytes: StateBytes
+    program: Program
+
+
+def explain(config: Config, rank: int) -> Explanation:
+    """Rank `rank` of the job of `config`, which is resolved (`Config.with_world_size`).
+
+    Raises:
+        RequestError: the job has no such rank.
+    """
+    topology = Topology.of(config.parallel)
+    if not 0 <= rank < topology.world_size:
+        raise RequestError(f"there is no rank {rank}: the job has {topology.world_size:,} processes, ranks 0 to "
+                           f"{topology.world_size - 1}")
+    mesh = meta_mesh(topology, rank)
+    return describe(parallelize(config, mesh), mesh)
+
+
+def describe(model: ParallelModel, mesh: Mesh) -> Explanation:
+    """What `parallelize` has built on this mesh, on whatever device."""
+    state: dict[str, list[Box]] = {}
+    for bucket in model.buckets:
+        for spec, box, _ in bucket.boxes(bucket.master):
+            state.setdefault(spec.name, []).append(box)
+    once = dict.fromkeys(parameter for chunk in model.chunks.values() for parameter in chunk.parameters())
+    specs = [spec_of(parameter) for parameter in once]
+    return Explanation(
+        model.config, mesh.rank, mesh.topology.coordinates(mesh.rank), mesh.topology.axes_of(mesh.rank),
+        {chunk: tuple(map(int, module.layers)) for chunk, module in model.chunks.items()}, model.schedule.placement,
+        tuple(Part(spec.name, spec.shape, spec.box, tuple(state.get(spec.name, ()))) for spec in specs),
+        sum(spec.box.num_elements for spec in specs), len(model.buckets),
+        state_bytes(model.buckets, AdamW(model.buckets, model.config.optim)), model.program)
+
+
+def state_bytes(buckets: Iterable[Bucket], optimizer: AdamW) -> StateBytes:
+    """Sizes of the storages behind buckets and moments; of views of one storage only one is counted."""
+    parameters, gradients, masters = [], [], []
+    for bucket in buckets:
+        parameters += [bucket.param_buffer] + ([bucket.param_shard] if bucket.level >= 3 else [])
+        gradients += [bucket.grad_buffer] + ([bucket.grad_shard] if bucket.per_microbatch else [])
+        masters += [] if bucket.master is bucket.param_shard else [bucket.master]
+    return StateBytes(_storage(parameters), _storage(gradients),
+                      _storage([*masters, *optimizer.exp_avg, *optimizer.exp_avg_sq]))
+
+
+def _storage(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.untyped_storage().size() for tensor in tensors)
