@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 CHUNK_BYTES = 8 << 20
+READ_BYTES = 256 << 10
 
 Segments = Sequence[memoryview]
 
@@ -35,7 +36,7 @@ class TreeHash:
     At most `ahead` chunks are in the air, which bounds the memory they keep alive when the source is streamed.
     """
 
-    def __init__(self, pool: Executor, ahead: int = 16) -> None:
+    def __init__(self, pool: Executor, ahead: int = 8) -> None:
         self._pool = pool
         self._ahead = ahead
         self._running: deque[Future[bytes]] = deque()
@@ -82,7 +83,14 @@ def hash_file(path: Path, pool: Executor, progress: Callable[[int], None] | None
 
 
 def _hash_range(descriptor: int, start: int, length: int, progress: Callable[[int], None] | None) -> bytes:
-    digest = hash_segments([memoryview(os.pread(descriptor, length, start))])
+    """Reads in small steps: what was just read is still in the processor's cache when it is hashed."""
+    digest, buffer, done = hashlib.sha256(), memoryview(bytearray(READ_BYTES)), 0
+    while done < length:
+        got = os.preadv(descriptor, [buffer[:length - done]], start + done)
+        if got == 0:
+            break                                   # the file has become shorter, so its hash will not fit
+        digest.update(buffer[:got])
+        done += got
     if progress is not None:
         progress(length)
-    return digest
+    return digest.digest()
