@@ -173,7 +173,6 @@ def _inference(p: Parser) -> None:
                    help="where the model's tokenizer is now (default: where the run found it)")
     p.add_argument("--dtype", choices=("fp32", "bf16"), help="of the arithmetic (default: as in training)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
-    p.add_argument("--log-dir", help=argparse.SUPPRESS)      # of a process that this command has started
 
 
 def _convert(p: Parser) -> None:
@@ -292,8 +291,12 @@ def build_parser() -> Parser:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Parse and run; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    """Parse and run; returns the exit code.
+
+    `args.argv` keeps the words themselves: the processes of a layout are started with them.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words, argparse.Namespace(argv=words))
     try:
         code = int(import_module(f"engine.commands.{args.verb}").run(args))
         sys.stdout.flush()                                   # a closed pipe shows here, not at interpreter exit

@@ -74,6 +74,16 @@ def test_errors_are_one_message(error: BaseException, code: int, message: str, c
     assert capsys.readouterr().err == message
 
 
+def test_a_command_can_be_started_again_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["generate", "--prompt=--x\n", "--prompt", "a b", "--tensor=2", "--", "-run"]
+    found: list[list[str]] = []
+    monkeypatch.setattr("engine.commands.generate.run", lambda args: found.append(args.argv) or 0)
+    assert cli.run(words) == 0
+    monkeypatch.setattr(sys, "argv", ["octant", *words])
+    assert cli.run() == 0
+    assert found == [words, words]
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.commands.doctor.run", lambda _: 1 // 0)
     with pytest.raises(ZeroDivisionError):

@@ -75,10 +75,11 @@ def test_a_world_of_another_size_is_refused() -> None:
 
 
 def test_a_child_reads_what_its_parent_wrote() -> None:
-    environ = child_environment(2, 4, Path("/tmp/meeting/store"), {"PATH": "/bin"})
+    environ = child_environment(2, 4, Path("/tmp/meeting/store"), Path("runs/x"), {"PATH": "/bin"})
     found = launch_environment(environ)
     assert found is not None
     assert (found.rank, found.world_size, found.local_rank, found.init_method) == (2, 4, 2, "file:///tmp/meeting/store")
+    assert found.logs == Path("runs/x")
     assert found.master_addr == "127.0.0.1" and environ["GLOO_SOCKET_IFNAME"].startswith("lo")
     assert environ["PATH"] == "/bin" and int(environ["OMP_NUM_THREADS"]) >= 1
-    assert child_environment(0, 1, Path("store"), {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+    assert child_environment(0, 1, Path("store"), Path(), {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import sys
-import traceback
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
 
 from engine.checkpoint.folder import checkpoints_at
+from engine.commands._layout import start_ranks
 from engine.config import Config, load_config
 from engine.distributed.environment import LaunchEnvironment, launch_environment
-from engine.distributed.launch import end_with_parent, error_path, launch_local, write_down
+from engine.distributed.launch import run_as_rank
 from engine.distributed.topology import Topology
-from engine.errors import CheckpointError, OctantError
+from engine.errors import CheckpointError
 from engine.metrics.sinks import require_packages
 from engine.train.corpora import Corpora
 from engine.train.run_folder import locked
@@ -30,29 +26,11 @@ def run(args: argparse.Namespace) -> int:
     launched = launch_environment()
     if launched is None:
         return _start_plainly(args, load_config(args.config, args.overrides))
-    if launched.launcher == "octant":
-        end_with_parent()
     stop = StopRequest()
     config = load_config(args.config, args.overrides).with_world_size(launched.world_size)
-    try:
-        error_path(Path(config.run.dir), launched.rank).unlink(missing_ok=True)
-        code = _run_rank(config, launched, stop)
-        stop.shut_out()
-        return code
-    except BaseException as error:
-        _leave(config, launched.rank, error)
-
-
-def _leave(config: Config, rank: int, error: BaseException) -> NoReturn:
-    """Ends a rank that failed, at once: its peers wait for it, and leaving in good order may mean to wait for them."""
-    code = error.exit_code if isinstance(error, OctantError) else 1
-    write_down(Path(config.run.dir), rank, error, code)
-    with contextlib.suppress(OSError):
-        print(f"octant train: {error}" if isinstance(error, OctantError) else traceback.format_exc(), file=sys.stderr)
-        sys.stderr.flush()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(code)
+    code = run_as_rank(launched, Path(config.run.dir), lambda: _run_rank(config, launched, stop))
+    stop.shut_out()
+    return code
 
 
 def _start_plainly(args: argparse.Namespace, config: Config) -> int:
@@ -67,8 +45,7 @@ def _start_plainly(args: argparse.Namespace, config: Config) -> int:
         return _run_rank(config, None, StopRequest())
     with locked(Path(config.run.dir)):
         pass                                                       # rank 0 takes the lock; this tells at once
-    command = [sys.executable, "-m", "engine", "train", args.config, *args.overrides, f"parallel.data={data}"]
-    return launch_local(command, config.parallel.world_size, Path(config.run.dir), graceful=True)
+    return start_ranks(args, config.parallel.world_size, Path(config.run.dir), graceful=True)
 
 
 def _refuse_early(config: Config) -> None:

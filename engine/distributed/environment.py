@@ -5,7 +5,7 @@ task per device sets SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID; the r
 host of the step's node list, and the port follows from job and restart, so that a requeued job never meets its
 predecessor's sockets.  Started plainly there is neither, and the caller launches local processes itself, each with
 the variables of `child_environment`: torchrun's, but for a file (OCTANT_STORE) in which the ranks meet, so that nothing
-listens on the network.
+listens on the network, and the folder whose `logs/` takes their output (OCTANT_LOGS).
 
 A batch script or an interactive shell inside an allocation has SLURM variables too, but no step of several tasks: that
 counts as started plainly.
@@ -28,7 +28,12 @@ FIRST_PORT, NUM_PORTS = 20_000, 10_000                       # below the ports t
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """This process's place in the job, as its launcher says."""
+    """This process's place in the job, as its launcher says.
+
+    Attributes:
+        store: the file in which the ranks meet; None: at `master_addr` and `master_port`.
+        logs: the folder whose `logs/` takes this rank's output; None: the launcher's business.
+    """
 
     launcher: Literal["torchrun", "slurm", "octant"]
     rank: int
@@ -37,6 +42,7 @@ class LaunchEnvironment:
     master_addr: str
     master_port: int
     store: str | None = None
+    logs: Path | None = None
 
     @property
     def init_method(self) -> str:
@@ -65,7 +71,8 @@ def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnviron
     """
     if "OCTANT_STORE" in environ:
         return LaunchEnvironment("octant", _number(environ, "RANK"), _number(environ, "WORLD_SIZE"),
-                                 _number(environ, "LOCAL_RANK"), "127.0.0.1", 0, environ["OCTANT_STORE"])
+                                 _number(environ, "LOCAL_RANK"), "127.0.0.1", 0, environ["OCTANT_STORE"],
+                                 Path(environ["OCTANT_LOGS"]))
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return LaunchEnvironment(
             "torchrun", _number(environ, "RANK"), _number(environ, "WORLD_SIZE"), _number(environ, "LOCAL_RANK", "0"),
@@ -78,13 +85,13 @@ def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnviron
     return None
 
 
-def child_environment(rank: int, world_size: int, store: Path,
+def child_environment(rank: int, world_size: int, store: Path, logs: Path,
                       environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables of one local process: meeting in `store`, on the loopback interface, a fair share of the cores."""
     threads = max(1, available_cores() // world_size)
     return {"OMP_NUM_THREADS": str(threads)} | dict(environ) | {
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size),
-        "OCTANT_STORE": str(store), "GLOO_SOCKET_IFNAME": _loopback_interface()}
+        "OCTANT_STORE": str(store), "OCTANT_LOGS": str(logs), "GLOO_SOCKET_IFNAME": _loopback_interface()}
 
 
 def _loopback_interface() -> str:

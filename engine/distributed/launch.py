@@ -22,9 +22,11 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from signal import (
@@ -45,8 +47,8 @@ from signal import (
 from types import FrameType
 from typing import Any
 
-from engine.distributed.environment import child_environment
-from engine.errors import WorkerError
+from engine.distributed.environment import LaunchEnvironment, child_environment
+from engine.errors import OctantError, WorkerError
 
 STOP_SIGNALS = (SIGTERM, SIGINT, SIGHUP, SIGUSR1)
 GRACE_SECONDS = 3.0              # between the first failure and the end of its peers, who may still say more
@@ -56,11 +58,11 @@ LOST_PEER = re.compile(r"gloo|nccl|TCPStore|FileStore|connection (closed|reset|r
 
 
 class RankFailure(WorkerError):
-    """The first cause, with the exit code of the rank that had it."""
+    """The first cause, with the exit code of the rank that had it and the name of its exception's class."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int, kind: str = "") -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.kind = exit_code, kind
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
@@ -93,12 +95,46 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
+def run_as_rank(launched: LaunchEnvironment, folder: Path | None, work: Callable[[], int]) -> int:
+    """Runs `work` in a process that a launcher started as one rank of several, and returns its exit code.
+
+    A rank that fails ends the process at once, for leaving in good order may mean to wait for peers that wait for it.
+    Before that it writes down why, and where: in `folder` (None: nowhere), and in the log of a child of `launch_local`,
+    else on stderr.
+    """
+    try:
+        if launched.launcher == "octant":
+            end_with_parent()
+        if folder is not None:
+            error_path(folder, launched.rank).unlink(missing_ok=True)      # of an earlier attempt
+        code = work()
+        sys.stdout.flush()                                   # a closed pipe shows here
+        return code
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, OctantError) else 1
+        if folder is not None:
+            write_down(folder, launched.rank, error, code)
+        _tell(launched, f"octant: {error}\n" if isinstance(error, OctantError) else traceback.format_exc())
+        os._exit(code)
+
+
+def _tell(launched: LaunchEnvironment, text: str) -> None:
+    with contextlib.suppress(OSError):
+        if launched.logs is not None:
+            with log_path(launched.logs, launched.rank).open("a", encoding="utf-8") as log:
+                log.write(text)
+        else:
+            print(text, end="", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+
+
 def launch_local(command: Sequence[str], world_size: int, run_dir: Path, *, graceful: bool = False,
                  show_stderr: bool = False) -> int:
     """Runs `command` once per rank and waits for all.
 
     Args:
-        command: what a child runs; it calls `end_with_parent` first.
+        command: what a child runs, with `run_as_rank`.
         world_size: how many.
         run_dir: `logs/` in it takes their output.
         graceful: children stop on request (`engine.train.stop.StopRequest`), so requests are passed on to them.
@@ -175,7 +211,7 @@ def _start(command: Sequence[str], rank: int, world_size: int, store: Path, run_
     with log_path(run_dir, rank).open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=None if rank == 0 else log,
                                 stderr=None if rank == 0 and show_stderr else log,
-                                env=child_environment(rank, world_size, store))
+                                env=child_environment(rank, world_size, store, run_dir))
 
 
 def _wait(requests: _Requests, run_dir: Path) -> int:
@@ -201,15 +237,16 @@ def _first_cause(codes: Sequence[int | None], run_dir: Path) -> RankFailure:
     """
     written = _written(len(codes), run_dir)
     silent = [rank for rank, code in enumerate(codes) if code not in (None, 0, 3) and rank not in written]
-    own = [rank for rank, entry in written.items() if entry["exit_code"] == 2 or not LOST_PEER.search(entry["message"])]
+    own = [rank for rank, entry in written.items() if entry["exit_code"] == 2 or entry["type"] == "BrokenPipeError"
+           or not LOST_PEER.search(entry["message"])]
     for rank in [rank for rank in silent if codes[rank] != -SIGABRT] or ([] if own else silent):
         return _silent_failure(rank, codes[rank], run_dir)
     rank = min(own or written, key=lambda rank: written[rank]["time"])
     first = written[rank]
     if first["exit_code"] == 2:
-        return RankFailure(first["message"], 2)
+        return RankFailure(first["message"], 2, first["type"])
     return RankFailure(f"rank {rank} failed first: {first['type']}: {first['message']}\n"
-                       f"its traceback is in {log_path(run_dir, rank)}", 1)
+                       f"its traceback is in {log_path(run_dir, rank)}", 1, first["type"])
 
 
 def _silent_failure(rank: int, code: int | None, run_dir: Path) -> RankFailure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,6 @@ import pytest
 import sentencepiece
 
 from engine import cli
-from engine.commands._layout import as_arguments
 from engine.data.tokenizer import ByteTokenizer, load_tokenizer
 from engine.errors import DataError
 from engine.generate import text
@@ -219,8 +219,15 @@ def test_the_tokenizer_is_found_where_the_run_was_started(tmp_path: Path) -> Non
         load_tokenizer_of(reader, "bytes")  # type: ignore[arg-type]
 
 
-def test_arguments_survive_the_way_to_another_process() -> None:
-    line = ["generate", "--prompt=a b", "--prompt=--x\n", "--top-p=0.5", "--bos", "--tensor=2", "--", "-run"]
-    args = cli.build_parser().parse_args(line)
-    again = cli.build_parser().parse_args(as_arguments(args, Path("/logs")))
-    assert again.log_dir == "/logs" and vars(args) | {"log_dir": "/logs"} == vars(again)
+@pytest.mark.parametrize("layout", [[], ["--tensor", "2"]], ids=["one process", "two"])
+def test_a_reader_that_leaves_ends_it_quietly(run: str, tmp_path: Path, layout: list[str]) -> None:
+    """As in `octant generate … | head -1`; where ranks were started, they leave no folder behind."""
+    (tmp_path / "prompts").write_text("one\ntwo\n" * 100)
+    arguments = ["generate", run, "--prompt-file", str(tmp_path / "prompts"), "--batch-size", "1", "--max-new-tokens",
+                 "2", "--json", *layout]
+    script = f"set -o pipefail; {shlex.join([sys.executable, '-m', 'engine', *arguments])} | head -1"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)})
+    assert json.loads(done.stdout)["prompt"] == "one" and done.stdout.count("\n") == 1
+    assert (done.returncode, done.stderr) == (1, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
