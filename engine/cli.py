@@ -7,7 +7,9 @@ the exit code; an `OctantError` is printed without a traceback and gives its own
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -313,5 +315,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Entry point of the console script."""
+    """Entry point of the console script.  `kill -USR2` makes the process print where each of its threads stands."""
+    if sys.stderr is not None:
+        faulthandler.register(signal.SIGUSR2)
     sys.exit(run(argv))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -88,6 +89,22 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.commands.doctor.run", lambda _: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         cli.run(["doctor"])
+
+
+def test_usr2_shows_where_a_process_stands() -> None:
+    script = ("import sys, time, types\nfrom engine import cli\n"
+              "def stuck(_): print('ready', flush=True); time.sleep(60)\n"
+              "sys.modules['engine.commands.doctor'] = types.SimpleNamespace(run=stuck)\ncli.main(['doctor'])")
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR2)
+    lines = [process.stderr.readline() for _ in range(2)]
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    assert "(most recent call first)" in lines[0] and "in stuck" in lines[1]
 
 
 def test_a_closed_pipe_is_no_drama() -> None:
