@@ -54,7 +54,8 @@ STOP_SIGNALS = (SIGTERM, SIGINT, SIGHUP, SIGUSR1)
 GRACE_SECONDS = 3.0              # between the first failure and the end of its peers, who may still say more
 POLL_SECONDS = 0.05
 # How losing a peer reads in gloo's, NCCL's and the store's errors: the echo of another rank's failure.
-LOST_PEER = re.compile(r"gloo|nccl|TCPStore|FileStore|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
+LOST_PEER = re.compile(r"gloo|nccl|TCPStore|FileStore|connection (closed|reset|refused)|broken pipe|pair closure",
+                       re.IGNORECASE)
 
 
 class RankFailure(WorkerError):
@@ -233,13 +234,15 @@ def _first_cause(codes: Sequence[int | None], run_dir: Path) -> RankFailure:
     """The rank that all others followed.
 
     A rank that was killed or exited without a word came first: nobody dies silently because a peer is gone, except
-    by ABRT (NCCL's watchdog).  Then whoever wrote down first something else than the loss of a peer.
+    by ABRT (NCCL's watchdog).  Then whoever wrote down first something else than the loss of a peer.  Where all have
+    lost a peer, it is the one that has noticed nothing.
     """
     written = _written(len(codes), run_dir)
     silent = [rank for rank, code in enumerate(codes) if code not in (None, 0, 3) and rank not in written]
     own = [rank for rank, entry in written.items() if entry["exit_code"] == 2 or entry["type"] == "BrokenPipeError"
            or not LOST_PEER.search(entry["message"])]
-    for rank in [rank for rank in silent if codes[rank] != -SIGABRT] or ([] if own else silent):
+    frozen = [rank for rank, code in enumerate(codes) if code is None and rank not in written]
+    for rank in [rank for rank in silent if codes[rank] != -SIGABRT] or ([] if own else frozen or silent):
         return _silent_failure(rank, codes[rank], run_dir)
     rank = min(own or written, key=lambda rank: written[rank]["time"])
     first = written[rank]
@@ -250,7 +253,9 @@ def _first_cause(codes: Sequence[int | None], run_dir: Path) -> RankFailure:
 
 
 def _silent_failure(rank: int, code: int | None, run_dir: Path) -> RankFailure:
-    if code is not None and code < 0:
+    if code is None:
+        how = "stopped answering, and its peers gave up"
+    elif code < 0:
         names = {int(number): number.name for number in Signals}
         how = f"was ended by {names.get(-code, f'signal {-code}')}" + "; out of memory?" * (-code == SIGKILL)
     else:

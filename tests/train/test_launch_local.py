@@ -70,6 +70,7 @@ def slow_start():
  "kill": lambda: failing(lambda: os.kill(os.getpid(), signal.SIGKILL)),
  "exit": lambda: failing(lambda: os._exit(7)),
  "abort": lambda: failing(lambda: os.abort()),
+ "time out": lambda: failing(lambda: fail(RuntimeError("Application timeout caused pair closure"))),
  "echo": lambda: (others_gone(), fail(RuntimeError(LOST))),
  "abort later": lambda: (others_gone(), os.abort()),
 }[behaviours[rank]]()
@@ -110,6 +111,8 @@ def test_ranks_that_agree(worker: Path, behaviours: tuple[str, ...], code: int) 
     (("exit", "echo"), "rank 0 ended with exit code 7 (its log: LOG0)", 1),
     (("abort", "echo"), "rank 0 was ended by SIGABRT (its log: LOG0)", 1),
     (("abort later", "raise"), "rank 1 failed first: RuntimeError: boom\nits traceback is in LOG1", 1),
+    (("hang", "time out", "echo"), "rank 0 stopped answering, and its peers gave up (its log: LOG0)", 1),
+    (("abort later", "time out", "hang"), "rank 2 stopped answering, and its peers gave up (its log: LOG2)", 1),
     (("hang", "raise", "done"), "rank 1 failed first: RuntimeError: boom\nits traceback is in LOG1", 1),
 ], ids=lambda value: ", ".join(value) if isinstance(value, tuple) else "")
 def test_one_cause_and_nobody_left(worker: Path, behaviours: tuple[str, ...], message: str, code: int,
