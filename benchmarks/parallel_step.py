@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from engine.config import Config
+from engine.config import Config, resolve_layout
 from engine.distributed.collectives import DONE, Work
 from engine.distributed.mesh import Groups, Mesh, build_mesh
 from engine.distributed.topology import Topology
@@ -44,9 +44,9 @@ from engine.model.context import Batch
 from engine.optim.adamw import AdamW
 from engine.optim.gradients import clip_divisor, sum_over_world
 from engine.parallel.parallelize import ParallelModel, parallelize
-from engine.parallel.pipeline.action import Action, Kind
-from engine.parallel.pipeline.schedules import build_schedule
-from engine.parallel.pipeline.simulate import Costs, simulate
+from engine.schedules.action import Action, Kind
+from engine.schedules.simulate import Costs, simulate
+from engine.schedules.table import build_schedule
 
 NUM_PROCESSES = 4
 PIPELINE_MICROBATCHES, REPLICA_MICROBATCHES = 8, 2
@@ -69,7 +69,7 @@ def make_config(parallel: dict[str, Any], model: dict[str, int]) -> Config:
     config = Config.model_validate({
         "model": model, "steps": 1000, "parallel": {"data": 1} | parallel, "precision": {"compute": "fp32"},
         "batch": {"micro": 1, "global": microbatches * data}, "data": {"seq_len": 256}})
-    return config.with_world_size(config.parallel.world_size)
+    return resolve_layout(config, config.parallel.world_size)
 
 
 @dataclass

@@ -33,7 +33,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config import Config
+from engine.config import Config, resolve_layout
 from engine.distributed.mesh import Mesh, build_mesh, single_mesh
 from engine.distributed.topology import Topology
 from engine.kernels import matmul
@@ -64,7 +64,7 @@ class Size:
         config = Config.model_validate({
             "model": self.model, "steps": 1000, "parallel": {"data": 1} | parallel, "precision": {"compute": "fp32"},
             "batch": {"micro": self.micro, "global": self.per_step}, "data": {"seq_len": self.model["max_seq_len"]}})
-        return config.with_world_size(config.parallel.world_size)
+        return resolve_layout(config, config.parallel.world_size)
 
 
 SIZES = {"small": Size(SMALL, micro=2, per_step=2), "accumulate": Size(SMALL, micro=1, per_step=4),

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from engine import __version__
 from engine.errors import OctantError
+from engine.schedules.table import schedule_names
 
 TEXT_FILES = ".txt .jsonl .json .parquet, each also .gz or .zst"
 
@@ -227,8 +228,7 @@ def _plan(p: Parser) -> None:
 
 
 def _schedule(p: Parser) -> None:
-    p.add_argument("name", metavar="NAME", choices=("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"),
-                   help="gpipe, 1f1b, interleaved, zb-h1, zb-h2 or zb-v")
+    p.add_argument("name", metavar="NAME", choices=schedule_names(), help=", ".join(schedule_names()))
     p.add_argument("--stages", type=int, required=True, metavar="P")
     p.add_argument("--microbatches", type=int, required=True, metavar="M")
     p.add_argument("--chunks", type=int, metavar="V", help="model chunks per stage (default: what the schedule needs)")

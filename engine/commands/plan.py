@@ -6,7 +6,7 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-from engine.config import Config, load_config
+from engine.config import Config, load_config, resolve_layout
 from engine.errors import RequestError
 from engine.parallel.pipeline.picture import schedule_svg, title
 from engine.plan.timeline import timeline
@@ -36,7 +36,7 @@ def resolved(config: Config, num_gpus: int | None) -> Config:
     parallel = config.parallel
     if num_gpus is None:
         num_gpus = parallel.model_parallel_size * (parallel.data if isinstance(parallel.data, int) else 1)
-    return config.with_world_size(num_gpus)
+    return resolve_layout(config, num_gpus)
 
 
 def _draw(config: Config, path: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from shutil import get_terminal_size
 
 from engine.errors import RequestError
-from engine.parallel.pipeline.lowering import lower
 from engine.parallel.pipeline.picture import number, schedule_grid, schedule_svg, title
-from engine.parallel.pipeline.schedules import RECIPES, build_schedule, default_num_chunks
-from engine.parallel.pipeline.simulate import Costs, Timeline, simulate
+from engine.schedules.lowering import lower
+from engine.schedules.simulate import Costs, Timeline, simulate
+from engine.schedules.table import build_schedule, default_num_chunks, schedule_names
 
 
 def run(args: Namespace) -> int:
@@ -62,7 +62,7 @@ def _summary(timeline: Timeline) -> Iterator[str]:
 
 def _next(timeline: Timeline) -> str:
     """The next schedule in the table at the same size; after the last one, training with it."""
-    schedule, names = timeline.schedule, list(RECIPES)
+    schedule, names = timeline.schedule, schedule_names()
     position = names.index(schedule.name) + 1
     if position < len(names):
         return (f"octant schedule {names[position]} --stages {schedule.num_stages} "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.checkpoint.folder import checkpoints_at
 from engine.commands._layout import start_ranks
-from engine.config import Config, load_config
+from engine.config import Config, load_config, resolve_layout
 from engine.distributed.environment import LaunchEnvironment, launch_environment
 from engine.distributed.launch import run_as_rank
 from engine.distributed.topology import Topology
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     if launched is None:
         return _start_plainly(args, load_config(args.config, args.overrides))
     stop = StopRequest()
-    config = load_config(args.config, args.overrides).with_world_size(launched.world_size)
+    config = resolve_layout(load_config(args.config, args.overrides), launched.world_size)
     code = run_as_rank(launched, Path(config.run.dir), lambda: _run_rank(config, launched, stop))
     stop.shut_out()
     return code
@@ -37,9 +37,9 @@ def _start_plainly(args: argparse.Namespace, config: Config) -> int:
     """Find problems now, then run here (one process) or start the others."""
     parallel = config.parallel
     if parallel.data == "auto":
-        config.with_world_size(parallel.model_parallel_size)       # what no number of replicas mends: before torch
+        resolve_layout(config, parallel.model_parallel_size)       # what no number of replicas mends: before torch
     data = parallel.data if isinstance(parallel.data, int) else _local_replicas(config)
-    config = config.with_world_size(data * parallel.model_parallel_size)
+    config = resolve_layout(config, data * parallel.model_parallel_size)
     _refuse_early(config)
     if config.parallel.world_size == 1:
         return _run_rank(config, None, StopRequest())

@@ -1,10 +1,11 @@
 """The configuration of a job: strict, typed, frozen, and without torch.
 
     config = load_config("configs/tiny.yaml", ["optim.lr=3e-4"])     # files, presets and overrides, merged and checked
-    config = config.with_world_size(8)                               # parallel.data is a number, and everything divides
+    config = resolve_layout(config, 8)                               # parallel.data is a number, and everything divides
     print(config.dump())                                             # YAML, enough to run it again
 
-Keys, defaults and units are in `schema`; the equations a layout must satisfy in `layout`.
+Keys, defaults and units are in `schema`; the equations a layout must satisfy in `layout`; the names that
+`parallel.schedule` may have in `engine.schedules.table`.
 """
 
 from engine.config.layout import resolve_layout

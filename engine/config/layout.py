@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from engine.config.schema import Config
 from engine.config.support import unsupported
 from engine.errors import ConfigError
-
-if TYPE_CHECKING:                                            # the schema calls this module
-    from engine.config.schema import Config
+from engine.schedules.table import chunk_problem, recipe
 
 
 def resolve_layout(config: Config, world_size: int) -> Config:
@@ -61,7 +59,7 @@ def _reproducible_problems(config: Config) -> Iterator[str]:
     parallel = config.parallel
     if parallel.reproducible and parallel.zero_shard:
         yield "parallel.reproducible adds gradients in one order over all ranks: set parallel.zero_shard to 0"
-    if parallel.reproducible and parallel.schedule.startswith("zb"):
+    if parallel.reproducible and recipe(parallel.schedule).splits_backward:
         yield (f"parallel.reproducible needs the gradients of one microbatch at a time, and {parallel.schedule} defers "
                "some of them: use 1f1b, interleaved or gpipe")
 
@@ -75,15 +73,8 @@ def _tensor_problems(config: Config) -> Iterator[str]:
 
 def _pipeline_problems(config: Config) -> Iterator[str]:
     parallel, chunks = config.parallel, config.parallel.virtual_stages
-    if parallel.schedule == "interleaved":
-        if chunks < 2:
-            yield f"the interleaved schedule needs parallel.virtual_stages ≥ 2 (it is {chunks}); with 1 use `1f1b`"
-    elif parallel.schedule == "zb-v":
-        if chunks != 2:
-            yield f"the zb-v schedule needs parallel.virtual_stages = 2 (it is {chunks})"
-    elif chunks != 1:
-        yield (f"the {parallel.schedule} schedule needs parallel.virtual_stages = 1 (it is {chunks}); "
-               "use `interleaved` for more")
+    if problem := chunk_problem(parallel.schedule, chunks, "parallel.virtual_stages"):
+        yield problem
     if isinstance(parallel.recompute_layers, tuple) and len(parallel.recompute_layers) != parallel.pipeline:
         yield (f"parallel.recompute_layers names {len(parallel.recompute_layers)} stages, the pipeline has "
                f"{parallel.pipeline}: give one number per stage, or one for all")

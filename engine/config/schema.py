@@ -13,10 +13,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-from engine.config.layout import resolve_layout
 from engine.errors import ConfigError
+from engine.schedules.table import recipe, schedule_names
 
 
 def _refuse_bool(value: object) -> object:
@@ -32,10 +32,20 @@ def _count_or_auto(value: object) -> object:
     raise ValueError(f"must be a number of at least 1, or `auto`; it is {value!r}")
 
 
+def _known_schedule(value: str) -> str:
+    try:
+        recipe(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
 Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1)]
 NonNegative = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0, allow_inf_nan=False)]
 Number = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, allow_inf_nan=False)]
+ScheduleName = Annotated[str, AfterValidator(_known_schedule),
+                         Field(json_schema_extra=lambda schema: schema.update(enum=[*schedule_names()]))]
 Fraction = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, lt=1)]
 
 
@@ -99,7 +109,7 @@ class ParallelConfig(Section):
     context: Count = 1
     data: Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)] = "auto"      # auto: what processes are left
     sequence: bool = True                                    # sequence parallelism wherever tensor > 1
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"] = "1f1b"
+    schedule: ScheduleName = "1f1b"                          # a row of engine.schedules.table
     virtual_stages: Count = 1                                # model chunks per pipeline stage
     zero: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=3)] = 1
     zero_shard: NonNegative = 0                              # ranks that share one copy of the ZeRO state; 0: all
@@ -121,7 +131,7 @@ class ParallelConfig(Section):
         if isinstance(self.data, int):
             return self.data
         raise ConfigError("parallel.data is `auto`: the layout is known once the number of processes is "
-                          "(Config.with_world_size)")
+                          "(resolve_layout)")
 
     @property
     def world_size(self) -> int:
@@ -239,10 +249,6 @@ class Config(Section):
     def num_microbatches(self) -> int:
         """Microbatches each pipeline works through in a step (the layout must be resolved)."""
         return self.batch.global_ // (self.batch.micro * self.parallel.data_size)
-
-    def with_world_size(self, world_size: int) -> Config:
-        """This job on `world_size` processes; see `resolve_layout`."""
-        return resolve_layout(self, world_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values under the YAML key names; `Config.model_validate` reads them back."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:                                            # the schema calls the layout, which calls this
-    from engine.config.schema import Config
+from engine.config.schema import Config
 
 # (true where the configuration asks for it, what it asks for, what to do instead)
 UNSUPPORTED: tuple[tuple[Callable[[Config], bool], str, str], ...] = (

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from engine.checkpoint.pieces import Piece
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import open_checkpoint
-from engine.config import Config
+from engine.config import Config, resolve_layout
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.distributed.boxes import Box
 from engine.distributed.mesh import Mesh
@@ -81,7 +81,7 @@ def inference_config(reader: CheckpointReader, topology: Topology, wanted: Wante
     except ValidationError as error:
         problems = "; ".join(str(problem["msg"]).removeprefix("Value error, ") for problem in error.errors())
         raise CheckpointError(f"{reader.path} cannot be used as asked: {problems}") from None
-    return config.with_world_size(topology.world_size)
+    return resolve_layout(config, topology.world_size)
 
 
 def load_model(reader: CheckpointReader, config: Config, mesh: Mesh) -> ParallelModel:

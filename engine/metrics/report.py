@@ -19,7 +19,7 @@ from engine.metrics.pictures import STYLE, Chart, Series, line_chart, moving_med
 from engine.metrics.runs import Run
 from engine.model.flops import count_parameters
 from engine.parallel.pipeline.partition import deal_layers, layer_costs
-from engine.parallel.pipeline.schedules import build_schedule
+from engine.schedules.table import build_schedule
 
 PAGE_STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --muted: #667085; --edge: #e3e7ee; --paper: #ffffff;

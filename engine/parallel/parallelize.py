@@ -6,7 +6,7 @@
     cut every layer                  slices instead of whole weights             tensor/cut
     recompute                        hooks that forget activations               recompute
     move into buckets                memory; gradients get their place           data/buckets
-    lower the schedule               what to do, in which order                  pipeline/lowering
+    lower the schedule               what to do, in which order                  schedules/lowering
     give both to the executor        how                                         pipeline/executor
 
 One process goes the same way: one chunk, no cut, one-stage schedule.
@@ -30,15 +30,16 @@ from engine.parallel.data.buckets import Bucket
 from engine.parallel.data.build import DEFAULT_BUCKET_ELEMENTS, build_buckets
 from engine.parallel.data.streaming import ParameterStream
 from engine.parallel.gradients import WeightGradQueue
-from engine.parallel.pipeline.action import Action
 from engine.parallel.pipeline.executor import Executor, forward_only, hoist_receives
-from engine.parallel.pipeline.lowering import lower
 from engine.parallel.pipeline.p2p import Messenger
 from engine.parallel.pipeline.partition import deal_layers, layer_costs
-from engine.parallel.pipeline.schedules import Schedule, build_schedule
 from engine.parallel.recompute import apply_recompute
 from engine.parallel.tensor.cut import cut_tensor, vocab_parallel_loss
 from engine.parallel.tensor.layers import TensorContext
+from engine.schedules.action import Action
+from engine.schedules.lowering import lower
+from engine.schedules.program import Schedule
+from engine.schedules.table import build_schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

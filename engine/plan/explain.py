@@ -21,7 +21,7 @@ from engine.model.spec import spec_of
 from engine.optim.adamw import AdamW
 from engine.parallel.data.buckets import Bucket
 from engine.parallel.parallelize import ParallelModel, parallelize
-from engine.parallel.pipeline.program import Program
+from engine.schedules.program import Program
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Explanation:
 
 
 def explain(config: Config, rank: int) -> Explanation:
-    """Rank `rank` of the job of `config`, which is resolved (`Config.with_world_size`).
+    """Rank `rank` of the job of `config`, which is resolved (`resolve_layout`).
 
     Raises:
         RequestError: the job has no such rank.

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from engine.config import Config
 from engine.parallel.pipeline.partition import deal_layers, layer_costs
-from engine.parallel.pipeline.schedules import build_schedule
-from engine.parallel.pipeline.simulate import Costs, Timeline, simulate
+from engine.schedules.simulate import Costs, Timeline, simulate
+from engine.schedules.table import build_schedule
 
 
 def timeline(config: Config) -> Timeline:

@@ -27,7 +27,7 @@ def test_data_takes_what_is_left(parallel: dict[str, Any], world_size: int, data
     assert config.parallel.data == config.parallel.data_size == data
     assert config.parallel.world_size == world_size
     assert config.num_microbatches == 8 // data
-    assert config == make(parallel).with_world_size(world_size)
+    assert config == resolve_layout(config, world_size)
 
 
 @pytest.mark.parametrize(("config", "world_size", "expected"), [
@@ -61,7 +61,7 @@ def test_every_broken_equation_is_listed() -> None:
 
 
 def test_a_layout_without_a_world_size_says_so() -> None:
-    with pytest.raises(ConfigError, match="with_world_size"):
+    with pytest.raises(ConfigError, match="resolve_layout"):
         _ = make({}).parallel.data_size
 
 

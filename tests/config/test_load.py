@@ -104,7 +104,7 @@ def test_every_problem_is_listed_with_its_place(tmp_path: Path) -> None:
                      f"run: must be a mapping, not 5  [{path}:5]",
                      f"data.train.0.wieght: unknown key; did you mean `weight`?  [{path}:8]",
                      "parallel.tensro: unknown key; did you mean `tensor`?  [command line]",
-                     "parallel.schedule: must be 'gpipe'"):
+                     "parallel.schedule: no schedule '1f2b'; did you mean 1f1b?"):
         assert expected in text, text
     assert text.startswith(f"{path}: 8 problems")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import ModelConfig, load_config, preset_names
+from engine.config import ModelConfig, load_config, preset_names, resolve_layout
 from engine.config.load import PRESETS, _read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,4 +53,4 @@ def test_shipped_configuration_can_be_laid_out(path: Path) -> None:
     world_size = config.parallel.model_parallel_size
     if isinstance(config.parallel.data, int):
         world_size *= config.parallel.data
-    assert config.with_world_size(world_size).num_microbatches >= 1
+    assert resolve_layout(config, world_size).num_microbatches >= 1

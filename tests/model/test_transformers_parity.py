@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config import Config, ModelConfig, RopeScalingConfig
+from engine.config import Config, ModelConfig, RopeScalingConfig, resolve_layout
 from engine.distributed.mesh import single_mesh
 from engine.model.context import Batch
 from engine.model.spec import spec_of
@@ -113,9 +113,9 @@ def uncut_model(name: str) -> Outcome:
 def training_path(name: str) -> Outcome:
     """What `octant train` runs in one process, the batch as two microbatches."""
     model, batch = CASES[name].model, our_batch(name)
-    config = Config.model_validate({
+    config = resolve_layout(Config.model_validate({
         "model": model.model_dump(), "precision": {"compute": "fp32"}, "data": {"seq_len": model.max_seq_len},
-        "batch": {"micro": 1, "global": BATCH_SIZE}, "steps": 1}).with_world_size(1)
+        "batch": {"micro": 1, "global": BATCH_SIZE}, "steps": 1}), 1)
     parts = [Batch(batch.tokens_SB[:, i : i + 1], batch.positions_SB, batch.labels_SB[:, i : i + 1])
              for i in range(BATCH_SIZE)]
     ours = parallelize(config, single_mesh())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import Config
+from engine.config import Config, resolve_layout
 from engine.distributed.boxes import Box
 from engine.distributed.mesh import Mesh
 from engine.distributed.topology import Topology
@@ -49,7 +49,7 @@ def tiny_config(**sections: dict[str, Any]) -> Config:
         values[section] = values.get(section, {}) | changes
     parallel = {"data": 1} | values.get("parallel", {})
     config = Config.model_validate(values | {"parallel": parallel})
-    return config.with_world_size(config.parallel.world_size)
+    return resolve_layout(config, config.parallel.world_size)
 
 
 @dataclass

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import engine.parallel.pipeline.executor as executor
 from engine.config import Config
-from engine.parallel.pipeline.action import Action
-from engine.parallel.pipeline.lowering import lower
-from engine.parallel.pipeline.schedules import build_schedule
-from engine.parallel.pipeline.simulate import Costs, simulate
+from engine.schedules.action import Action
+from engine.schedules.lowering import lower
+from engine.schedules.simulate import Costs, simulate
+from engine.schedules.table import build_schedule
 from tests.distributed import run_distributed
 from tests.parallel.layouts import microbatches, tiny_config
 from tests.parallel.recording import Recording, build, record_layout

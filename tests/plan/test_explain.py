@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import Config, load_config
+from engine.config import Config, load_config, resolve_layout
 from engine.distributed.boxes import Box
 from engine.distributed.topology import Topology
 from engine.errors import RequestError
@@ -70,7 +70,7 @@ def assert_tiles(boxes: set[Box], whole: Box) -> None:
 @pytest.mark.parametrize(("name", "world_size"), [("llama-65b", 2048), ("llama-7b", 2048), ("llama", 2048),
                                                   ("llama3.2-1b", 256), ("tiny", 1)])
 def test_the_slices_of_a_job_are_the_model(name: str, world_size: int) -> None:
-    config = load_config(ROOT / "configs" / f"{name}.yaml").with_world_size(world_size)
+    config = resolve_layout(load_config(ROOT / "configs" / f"{name}.yaml"), world_size)
     topology = Topology.of(config.parallel)
     assert topology.world_size == world_size
     slices: dict[str, set[Box]] = {}
@@ -92,7 +92,7 @@ def test_the_slices_of_a_job_are_the_model(name: str, world_size: int) -> None:
 @pytest.mark.parametrize("zero", [1, 3])
 def test_the_shards_of_the_replicas_are_the_slice(zero: int) -> None:
     changes = [f"parallel.zero={zero}", "batch.global=32"]
-    config = load_config(ROOT / "configs" / "llama-65b.yaml", changes).with_world_size(2048)
+    config = resolve_layout(load_config(ROOT / "configs" / "llama-65b.yaml", changes), 2048)
     replicas = [explain(config, rank) for rank in explain(config, 2047).axes["shard"]]
     assert len(replicas) == 32
     for parts in zip(*(it.parts for it in replicas), strict=True):
@@ -121,7 +121,7 @@ def test_there_is_no_such_rank() -> None:
 
 
 def test_words_for_a_rank_of_2048() -> None:
-    config = load_config(ROOT / "configs" / "llama-65b.yaml").with_world_size(2048)
+    config = resolve_layout(load_config(ROOT / "configs" / "llama-65b.yaml"), 2048)
     text = in_words(explain(config, 777))
     for line in (
             "rank 777 of 2,048: pipeline 3 of 8, data 1 of 32, context 0 of 1, tensor 1 of 8\n",

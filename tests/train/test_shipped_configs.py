@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import load_config
+from engine.config import load_config, resolve_layout
 from tests.train.runs import metrics, saved_steps, train, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ def test_shipped_configuration_trains(path: Path, tmp_path: Path) -> None:
     config = load_config(path, [*SMALL, f"run.dir={tmp_path}/run", f"data.train=[{{path: {corpus}}}]",
                                 f"data.valid=[{{path: {corpus}}}]",
                                 *(f"parallel.{axis}={degree}" for axis, degree in degrees.items())])
-    config = config.with_world_size(config.parallel.world_size)
+    config = resolve_layout(config, config.parallel.world_size)
     train(config)
     first, second = metrics(config)
     assert 5 < first["loss"] < 6                                       # ln 257 = 5.55: it knows nothing yet

@@ -1,1 +1,1 @@
-"""Pipeline parallelism: a schedule is data (action, schedules, lowering, simulate: no torch), one executor runs any."""
+"""Pipeline parallelism: one executor runs any schedule (`engine.schedules`); layers are dealt to its chunks."""

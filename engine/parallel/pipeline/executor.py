@@ -23,8 +23,8 @@ from engine.distributed.collectives import DONE, Work
 from engine.model.context import Batch
 from engine.model.transformer import Transformer
 from engine.parallel.gradients import WeightGradQueue
-from engine.parallel.pipeline.action import Action, Kind
 from engine.parallel.pipeline.p2p import Messenger
+from engine.schedules.action import Action, Kind
 
 # logits, microbatch → summed loss, a scalar
 LossSum = Callable[[Tensor, Batch], Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.distributed.collectives import Work
 from engine.distributed.mesh import Axis
-from engine.parallel.pipeline.action import Action, Kind
+from engine.schedules.action import Action, Kind
 
 
 class Messenger:

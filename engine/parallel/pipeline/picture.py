@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from html import escape
 from math import ceil, floor, log10
 
-from engine.parallel.pipeline.action import Kind
-from engine.parallel.pipeline.simulate import Event, Timeline
+from engine.schedules.action import Kind
+from engine.schedules.simulate import Event, Timeline
 
 IDLE = "."
 MEANING = {Kind.F: "forward", Kind.B: "backward, input", Kind.W: "backward, weights", Kind.BW: "backward"}

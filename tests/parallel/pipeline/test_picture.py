@@ -13,8 +13,8 @@ import pytest
 
 from engine.cli import run
 from engine.parallel.pipeline.picture import schedule_grid, schedule_svg
-from engine.parallel.pipeline.schedules import RECIPES, build_schedule, default_num_chunks
-from engine.parallel.pipeline.simulate import Costs, Timeline, simulate
+from engine.schedules.simulate import Costs, Timeline, simulate
+from engine.schedules.table import RECIPES, build_schedule, default_num_chunks
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "schedules.md"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -90,7 +90,7 @@ def test_the_command_draws_and_names_the_next_one(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ("zb-v --stages 2 --microbatches 4 --chunks 3", "not 3"),
+    ("zb-v --stages 2 --microbatches 4 --chunks 3", "(it is 3)"),
     ("1f1b --stages 0 --microbatches 4", "stages = 0"),
     ("1f1b --stages 2 --microbatches 4 --cost-forward -1", "cost of forward = -1.0"),
     ("1f1b --stages 2 --microbatches 4 --svg /dev/null/x.svg", "cannot write the picture"),

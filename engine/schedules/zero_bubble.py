@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from itertools import count
 
-from engine.parallel.pipeline.action import Action, Kind
+from engine.schedules.action import Action, Kind
 
 
 def zb_h1(rank: int, num_stages: int, num_microbatches: int, num_chunks: int) -> tuple[Action, ...]:

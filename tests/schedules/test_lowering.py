@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 
 from engine.errors import ConfigError
-from engine.parallel.pipeline.action import Action, Kind
-from engine.parallel.pipeline.lowering import lower
-from engine.parallel.pipeline.schedules import Schedule, build_schedule, validate
-from engine.parallel.pipeline.simulate import Costs, simulate
+from engine.schedules.action import Action, Kind
+from engine.schedules.lowering import lower
+from engine.schedules.program import Schedule
+from engine.schedules.simulate import Costs, simulate
+from engine.schedules.table import build_schedule
+from engine.schedules.validate import validate
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb-h1", 1), ("zb-h2", 1), ("zb-v", 2)]
 SIZES = [(p, m) for p in range(1, 17) for m in (1, 2, 7, 16, 33)] + [(2, 64), (7, 64), (16, 64)]

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from math import inf
 
 from engine.errors import ConfigError
-from engine.parallel.pipeline.action import Action, Kind
-from engine.parallel.pipeline.program import Program, Schedule, missing_input, walk
+from engine.schedules.action import Action, Kind
+from engine.schedules.program import Program, Schedule, missing_input, walk
 
 GRID_WIDTH = 100                                             # characters, without the ranks
 

@@ -16,7 +16,7 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from engine.parallel.pipeline.action import Action, Kind
+from engine.schedules.action import Action, Kind
 
 Program = tuple[Action, ...]
 

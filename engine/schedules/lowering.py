@@ -31,9 +31,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from engine.parallel.pipeline.action import Action, Kind
-from engine.parallel.pipeline.program import Schedule
-from engine.parallel.pipeline.simulate import Costs, Event, simulate
+from engine.schedules.action import Action, Kind
+from engine.schedules.program import Schedule
+from engine.schedules.simulate import Costs, Event, simulate
 
 ORDERING_COSTS = Costs(forward=1, backward=1, weight=1, communication=0.05)
 Moment = tuple[float, int, int, int]                         # time, what comes first at that time, and two tie-breakers

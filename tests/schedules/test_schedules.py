@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from engine.errors import ConfigError
-from engine.parallel.pipeline.action import Action, Kind
-from engine.parallel.pipeline.schedules import RECIPES, Schedule, build_schedule, default_num_chunks, validate
+from engine.schedules.action import Action, Kind
+from engine.schedules.program import Schedule
+from engine.schedules.table import RECIPES, build_schedule, default_num_chunks
+from engine.schedules.validate import validate
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zb-h1", 1), ("zb-h2", 1), ("zb-v", 2)]
 SIZES = [(p, m) for p in (1, 2, 3, 4, 5, 8, 16) for m in (1, 2, 3, 5, 8, 17, 32)]
@@ -79,9 +81,9 @@ def test_actions_print_as_chunk_kind_microbatch() -> None:
     (("1f1b", 0, 2, 1), "stages = 0"),
     (("1f1b", 2, 0, 1), "microbatches = 0"),
     (("interleaved", 2, 4, 0), "chunks per stage = 0"),
-    (("interleaved", 2, 4, 1), "has 2 or more chunk(s) per stage, not 1"),
-    (("zb-v", 2, 4, 3), "has 2 chunk(s) per stage, not 3"),
-    (("1f1b", 2, 4, 2), "has 1 chunk(s) per stage, not 2"),
+    (("interleaved", 2, 4, 1), "needs chunks per stage ≥ 2 (it is 1); with 1 there is gpipe, 1f1b"),
+    (("zb-v", 2, 4, 3), "the zb-v schedule needs chunks per stage = 2 (it is 3); with 3 there is interleaved"),
+    (("1f1b", 2, 4, 2), "the 1f1b schedule needs chunks per stage = 1 (it is 2); with 2 there is interleaved, zb-v"),
 ])
 def test_wrong_counts_are_refused(arguments: tuple[str, int, int, int], words: str) -> None:
     with pytest.raises(ConfigError) as caught:

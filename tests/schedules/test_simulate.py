@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import RequestError
-from engine.parallel.pipeline.lowering import lower
-from engine.parallel.pipeline.schedules import build_schedule, default_num_chunks
-from engine.parallel.pipeline.simulate import Costs, Timeline, simulate
+from engine.schedules.lowering import lower
+from engine.schedules.simulate import Costs, Timeline, simulate
+from engine.schedules.table import build_schedule, default_num_chunks
 
 STAGES = (1, 2, 3, 4, 7, 8, 12, 16)
 MICROBATCHES = (1, 2, 4, 7, 8, 15, 16, 23, 31, 40)

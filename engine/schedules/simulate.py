@@ -24,9 +24,9 @@ from dataclasses import dataclass, fields, replace
 from math import inf
 
 from engine.errors import RequestError
-from engine.parallel.pipeline.action import Action, Kind
-from engine.parallel.pipeline.program import Schedule, inputs, walk
-from engine.parallel.pipeline.validate import validate
+from engine.schedules.action import Action, Kind
+from engine.schedules.program import Schedule, inputs, walk
+from engine.schedules.validate import validate
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.parallel.pipeline.action import Action, Kind
+from engine.schedules.action import Action, Kind
 
 
 def gpipe(rank: int, num_stages: int, num_microbatches: int, num_chunks: int) -> tuple[Action, ...]:
