@@ -2,9 +2,9 @@
 
     python benchmarks/cleaning.py [FILE.jsonl …] [--seeds 5] [--markdown F]
 
-The planted corpus (`tests/data/planted.py`) has twenty cases of each rule per seed, among clean documents and decoys
-that look like cases.  It was written together with the rules, so its figures say that the rules do what they claim,
-not how they do on the web; for that read `report.md` of a run on your own data.
+The planted corpus (`tests/corpus_tools/planted.py`) has twenty cases of each rule per seed, among clean documents and
+decoys that look like cases.  It was written together with the rules, so its figures say that the rules do what they
+claim, not how they do on the web; for that read `report.md` of a run on your own data.
 
 Boilerplate held out: lines written down after the rules and never used to change them, to see how far the lists reach.
 
@@ -22,12 +22,12 @@ import random
 import tempfile
 from pathlib import Path
 
-from engine.data.cleaning.characters import Text, tokens
-from engine.data.cleaning.duplicates import Deduplicator, fingerprint
-from engine.data.cleaning.pipeline import clean
-from engine.data.cleaning.rules import Duplicates, load_rules
-from engine.metrics.benchmark import describe_environment
-from tests.data.planted import Score, Writer, planted_corpus, score, table
+from corpus_tools.cleaning.characters import Text, tokens
+from corpus_tools.cleaning.duplicates import Deduplicator, fingerprint
+from corpus_tools.cleaning.pipeline import clean
+from corpus_tools.cleaning.rules import Duplicates, load_rules
+from engine.bench.harness import describe_environment
+from tests.corpus_tools.planted import Score, Writer, planted_corpus, score, table
 
 WORDS_PER_TEXT, PAIRS = 300, 200
 

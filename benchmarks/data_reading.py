@@ -36,10 +36,10 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from engine.bench.harness import Case, Comparison, add_options, alternating, publish
 from engine.config import SourceConfig
 from engine.data.indexed import IndexedWriter, write_header
 from engine.data.training_data import TrainingData
-from engine.metrics.benchmark import Case, Comparison, add_options, alternating, publish
 
 SEQ_LEN, VOCAB_SIZE, SEED = 2048, 32_000, 1234
 WEIGHTS = (0.5, 0.3, 0.15, 0.05)

@@ -35,11 +35,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from engine.bench.harness import Case, Comparison, add_options, alternating, publish
 from engine.config import Config, resolve_layout
 from engine.distributed.collectives import DONE, Work
 from engine.distributed.mesh import Groups, Mesh, build_mesh
 from engine.distributed.topology import Topology
-from engine.metrics.benchmark import Case, Comparison, add_options, alternating, publish
 from engine.model.context import Batch
 from engine.optim.adamw import AdamW
 from engine.optim.gradients import clip_divisor, sum_over_world

@@ -39,13 +39,13 @@ import sentencepiece
 import tokenizers
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from engine.data.fast_backend import accelerated
-from engine.data.prepare import prepare
-from engine.data.readers import read_texts
+from corpus_tools.prepare import prepare
+from corpus_tools.readers import read_texts
+from corpus_tools.tokenizers.fast_backend import accelerated
+from corpus_tools.tokenizers.training import train_tokenizer
+from engine.bench.harness import Case, Comparison, add_options, alternating, publish
 from engine.data.tokenizer import load_tokenizer
-from engine.data.tokenizer_training import train_tokenizer
 from engine.distributed.environment import available_cores
-from engine.metrics.benchmark import Case, Comparison, add_options, alternating, publish
 
 VOCAB_SIZE = 32_000
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".h")

@@ -33,11 +33,11 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.bench.harness import Case, Comparison, add_options, alternating, publish
 from engine.config import Config, resolve_layout
 from engine.distributed.mesh import Mesh, build_mesh, single_mesh
 from engine.distributed.topology import Topology
 from engine.kernels import matmul
-from engine.metrics.benchmark import Case, Comparison, add_options, alternating, publish
 from engine.model.context import Batch
 from engine.optim.adamw import AdamW
 from engine.optim.gradients import clip_divisor, sum_over_world

@@ -19,9 +19,9 @@ from checkpoints_tools.names import Part, hf_parts
 from checkpoints_tools.output import committed
 from checkpoints_tools.progress import Advance, Begin, quiet
 from checkpoints_tools.source import Source, tokenizer_of
+from corpus_tools.tokenizers.export import export_hf_tokenizer
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.shard import Entry
-from engine.data.hf_export import export_hf_tokenizer
 
 
 def convert_to_hf(reader: CheckpointReader, output: Path, dtype: torch.dtype = torch.float32, *,

@@ -10,7 +10,8 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")               # before torch is imported; threads of many processes fight
 
 # Folders (and a file) whose tests start processes or train; everything else comes before them, in this order.
-SLOW = ("model", "data", "generate", "bench", "checkpoints_tools", "parallel", "checkpoint", "train", "test_demo.py")
+SLOW = ("model", "data", "corpus_tools", "generate", "bench", "checkpoints_tools", "parallel", "checkpoint", "train",
+        "test_demo.py")
 
 settings.register_profile("octant", deadline=None)          # a busy machine is no defect
 settings.load_profile("octant")

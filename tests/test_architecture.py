@@ -22,18 +22,20 @@ LEVELS = (
     ("schedules",),
     ("config",),
     ("distributed",),
-    ("model",),
+    ("launching", "model"),
     ("parallel",),
     ("data", "optim", "precision"),
     ("checkpoint", "metrics", "reliability"),
-    ("generate", "train"),
-    ("rl", "plan", "bench", "checkpoints_tools"),
+    ("generate", "report", "train"),
+    ("rl", "plan", "bench", "corpus_tools"),
+    ("checkpoints_tools",),
     ("commands",),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
+PACKAGES = ("engine", "checkpoints_tools", "corpus_tools")
 OPTIONAL = {"amp_C", "apex", "fasttext", "flash_attn", "gigatoken", "matplotlib", "megatron", "pyarrow", "rensa",
             "tensorboard", "tokenizers", "transformer_engine", "transformers", "triton", "wandb", "zstandard"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
@@ -54,7 +56,7 @@ class Source:
 
     @property
     def room(self) -> str:
-        """`engine.data.prepare` -> `data`."""
+        """`engine.data.mixture` -> `data`."""
         parts = self.module.split(".")
         return parts[0] if parts[0] != "engine" else (parts[1] if len(parts) > 1 else "")
 
@@ -100,7 +102,7 @@ def imports_go_one_way(source: Source) -> Iterator[str]:
         root, _, rest = found.name.partition(".")
         if root == "kernels":
             yield f"line {found.line}: import engine.kernels, never top-level `kernels` (Hugging Face's package)"
-        if root not in ("engine", "checkpoints_tools"):
+        if root not in PACKAGES:
             continue
         room = root if root != "engine" else rest.partition(".")[0]
         room = room if room in LEVEL else ""                  # `from engine import __version__`
@@ -130,7 +132,7 @@ def _leads_to_optional(name: str) -> bool:
 def core_needs_no_extras(source: Source) -> Iterator[str]:
     for statement in _statements_at_import(source.tree):
         for found in _imports(statement):
-            if found.name.startswith(("engine.", "checkpoints_tools.")) and _leads_to_optional(found.name) \
+            if found.name.partition(".")[0] in PACKAGES and _leads_to_optional(found.name) \
                     and not needs_optional(source):
                 yield (f"line {found.line}: `{found.name}` needs an optional package: import it in the function that "
                        "uses it")
@@ -185,7 +187,7 @@ RULES: tuple[Callable[[Source], Iterator[str]], ...] = (
 def _sources() -> dict[str, Source]:
     """Every product file by module name; `kernels/x.py` is `engine.kernels.x`."""
     found = {}
-    for folder, prefix in (("engine", ""), ("checkpoints_tools", ""), ("kernels", "engine.")):
+    for folder, prefix in (*((package, "") for package in PACKAGES), ("kernels", "engine.")):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             module = prefix + ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

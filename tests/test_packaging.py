@@ -15,11 +15,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 IMPORT_ALL = """
 import pkgutil, importlib, sys
-import engine, engine.kernels.rms_norm
+import checkpoints_tools, corpus_tools, engine, engine.kernels.rms_norm
 print(engine.__file__)
-for found in pkgutil.walk_packages(engine.__path__, "engine."):
-    if not found.name.endswith("__main__"):
-        importlib.import_module(found.name)
+for package in (engine, corpus_tools, checkpoints_tools):
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
 assert "kernels" not in sys.modules
 """
 
@@ -58,7 +59,7 @@ def test_the_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
 
 def test_the_wheel_installs_no_other_top_level_name(wheel: Path) -> None:
     names = {path.name for path in wheel.iterdir() if not path.name.endswith(".dist-info")}
-    assert names <= {"engine", "checkpoints_tools"}
+    assert names <= {"engine", "checkpoints_tools", "corpus_tools"}
     assert (wheel / "engine" / "kernels" / "rms_norm.py").is_file()
 
 

@@ -1,2 +1,2 @@
 """The benchmarks behind `octant bench`: each a module with `run(arguments) -> exit code` on top of
-`engine.metrics.benchmark`."""
+`engine.bench.harness`."""

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from engine.bench.harness import Case, Comparison, add_options, alternating, publish
 from engine.errors import RequestError
-from engine.metrics.benchmark import Case, Comparison, add_options, alternating, publish
 from engine.metrics.peaks import peak_tflops
 
 PRODUCTS_PER_RUN = 8            # launched together, so that the launch itself doesn't count

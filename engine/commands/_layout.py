@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.distributed.environment import LaunchEnvironment, launch_environment
-from engine.distributed.launch import RankFailure, launch_local, run_as_rank
 from engine.distributed.topology import Topology
 from engine.errors import ConfigError
+from engine.launching.local import RankFailure, launch_local, run_as_rank
 
 OnThisRank = Callable[[Topology, LaunchEnvironment | None], None]
 

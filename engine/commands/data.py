@@ -20,15 +20,15 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from corpus_tools.cleaning.command import run as clean
+from corpus_tools.inspect import histogram_lines, segments, share_lines, statistics
+from corpus_tools.shards import merge_corpora
+from corpus_tools.verify import num_bytes_to_read, verify
 from engine.config import load_config
-from engine.data.cleaning.command import run as clean
 from engine.data.indexed import IndexedDataset, bin_path, idx_path
-from engine.data.inspect import histogram_lines, segments, share_lines, statistics
-from engine.data.shards import merge_corpora
 from engine.data.sidecar import Sidecar
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.data.training_data import Sample
-from engine.data.verify import num_bytes_to_read, verify
 from engine.errors import DataError, RequestError
 from engine.train.corpora import Corpora
 

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from engine.errors import OctantError, RequestError
-from engine.metrics.runs import read_run
+from engine.report.runs import read_run
 
 CORPUS_BYTES = 3_000_000              # of the standard library's sources: enough to learn from, quick to prepare
 HELD_OUT_EVERY = 20                   # one module in so many is kept for validation

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from engine.config import Config, load_config, resolve_layout
 from engine.errors import RequestError
-from engine.parallel.pipeline.picture import schedule_svg, title
 from engine.plan.timeline import timeline
+from engine.report.schedule_picture import schedule_svg, title
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,11 +1,11 @@
-"""`octant prepare FILE… --tokenizer T --output PREFIX`: text to a memory-mapped corpus (`engine.data.prepare`)."""
+"""`octant prepare FILE… --tokenizer T --output PREFIX`: text to a memory-mapped corpus (`corpus_tools.prepare`)."""
 
 from __future__ import annotations
 
 import argparse
 import time
 
-from engine.data.prepare import prepare
+from corpus_tools.prepare import prepare
 from engine.errors import RequestError
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from engine.metrics.report import write_report
-from engine.metrics.runs import read_run
+from engine.report.page import write_report
+from engine.report.runs import read_run
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 
 from engine.errors import RequestError
-from engine.parallel.pipeline.picture import number, schedule_grid, schedule_svg, title
+from engine.report.schedule_picture import number, schedule_grid, schedule_svg, title
 from engine.schedules.lowering import lower
 from engine.schedules.simulate import Costs, Timeline, simulate
 from engine.schedules.table import build_schedule, default_num_chunks, schedule_names

@@ -6,11 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-from engine.data.readers import read_texts
+from corpus_tools.readers import read_texts
+from corpus_tools.tokenizers.extend import extend_tokenizer
+from corpus_tools.tokenizers.training import train_tokenizer
+from corpus_tools.tokenizers.verify import verify_tokenizer
 from engine.data.tokenizer import load_tokenizer
-from engine.data.tokenizer_extend import extend_tokenizer
-from engine.data.tokenizer_training import train_tokenizer
-from engine.data.tokenizer_verify import verify_tokenizer
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,9 +10,9 @@ from engine.checkpoint.folder import checkpoints_at
 from engine.commands._layout import start_ranks
 from engine.config import Config, load_config, resolve_layout
 from engine.distributed.environment import LaunchEnvironment, launch_environment
-from engine.distributed.launch import run_as_rank
 from engine.distributed.topology import Topology
 from engine.errors import CheckpointError
+from engine.launching.local import run_as_rank
 from engine.metrics.sinks import require_packages
 from engine.train.corpora import Corpora
 from engine.train.run_folder import locked

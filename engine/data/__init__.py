@@ -1,1 +1,1 @@
-"""From raw text to the exact token each rank sees: tokenizers, corpora on disk, mixtures, order, packing."""
+"""From a corpus on disk to the exact token each rank sees: tokenizers, mixtures, order, packing."""

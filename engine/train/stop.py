@@ -9,7 +9,7 @@ from __future__ import annotations
 from signal import SIG_BLOCK, SIG_DFL, SIG_IGN, SIG_UNBLOCK, SIGINT, getsignal, pthread_sigmask, signal
 from types import FrameType
 
-from engine.distributed.launch import STOP_SIGNALS, say_stopping
+from engine.launching.local import STOP_SIGNALS, say_stopping
 
 
 class StopRequest:

@@ -13,8 +13,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpus_tools.tokenizers.training import train_tokenizer
 from engine.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from engine.data.tokenizer_training import train_tokenizer
 from engine.errors import DataError, RequestError
 from tests.data.corpora import chinese_texts, english_texts
 

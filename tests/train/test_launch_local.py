@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from engine.distributed import launch
-from engine.distributed.launch import RankFailure, launch_local, log_path
+from engine.launching import local
+from engine.launching.local import RankFailure, launch_local, log_path
 from tests.train.runs import ROOT, await_true, end, is_running, start
 
 # A rank: says who it is, then does what its name tells.  The peers of one that fails notice it as gloo does.
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
-from engine.distributed.launch import end_with_parent, write_down
+from engine.launching.local import end_with_parent, write_down
 from engine.train.stop import StopRequest
 
 folder, behaviours = Path(sys.argv[1]), sys.argv[2:]
@@ -87,7 +87,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(local, "GRACE_SECONDS", 1.0)
 
 
 def pids(folder: Path) -> list[int]:
@@ -127,7 +127,7 @@ def test_one_cause_and_nobody_left(worker: Path, behaviours: tuple[str, ...], me
 
 
 def test_yesterdays_errors_do_not_count(worker: Path, short_grace: None) -> None:
-    launch.write_down(worker.parent, 0, RuntimeError("yesterday"), 1)
+    local.write_down(worker.parent, 0, RuntimeError("yesterday"), 1)
     with pytest.raises(RankFailure, match="rank 1 was ended by SIGKILL"):
         run_workers(worker, "echo", "kill")
 
@@ -135,7 +135,7 @@ def test_yesterdays_errors_do_not_count(worker: Path, short_grace: None) -> None
 PARENT = """
 import sys
 from pathlib import Path
-from engine.distributed.launch import launch_local
+from engine.launching.local import launch_local
 worker, graceful, *behaviours = sys.argv[1:]
 folder = Path(worker).parent
 try:

@@ -21,8 +21,8 @@ from engine.checkpoint.resume import open_checkpoint
 from engine.checkpoint.write import save
 from engine.config import Config, load_config
 from engine.distributed.boxes import Box
-from engine.distributed.launch import STOP_SIGNALS
 from engine.distributed.mesh import single_mesh
+from engine.launching.local import STOP_SIGNALS
 from engine.metrics.sinks import JsonlSink
 from engine.model.flops import flops_per_token
 from engine.model.spec import spec_of

@@ -1,0 +1,63 @@
+"""A rules file, read strictly: what to remove, and with which numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field, ValidationError
+
+from corpus_tools.cleaning.masking import Mask
+from corpus_tools.cleaning.rule import AnyRule, Share, Strict
+from engine.errors import ConfigError
+
+DEFAULT_RULES = Path(__file__).with_name("rules.yaml")
+
+
+class LineRules(Strict):
+    """Rules for lines, and how many may fall before the document does."""
+
+    max_dropped_share: Share = 0.5
+    rules: tuple[AnyRule, ...] = ()
+
+
+class Duplicates(Strict):
+    """`exact` compares normalised texts, `near` is a Jaccard similarity or null."""
+
+    exact: bool = True
+    near: Share | None = 0.8
+    shingle: Annotated[int, Field(ge=1)] = 5
+    permutations: Annotated[int, Field(ge=32, multiple_of=32)] = 128
+
+
+class Contamination(Strict):
+    """Overlap with evaluation texts: `ngram` words in a row, or the whole of a text of at least `min_words`."""
+
+    ngram: Annotated[int, Field(ge=2)] = 13
+    min_words: Annotated[int, Field(ge=1)] = 8
+
+
+class Rules(Strict):
+    """The whole file; a section left out does nothing, except that duplicates are removed."""
+
+    lines: LineRules = LineRules()
+    documents: tuple[AnyRule, ...] = ()
+    mask: tuple[Mask, ...] = ()
+    duplicates: Duplicates = Duplicates()
+    contamination: Contamination = Contamination()
+
+
+def load_rules(path: str | Path = DEFAULT_RULES) -> Rules:
+    """Read a rules file.  Raises ConfigError naming the place of everything that is wrong with it."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read rules {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    try:
+        return Rules.model_validate(content or {})
+    except ValidationError as error:
+        places = (".".join(map(str, item["loc"])) + ": " + item["msg"] for item in error.errors())
+        raise ConfigError(f"{path}: " + "; ".join(places)) from error

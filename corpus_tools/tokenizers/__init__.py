@@ -1,0 +1,1 @@
+"""Making tokenizers: training, vocabulary expansion, Hugging Face export, and the proof that both cut alike."""

@@ -1,0 +1,1 @@
+"""Pages and pictures of runs, layouts and schedules, as HTML and SVG that need nothing else."""

@@ -1,0 +1,108 @@
+"""Reading a run's folder: its configuration and the records of its `metrics.jsonl`.
+
+A run that is still going on can be read at any time.  Only a last line without its end, which is a record being written
+or a process killed while writing, is left out; any other line that isn't a record is an error, because a chart over
+damaged numbers would look like a measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from engine.config import Config, load_config
+from engine.errors import DataError, RequestError
+from engine.metrics.sinks import METRICS_FILE
+from engine.report.charts import Point
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it."""
+
+    name: str
+    directory: Path
+    config: Config
+    records: Sequence[dict[str, Any]]
+
+    def points(self, key: str) -> list[Point]:
+        """(step, value) of the records that have `key`; the value is None where it wasn't finite."""
+        return [(record["step"], record[key]) for record in self.records if key in record]
+
+    def values(self, key: str) -> list[float]:
+        """The finite values of `key`, in order."""
+        return [value for _, value in self.points(key) if value is not None]
+
+    def steady(self, key: str) -> float | None:
+        """Median of `key` without the first record, whose step includes the warm-up."""
+        values = [record[key] for record in self.records[1:] or self.records if record.get(key) is not None]
+        return median(values) if values else None
+
+    def latest(self, key: str) -> float | None:
+        """The last finite value of `key`."""
+        return next(reversed(self.values(key)), None)
+
+    def skipped_at(self) -> list[int]:
+        """The records' steps at which the count of skipped updates had grown."""
+        counts = [(0, 0), *((record["step"], record["skipped"] or 0) for record in self.records if "skipped" in record)]
+        return [step for (_, before), (step, after) in pairwise(counts) if after > before]
+
+    @property
+    def last_step(self) -> int:
+        return int(self.records[-1]["step"])
+
+
+def read_run(directory: str | Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        RequestError: the folder or its metrics are missing or empty; ConfigError: its configuration is missing.
+        DataError: a line of the metrics isn't a record, or the steps don't ascend.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise RequestError(f"{directory} is not a folder; give the folder of a run (run.dir of its configuration)")
+    records = read_metrics(directory / METRICS_FILE)
+    config = load_config(directory / "config.yaml")
+    return Run(config.run.name or directory.resolve().name, directory, config, records)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, in ascending order of step.
+
+    Raises:
+        RequestError: no file, or no record in it.
+        DataError: a damaged line.
+    """
+    if not path.is_file():
+        raise RequestError(f"{path} does not exist: nothing has been logged there; start the run with `octant train`")
+    complete, _, _ = path.read_bytes().rpartition(b"\n")
+    lines = complete.split(b"\n") if complete else []
+    records = [_parse(path, index, line) for index, line in enumerate(lines, 1)]
+    for index, (before, after) in enumerate(pairwise(records), 2):
+        if after["step"] <= before["step"]:
+            raise DataError(f"{path}, line {index}: step {after['step']} comes after step {before['step']}; every step "
+                            "occurs once, in order. Two runs may have written to one folder: give each its own run.dir")
+    if not records:
+        raise RequestError(f"{path} holds no record yet: wait for the first logged step (log.every in config.yaml)")
+    return records
+
+
+def _parse(path: Path, index: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    remedy = "The file is damaged: restore it, or delete that line to report the rest"
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise DataError(f"{path}, line {index} is not a metrics record: {line[:60]!r}. {remedy}")
+    for key, value in record.items():
+        if not isinstance(value, int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+            raise DataError(f"{path}, line {index}: {key} is {value!r}, not a number or null. {remedy}")
+    return record
