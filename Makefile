@@ -1,14 +1,16 @@
 # make demo    create .venv, install, and run the whole path on the CPU
 # make test    the test suite
 # make check   style and types
+# make fuzz    many damaged inputs for every reader of files (FUZZ=5000 of them)
 # PYTHON=python3.12 picks the interpreter; PIP_FLAGS is handed to pip.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+FUZZ ?= 2000
 INSTALL = $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install $(PIP_FLAGS) --constraint constraints.txt --editable
 
-.PHONY: demo test check clean
+.PHONY: demo test check fuzz clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/octant demo
@@ -19,6 +21,9 @@ test: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+fuzz: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -q --timeout 3600 --fuzz $(FUZZ) $$(find tests -name 'test_fuzz*.py')
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -7,6 +7,8 @@ import os
 import pytest
 from hypothesis import settings
 
+from tests.kit.fuzz import totals_table
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")               # before torch is imported; threads of many processes fight
 
 # Folders (and a file) whose tests start processes or train; everything else comes before them, in this order.
@@ -15,6 +17,17 @@ SLOW = ("model", "data", "corpus_tools", "generate", "bench", "checkpoints_tools
 
 settings.register_profile("octant", deadline=None)          # a busy machine is no defect
 settings.load_profile("octant")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, metavar="N", help="damaged inputs per reader, new ones each time (default: "
+                                                           "200, the same each time)")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--fuzz") is not None and (table := totals_table()):
+        terminalreporter.section("damaged inputs")
+        terminalreporter.write_line("\n".join(table))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
