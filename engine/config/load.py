@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from engine.config.fields import nearest
 from engine.config.schema import Config
 from engine.config.vocabulary import tokenizer_vocab_size
 from engine.errors import ConfigError
@@ -70,12 +70,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def preset_names() -> list[str]:
     """Names accepted by `model.preset`."""
     return sorted(file.stem for file in PRESETS.glob("*.yaml"))
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """` (did you mean …?)` where some known name is close, else the list of them."""
-    close = get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean `{close[0]}`?" if close else "known: " + ", ".join(known)
 
 
 def _read_with_bases(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:

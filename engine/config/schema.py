@@ -13,23 +13,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
+from engine.config.decay import Cosine, Decay
+from engine.config.fields import Count, Fraction, NonNegative, Number, Positive, Section, ZeroLevel, count_or_auto
 from engine.errors import ConfigError
 from engine.schedules.table import recipe, schedule_names
-
-
-def _refuse_bool(value: object) -> object:
-    """YAML's `true` would otherwise pass for the number 1."""
-    if isinstance(value, bool):
-        raise ValueError(f"must be a number, not {str(value).lower()}")
-    return value
-
-
-def _count_or_auto(value: object) -> object:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return value
-    raise ValueError(f"must be a number of at least 1, or `auto`; it is {value!r}")
 
 
 def _known_schedule(value: str) -> str:
@@ -40,19 +29,8 @@ def _known_schedule(value: str) -> str:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1)]
-NonNegative = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0, allow_inf_nan=False)]
-Number = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, allow_inf_nan=False)]
 ScheduleName = Annotated[str, AfterValidator(_known_schedule),
                          Field(json_schema_extra=lambda schema: schema.update(enum=[*schedule_names()]))]
-Fraction = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Frozen, strict about its keys, and constructible from Python by attribute name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
 
 
 class RunConfig(Section):
@@ -107,11 +85,11 @@ class ParallelConfig(Section):
     tensor: Count = 1
     pipeline: Count = 1
     context: Count = 1
-    data: Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)] = "auto"      # auto: what processes are left
+    data: Annotated[int | Literal["auto"], PlainValidator(count_or_auto)] = "auto"      # auto: what processes are left
     sequence: bool = True                                    # sequence parallelism wherever tensor > 1
     schedule: ScheduleName = "1f1b"                          # a row of engine.schedules.table
     virtual_stages: Count = 1                                # model chunks per pipeline stage
-    zero: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=3)] = 1
+    zero: ZeroLevel = 1
     zero_shard: NonNegative = 0                              # ranks that share one copy of the ZeRO state; 0: all
     recompute: Literal["none", "selective", "full"] = "none"
     # how many layers recompute, of each stage the first: one number for all stages, or one each; null: all layers
@@ -184,9 +162,9 @@ class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: Positive = 1.5e-4
-    min_lr: Number = Field(default_factory=lambda values: float(f"{values['lr'] / 10:.6g}"))
     warmup_steps: NonNegative = 0
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    decay: Decay = Cosine()                                  # a name of `engine.config.decay`, or {shape: NAME, …}
+    min_lr: Number = Field(default_factory=lambda values: values["decay"].floor(values["lr"]))
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: Number = 0.1
@@ -241,6 +219,7 @@ class Config(Section):
                             "shorten the sequences or raise the model's maximum")
         if self.optim.min_lr > self.optim.lr:
             problems.append(f"optim.min_lr({self.optim.min_lr}) > optim.lr({self.optim.lr})")
+        problems += self.optim.decay.problems(self.steps, self.optim)
         if problems:
             raise ValueError("; ".join(problems))
         return self
