@@ -93,7 +93,7 @@ def octant_step(config: Config, mesh: Mesh) -> Callable[[], None]:
         found_inf = torch.isfinite(sums.grad_norm).logical_not().float()
         optimizer.step(config.optim.lr, clip_divisor(sums.grad_norm, config.optim.grad_clip), found_inf)
         model.publish()
-        sums.loss_sum.item()
+        sums.sums.item()
 
     return step
 

@@ -16,13 +16,13 @@ place.  Columns beyond `num_valid` are padding: they take no part, and their gra
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Gathers a [2, tokens] tensor over the ranks that share the vocabulary: → [ranks, 2, tokens].
+# Gathers a tensor over the ranks that share the vocabulary: [n, tokens] → [ranks, n, tokens].
 Gather = Callable[[Tensor], Tensor]
 
 
@@ -32,27 +32,58 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(wide, targets.flatten(), reduction="none").view(targets.shape)
 
 
+class Columns(NamedTuple):
+    """What a rank knows of each token from its own columns [tokens, n] of the vocabulary.
+
+    Attributes:
+        softmax: over these columns alone, [tokens, n].
+        lse: log-sum-exp of these columns, [tokens].
+        target_logit: the target's logit where it is one of these columns, else 0, [tokens].
+        column: the target's column, [tokens, 1]; 0 where it is not here.
+        mine: whether the target is here, [tokens].
+    """
+
+    softmax: Tensor
+    lse: Tensor
+    target_logit: Tensor
+    column: Tensor
+    mine: Tensor
+
+
+def of_columns(valid: Tensor, targets: Tensor, first: int) -> Columns:
+    """For logits `valid` [tokens, n] of ids first … first + n - 1; fp32, or fp64 where that came in."""
+    dtype = torch.promote_types(valid.dtype, torch.float32)
+    local = targets.flatten() - first
+    mine = (local >= 0) & (local < valid.shape[1])
+    column = torch.where(mine, local, 0).unsqueeze(1)
+    softmax = torch.softmax(valid, dim=1, dtype=dtype)
+    if valid.shape[1]:
+        # the largest probability is 1/Σ exp(z − max), which gives the log-sum-exp without another pass of exp
+        lse = valid.amax(dim=1).to(dtype) - softmax.amax(dim=1).log_()
+        target_logit = torch.where(mine, valid.gather(1, column).squeeze(1).to(dtype), 0.0)
+    else:      # a rank whose columns are all padding
+        lse = torch.full(local.shape, float("-inf"), dtype=dtype, device=valid.device)
+        target_logit = torch.zeros_like(lse)
+    return Columns(softmax, lse, target_logit, column, mine)
+
+
+def whole_width(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A gradient of the valid columns as one of logits of this shape: nothing flows into padding."""
+    grad = grad.to(dtype)
+    if padding := shape[-1] - grad.shape[1]:
+        grad = F.pad(grad, (0, padding))
+    return grad.view(shape)
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, num_valid: int, gather: Gather | None) -> Tensor:
-        valid = logits.flatten(0, -2)[:, :num_valid]
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        local = targets.flatten() - first
-        mine = (local >= 0) & (local < num_valid)
-        index = torch.where(mine, local, 0).unsqueeze(1)
-        softmax = torch.softmax(valid, dim=1, dtype=dtype)
-        if num_valid:
-            # the largest probability is 1/Σ exp(z − max), which gives the log-sum-exp without another pass of exp
-            local_lse = valid.amax(dim=1).to(dtype) - softmax.amax(dim=1).log_()
-            target_logit = torch.where(mine, valid.gather(1, index).squeeze(1).to(dtype), 0.0)
-        else:      # a rank whose columns are all padding
-            local_lse = torch.full(local.shape, float("-inf"), dtype=dtype, device=logits.device)
-            target_logit = torch.zeros_like(local_lse)
-        lse = local_lse
+        own = of_columns(logits.flatten(0, -2)[:, :num_valid], targets, first)
+        lse, target_logit = own.lse, own.target_logit
         if gather is not None:
             parts = gather(torch.stack((lse, target_logit)))
             lse, target_logit = torch.logsumexp(parts[:, 0], dim=0), parts[:, 1].sum(dim=0)
-        ctx.save_for_backward(softmax, (local_lse - lse).exp_(), index, mine)
+        ctx.save_for_backward(own.softmax, (own.lse - lse).exp_(), own.column, own.mine)
         ctx.logits_shape, ctx.logits_dtype = logits.shape, logits.dtype
         return (lse - target_logit).view(targets.shape)
 
@@ -65,10 +96,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad = softmax.mul_(scale.mul(share).unsqueeze(1))
         if grad.shape[1]:
             grad.scatter_add_(1, index, torch.where(mine, -scale, 0.0).unsqueeze(1))
-        grad = grad.to(ctx.logits_dtype)
-        if padding := ctx.logits_shape[-1] - grad.shape[1]:
-            grad = F.pad(grad, (0, padding))
-        return grad.view(ctx.logits_shape), None, None, None, None
+        return whole_width(grad, ctx.logits_shape, ctx.logits_dtype), None, None, None, None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, first: int = 0, num_valid: int | None = None,

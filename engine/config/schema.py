@@ -69,6 +69,7 @@ class ModelConfig(Section):
     norm_eps: Positive = 1e-5
     tie_embeddings: bool = False
     qkv_bias: bool = False
+    head: Literal["language_model", "score"] = "language_model"      # score: one number per token (reward, critic)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -76,6 +77,8 @@ class ModelConfig(Section):
             raise ValueError(f"num_heads({self.num_heads}) is not a multiple of num_kv_heads({self.num_kv_heads})")
         if self.head_dim % 2:
             raise ValueError(f"head_dim({self.head_dim}) is odd; RoPE rotates pairs")
+        if self.head == "score" and self.tie_embeddings:
+            raise ValueError("head: score has no output layer that tie_embeddings could tie: set it to false")
         return self
 
 

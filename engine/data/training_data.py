@@ -17,8 +17,8 @@ sample exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -30,6 +30,7 @@ from engine.data.permutation import Permutation, derive_key
 from engine.data.skipping import merge_ranges, num_left, stream_index
 from engine.data.sources import Source, SourceLike, open_sources
 from engine.errors import DataError
+from engine.model.fields import Field
 
 CACHED_EPOCHS = 64
 
@@ -43,6 +44,7 @@ class Sample:
     document_ids: np.ndarray | None  # int32 [seq_len]: the inputs' documents, 0, 1, …; None: no document mask
     source: int
     window: int
+    extra: Mapping[Field, np.ndarray] = field(default_factory=dict)  # what the objective needs besides, without rows
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def sum_of_losses(model: ParallelModel, data: TrainingData, windows: int, shown:
     with progress("windows", windows, shown) as report:
         for first in range(0, windows, config.batch.global_):
             loss = model.evaluate(list(_microbatches(data, first, windows, config, model.mesh)))
-            total += sum_over_world(loss, [], model.mesh).loss_sum.item()
+            total += sum_over_world(loss, [], model.mesh).sums.item()
             done = min(windows, first + config.batch.global_)
             report(done, total / (done * config.data.seq_len))
     return total

@@ -7,11 +7,14 @@ heads per group, D head dimension, F feed-forward, V vocabulary columns, T keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from engine.model.fields import OWN, Field
 
 
 class KeyValueCache(Protocol):
@@ -33,6 +36,7 @@ class Batch:
         loss_mask_SB: bool, True where a label counts; None: everywhere.
         attention_mask: bool [B or 1, 1, S, T], True where a query may look; None: causal.
         cache: keys and values of earlier tokens; None when training.
+        extra: what the objective's samples add (`Objective.fields`).
     """
 
     tokens_SB: Tensor
@@ -41,6 +45,17 @@ class Batch:
     loss_mask_SB: Tensor | None = None
     attention_mask: Tensor | None = None
     cache: KeyValueCache | None = None
+    extra: Mapping[Field, Tensor] = field(default_factory=dict)
+
+    def map(self, change: Callable[[Field, Tensor], Tensor]) -> Batch:
+        """The batch with every tensor that is there replaced by what `change` makes of it."""
+        own: dict[str, Any] = {f.name: change(f, x) for f in OWN if (x := getattr(self, f.name)) is not None}
+        return replace(self, **own, extra={f: change(f, x) for f, x in self.extra.items()})
+
+    def rows(self, start: int, count: int) -> Batch:
+        """Some of the rows; what has one row holds for all and stays."""
+        whole = self.tokens_SB.shape[1]
+        return self.map(lambda f, x: x if x.shape[f.batch_dim] < whole else x.narrow(f.batch_dim, start, count))
 
 
 def document_mask(document_ids_BS: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ subclasses that hold a slice; the blocks above see the same interface.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.kernels.rms_norm import rms_norm
 from engine.kernels.swiglu import swiglu
-from engine.model.spec import ParamSpec, new_parameter
+from engine.model.spec import BETWEEN, ParamSpec, Rule, new_parameter
 
 
 class Linear(nn.Module):
@@ -23,11 +24,15 @@ class Linear(nn.Module):
         self.bias = bias
 
     @staticmethod
-    def create(name: str, out_shape: tuple[int, ...], in_features: int, *, init_std: float = 0.02, bias: bool = False,
-               padded: bool = False) -> Linear:
-        """A layer with parameters of its own."""
-        weight = ParamSpec(f"{name}.weight", (*out_shape, in_features), init_std=init_std, padded=padded)
-        bias_spec = ParamSpec(f"{name}.bias", out_shape, init="zeros", decay=False)
+    def create(name: str, out_shape: tuple[int, ...], in_features: int, rule: Rule, *, init_std: float = 0.02,
+               bias: bool = False) -> Linear:
+        """A layer with parameters of its own; `rule` is its weight's.
+
+        The bias of a layer whose output is divided is divided alike; any other is added to the whole sum, outside.
+        """
+        weight = ParamSpec(f"{name}.weight", (*out_shape, in_features), rule, init_std=init_std)
+        bias_rule = BETWEEN if rule.kind == "row" else rule
+        bias_spec = ParamSpec(f"{name}.bias", out_shape, bias_rule, init="zeros", decay=False)
         return Linear(new_parameter(weight), new_parameter(bias_spec) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,13 +54,27 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """See `kernels/rms_norm.py`."""
 
-    def __init__(self, name: str, hidden_size: int, eps: float) -> None:
+    def __init__(self, name: str, size: int, eps: float, rule: Rule = BETWEEN) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = new_parameter(ParamSpec(f"{name}.weight", (hidden_size,), init="ones", decay=False))
+        self.weight = new_parameter(ParamSpec(f"{name}.weight", (size,), rule, init="ones", decay=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class ScoreHead(nn.Module):
+    """A number per token: w·x in fp32 (reward models, critics)."""
+
+    def __init__(self, name: str, hidden_size: int) -> None:
+        super().__init__()
+        spec = ParamSpec(f"{name}.weight", (1, hidden_size), BETWEEN, init_std=(hidden_size + 1) ** -0.5)
+        self.weight = new_parameter(spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] → fp32 [...]."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(dtype), self.weight.to(dtype)).squeeze(-1)
 
 
 class SwiGLU(nn.Module):

@@ -1,8 +1,19 @@
-"""One `ParamSpec` per parameter: its global name and shape, and which dimension each mesh axis cuts.
+"""One `ParamSpec` per parameter: its global name and shape, its rule, and what of it a rank holds.
 
 Everything that must know what a rank holds reads the spec and nothing else: initialisation, gradient norm, ZeRO,
 checkpoints, conversion, resharding.  Parameters are stored in shapes whose tensor-parallel slice is a plain box; the
 fused QKV weight, for example, is `[kv_groups, q_per_group + 2, head_dim, hidden]`, cut along the first dimension.
+
+A parameter is made with a *rule*, which says how tensor parallelism treats it; there is none without one.  Tensor
+ranks work on *regions*: between the entrance of a column-parallel layer and the exit of a row-parallel one each rank
+has its own heads or features, of all tokens.  Outside they all have the same hidden states, or with sequence
+parallelism each its part of the tokens.
+
+    column, row    a dimension is divided: output features, input features
+    vocabulary     dimension 0 is the vocabulary and is divided, padded where it does not divide
+    between        held whole, used outside the regions: the gradient is a partial sum with sequence parallelism (each
+                   rank has seen some of the tokens), and without it the same on every rank
+    inside         held whole, used inside a region: the gradient is a partial sum (each rank has seen its heads)
 
 A cut dimension that the axis does not divide is only allowed for the vocabulary (`padded`): every rank then holds the
 same number of rows, a multiple of `ROW_ALIGNMENT`, and the rows beyond the true vocabulary are local padding at the end
@@ -12,7 +23,7 @@ of the last ranks.  Padding is in no box, so it never reaches a checkpoint, a no
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +33,16 @@ from engine.distributed.random import generator_for
 
 # Rows of a padded dimension per rank are a multiple of this: 16 bytes of bf16, what tensor cores want.
 ROW_ALIGNMENT = 8
+
+
+class Rule(NamedTuple):
+    """How tensor parallelism treats a parameter, and the dimension it divides; see the module docstring."""
+
+    kind: Literal["column", "row", "vocabulary", "between", "inside"]
+    dim: int | None = None
+
+
+VOCABULARY, BETWEEN, INSIDE = Rule("vocabulary", 0), Rule("between"), Rule("inside")
 
 
 @dataclass(frozen=True)
@@ -40,9 +61,9 @@ class ParamSpec:
     Attributes:
         name: global name; layer indices are global, so it does not change with the pipeline cut.
         shape: global shape, vocabulary unpadded.
+        rule: how tensor parallelism treats it.
         init: `normal` with `init_std`, or `ones`, or `zeros`.
         decay: whether weight decay applies (matrices yes; norms and biases no).
-        padded: whether dimension 0 is a vocabulary, padded so that it divides.
         cut: how the tensor axis cuts it; None means that every tensor rank holds all of it.
         partial_sum: every tensor rank sees a part of the tokens, so gradients must be summed over the tensor axis.
         tied: the embedding is also the output layer; where these are on two pipeline stages, each holds a copy.
@@ -51,14 +72,19 @@ class ParamSpec:
 
     name: str
     shape: tuple[int, ...]
+    rule: Rule
     init: Literal["normal", "ones", "zeros"] = "normal"
     init_std: float = 0.02
     decay: bool = True
-    padded: bool = False
     cut: Cut | None = None
     partial_sum: bool = False
     tied: bool = False
     tied_copy: bool = False
+
+    @property
+    def padded(self) -> bool:
+        """Whether the divided dimension is padded so that it divides."""
+        return self.rule.kind == "vocabulary"
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -89,6 +115,18 @@ class ParamSpec:
         if parts > 1 and self.shape[dim] % parts and not self.padded:
             raise ValueError(f"{self.name}: dimension {dim} of {self.shape} does not divide into {parts} parts")
         return self if parts == 1 else replace(self, cut=Cut(dim, parts, index))
+
+    def on_tensor_rank(self, parts: int, index: int, sequence: bool) -> ParamSpec:
+        """The spec on rank `index` of `parts`, by its rule; `sequence`: tokens are divided outside the regions.
+
+        Raises:
+            ValueError: the divided dimension does not divide.
+        """
+        if parts == 1:
+            return self
+        if self.rule.dim is not None:
+            return self.with_cut(self.rule.dim, parts, index)
+        return replace(self, partial_sum=sequence or self.rule.kind == "inside")
 
     def initial_values(self, seed: int, device: torch.device | str) -> Tensor:
         """The global tensor at initialisation, fp32; it depends on seed and name alone, not on the layout."""

@@ -2,7 +2,7 @@
 
     x = embedding(tokens)
     for each layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))
-    logits = output(norm(x))
+    logits = output(norm(x))           or, with `head: score`, one number per token: scores = score(norm(x))
 
 `Transformer` is also what a pipeline chunk is: a chunk keeps some of the layers, the embedding only if it is the first,
 norm and output layer only if it is the last.  Layers are keyed by their global index, so parameter names stay the same
@@ -20,9 +20,9 @@ from engine.config import ModelConfig
 from engine.kernels.attention import attention
 from engine.kernels.rope import split_and_rotate
 from engine.model.context import Batch
-from engine.model.layers import Embedding, Linear, RMSNorm, SwiGLU
+from engine.model.layers import Embedding, Linear, RMSNorm, ScoreHead, SwiGLU
 from engine.model.rope import rotary_angles
-from engine.model.spec import ParamSpec, new_parameter
+from engine.model.spec import VOCABULARY, ParamSpec, Rule, new_parameter
 
 INIT_STD = 0.02
 
@@ -34,7 +34,7 @@ def residual_init_std(config: ModelConfig) -> float:
 
 def embedding_spec(config: ModelConfig) -> ParamSpec:
     """Spec of the token embedding, which with `tie_embeddings` is the output layer's weight too."""
-    return ParamSpec("embedding.weight", (config.vocab_size, config.hidden_size), init_std=INIT_STD, padded=True,
+    return ParamSpec("embedding.weight", (config.vocab_size, config.hidden_size), VOCABULARY, init_std=INIT_STD,
                      tied=config.tie_embeddings)
 
 
@@ -47,9 +47,9 @@ class SelfAttention(nn.Module):
         groups, heads, dim = config.num_kv_heads, config.num_heads, config.head_dim
         self.head_shape = (heads // groups + 2, dim)
         self.linear_qkv = Linear.create(f"{name}.linear_qkv", (groups, *self.head_shape), config.hidden_size,
-                                 init_std=INIT_STD, bias=config.qkv_bias)
+                                        Rule("column", 0), init_std=INIT_STD, bias=config.qkv_bias)
         self.linear_proj = Linear.create(f"{name}.linear_proj", (config.hidden_size,), heads * dim,
-                                  init_std=residual_init_std(config))
+                                         Rule("row", 1), init_std=residual_init_std(config))
         self.core_attention = attention
 
     def forward(self, x_SBH: Tensor, angles: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
@@ -66,10 +66,10 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, name: str) -> None:
         super().__init__()
         self.linear_fc1 = Linear.create(f"{name}.linear_fc1", (2, config.ffn_hidden_size), config.hidden_size,
-                                 init_std=INIT_STD)
+                                        Rule("column", 1), init_std=INIT_STD)
         self.activation = SwiGLU()
         self.linear_fc2 = Linear.create(f"{name}.linear_fc2", (config.hidden_size,), config.ffn_hidden_size,
-                                 init_std=residual_init_std(config))
+                                        Rule("row", 1), init_std=residual_init_std(config))
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         return self.linear_fc2(self.activation(self.linear_fc1(x_SBH)))
@@ -102,20 +102,23 @@ class Transformer(nn.Module):
         indices = range(config.num_layers) if layers is None else layers
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in indices})
         self.final_layernorm = RMSNorm("final_layernorm", config.hidden_size, config.norm_eps) if last else None
-        self.output_layer = self._output_layer() if last else None
+        self.output_layer = self._output_layer() if last and config.head == "language_model" else None
+        self.score = ScoreHead("score", config.hidden_size) if last and config.head == "score" else None
 
     def _output_layer(self) -> Linear:
         """Tied, it shares the embedding's parameter or, in a chunk without the embedding, holds a copy of it."""
         if not self.config.tie_embeddings:
-            return Linear.create("output_layer", (self.config.vocab_size,), self.config.hidden_size, padded=True)
+            return Linear.create("output_layer", (self.config.vocab_size,), self.config.hidden_size, VOCABULARY)
         if self.embedding is not None:
             return Linear(self.embedding.weight)
         return Linear(new_parameter(replace(embedding_spec(self.config), tied_copy=True)))
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        """Token ids [S, B] (first chunk) or hidden states [S, B, H] → hidden states, or logits [S, B, V] (last)."""
+        """Token ids [S, B] (first chunk) or hidden states → hidden states, or logits (last chunk), or scores."""
         x = self.hidden_states(x, batch)
-        return x if self.output_layer is None else self.logits(x)
+        if self.output_layer is not None:
+            return self.logits(x)
+        return x if self.score is None else self.scores(x)
 
     def hidden_states(self, x: Tensor, batch: Batch) -> Tensor:
         """Token ids [S, B] or hidden states [S, B, H] → hidden states behind the last layer of this chunk."""
@@ -130,3 +133,8 @@ class Transformer(nn.Module):
         """Norm and output layer of the last chunk: [S, B, H] → [S, B, V]."""
         assert self.final_layernorm is not None and self.output_layer is not None
         return self.output_layer(self.final_layernorm(x_SBH))
+
+    def scores(self, x_SBH: Tensor) -> Tensor:
+        """Norm and score of the last chunk: [S, B, H] → fp32 [S, B]."""
+        assert self.final_layernorm is not None and self.score is not None
+        return self.score(self.final_layernorm(x_SBH))

@@ -23,6 +23,7 @@ from torch import Tensor
 from engine.config import Config
 from engine.distributed.mesh import Axis, Mesh
 from engine.model.context import Batch
+from engine.model.objective import NEXT_TOKEN, Measure, Objective
 from engine.model.spec import new_parameter, spec_of
 from engine.model.transformer import Block, Transformer
 from engine.parallel.context.ring import RingAttention
@@ -34,7 +35,8 @@ from engine.parallel.pipeline.executor import Executor, forward_only, hoist_rece
 from engine.parallel.pipeline.p2p import Messenger
 from engine.parallel.pipeline.partition import deal_layers, layer_costs
 from engine.parallel.recompute import apply_recompute
-from engine.parallel.tensor.cut import cut_tensor, vocab_parallel_loss
+from engine.parallel.tensor.cut import cut_tensor
+from engine.parallel.tensor.head import ParallelHead
 from engine.parallel.tensor.layers import TensorContext
 from engine.schedules.action import Action
 from engine.schedules.lowering import lower
@@ -52,6 +54,7 @@ class ParallelModel:
         chunks: this rank's chunks by global chunk index.
         buckets: the memory of their parameters and gradients.
         tensor: the tensor axis as the layers see it.
+        objective: what it is trained to do.
     """
 
     config: Config
@@ -59,6 +62,7 @@ class ParallelModel:
     chunks: dict[int, Transformer]
     buckets: list[Bucket]
     tensor: TensorContext
+    objective: Objective
     schedule: Schedule
     executor: Executor
     program: tuple[Action, ...]
@@ -76,17 +80,17 @@ class ParallelModel:
 
         Args:
             batches: this data rank's microbatches.
-            scale: 1 / number of tokens that count in the whole global batch.
+            scale: 1 / the objective's count of the whole global batch.
 
         Returns:
-            Summed loss of each of these microbatches on the last stage, None elsewhere.
+            The objective's sums [microbatches, sums] of these microbatches on the last stage, None elsewhere.
         """
         for bucket in self.buckets:
             bucket.begin_step(len(batches))
-        loss = self.executor.run(self.program, batches, scale)
+        sums = self.executor.run(self.program, batches, self.objective, scale)
         for bucket in self.buckets:
             bucket.finish_reduction()
-        return loss
+        return sums
 
     def publish(self) -> None:
         """Makes the masters, all shards of them, the weights that the layers use."""
@@ -94,15 +98,18 @@ class ParallelModel:
             work.wait()
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> Tensor | None:
-        """Summed losses of the microbatches without gradients, as `forward_backward` returns them."""
+    def evaluate(self, batches: Sequence[Batch], measure: Measure | None = None) -> Tensor | None:
+        """The objective's sums without gradients, as `forward_backward` returns them; or what `measure` makes.
+
+        That may be anything of one shape for all microbatches, such as a log-probability per token; see `Executor.run`.
+        """
         parallel = self.config.parallel
         schedule = build_schedule(parallel.schedule, parallel.pipeline, len(batches), parallel.virtual_stages)
         program = lower(schedule).programs[self.mesh.pipeline.index]
-        return self.executor.run(hoist_receives(forward_only(program)), batches, 1.0)
+        return self.executor.run(hoist_receives(forward_only(program)), batches, measure or self.objective, 1.0)
 
 
-def parallelize(config: Config, mesh: Mesh, *, training: bool = True,
+def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective: Objective = NEXT_TOKEN,
                 bucket_elements: int = DEFAULT_BUCKET_ELEMENTS) -> ParallelModel:
     """This rank's part of `config.model` under `config.parallel` (resolved); parameters are not initialised yet.
 
@@ -132,18 +139,13 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True,
     if training and parallel.zero == 3:
         ParameterStream(chunks.values(), buckets)
     length = config.data.seq_len // parallel.context // (mesh.tensor.size if sequence else 1)
-    shape = (length, config.batch.micro, config.model.hidden_size)
+    shape = (length, config.batch.micro * objective.rows_per_sample, config.model.hidden_size)
     messenger = Messenger(mesh.pipeline, len(schedule.placement), shape, dtype, mesh.device)
-
-    def loss_sum(logits: Tensor, batch: Batch) -> Tensor:
-        output = chunks[len(schedule.placement) - 1].output_layer
-        assert output is not None and batch.labels_SB is not None
-        losses = vocab_parallel_loss(logits, batch.labels_SB, spec_of(output.weight), tensor)
-        return losses.sum() if batch.loss_mask_SB is None else losses.mul(batch.loss_mask_SB).sum()
-
-    executor = Executor(chunks, schedule.placement, messenger, tensor.weight_grads, loss_sum)
+    last = chunks.get(len(schedule.placement) - 1)
+    head = None if last is None else ParallelHead(last, tensor, mesh.context)
+    executor = Executor(chunks, schedule.placement, messenger, tensor.weight_grads, head)
     program = hoist_receives(lower(schedule).programs[mesh.pipeline.index])
-    return ParallelModel(config, mesh, chunks, buckets, tensor, schedule, executor, program)
+    return ParallelModel(config, mesh, chunks, buckets, tensor, objective, schedule, executor, program)
 
 
 def build_chunks(config: Config, placement: Sequence[int], stage: int) -> dict[int, Transformer]:

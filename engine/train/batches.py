@@ -22,15 +22,16 @@ from engine.data.training_data import Sample, TrainingData
 from engine.distributed.collectives import all_reduce
 from engine.distributed.mesh import Mesh
 from engine.model.context import Batch, document_mask, document_positions
+from engine.model.objective import Objective
 from engine.parallel.context.zigzag import context_part
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """This rank's microbatches of one step, and how many labels count in all of them on all ranks."""
+    """This rank's microbatches of one step, and the objective's count of all of them on all ranks."""
 
     microbatches: list[Batch]
-    num_tokens: Tensor | int
+    divisor: Tensor | int
 
 
 def sample_indices(first: int, microbatch: int, config: Config, data_index: int) -> range:
@@ -40,21 +41,19 @@ def sample_indices(first: int, microbatch: int, config: Config, data_index: int)
     return range(start, start + micro)
 
 
-def load_step(data: TrainingData, first: int, config: Config, mesh: Mesh) -> StepBatches:
+def load_step(data: TrainingData, first: int, config: Config, mesh: Mesh, objective: Objective) -> StepBatches:
     """The microbatches of the step that starts at consumed sample `first`."""
-    samples = [[data.sample(i) for i in sample_indices(first, m, config, mesh.data.index)]
-               for m in range(config.num_microbatches)]
-    microbatches = [context_part(collate(rows, mesh.device), mesh.context) for rows in samples]
-    return StepBatches(microbatches, count_tokens(samples, config, mesh))
+    whole = [collate([data.sample(i) for i in sample_indices(first, m, config, mesh.data.index)], mesh.device)
+             for m in range(config.num_microbatches)]
+    return StepBatches([context_part(batch, mesh.context) for batch in whole], count_all(objective, whole, mesh))
 
 
-def count_tokens(samples: Sequence[Sequence[Sample]], config: Config, mesh: Mesh) -> Tensor | int:
-    """Labels that count in the step; arithmetic unless a loss mask makes it a sum over the data ranks."""
-    rows = [row for microbatch in samples for row in microbatch]
-    if all(row.loss_mask is None for row in rows):
-        return config.batch.global_ * config.data.seq_len
-    mine = sum(config.data.seq_len if row.loss_mask is None else int(row.loss_mask.sum()) for row in rows)
-    total = torch.tensor(float(mine), device=mesh.device)
+def count_all(objective: Objective, whole: Sequence[Batch], mesh: Mesh) -> Tensor | int:
+    """The objective's count of the step; arithmetic where it is, else a sum over the data ranks (fp32)."""
+    counts = [objective.count(batch) for batch in whole]
+    if all(isinstance(count, int) for count in counts):
+        return sum(counts) * mesh.data.size
+    total = torch.stack([torch.as_tensor(count, device=mesh.device) for count in counts]).sum().float()
     all_reduce(total, mesh.data)
     return total
 
@@ -71,7 +70,9 @@ def collate(rows: Sequence[Sample], device: torch.device) -> Batch:
         everywhere = np.ones(length, dtype=bool)
         loss_mask = _tensor(np.stack([everywhere if row.loss_mask is None else row.loss_mask for row in rows], axis=1),
                             device)
-    return Batch(tokens[:-1], positions, tokens[1:], loss_mask, mask)
+    extra = {field: _tensor(np.stack([row.extra[field] for row in rows], axis=field.batch_dim), device)
+             for field in rows[0].extra}
+    return Batch(tokens[:-1], positions, tokens[1:], loss_mask, mask, extra=extra)
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:

@@ -40,6 +40,7 @@ from engine.parallel.replicas import check_replicas
 from engine.train.batches import load_step
 from engine.train.corpora import Corpora
 from engine.train.late_flag import LateFlag
+from engine.train.objectives import objective_of
 from engine.train.start import take_over
 from engine.train.state import TrainState
 
@@ -69,8 +70,9 @@ class Trainer:
 
         Raises:
             CheckpointError: a checkpoint was asked for, or is there, and none can be used.
+            ConfigError: `run.objective` cannot be trained.
         """
-        model = parallelize(config, mesh)
+        model = parallelize(config, mesh, objective=objective_of(config))
         model.initialise(config.run.seed)
         state = TrainState(model, AdamW(model.buckets, config.optim))
         directory = Path(config.run.dir)
@@ -102,11 +104,11 @@ class Trainer:
         seconds, steps = 0.0, 0                      # since the last logged step, evaluation and saving left out
         while self.state.step < self.config.steps and not stopped:
             start = time.perf_counter()
-            lr, num_tokens, sums = self._step()
+            lr, divisor, sums = self._step()
             done, steps = self.state.step, steps + 1
             record: dict[str, Any] | None = None
             if done % self.config.log.every == 0 or done == self.config.steps:
-                record, stopped = self._record(lr, num_tokens, sums)
+                record, stopped = self._record(lr, divisor, sums)
             else:
                 stopped = asked.exchange(sums.flag)
             seconds += time.perf_counter() - start
@@ -116,8 +118,8 @@ class Trainer:
             if check_every and done % check_every == 0:
                 check_replicas(self.state.model, done)
             evaluate = self.config.eval.every and self.corpora.valid and done % self.config.eval.every == 0
-            valid_loss = self._evaluate() if evaluate else None
-            self._log(record, valid_loss)
+            evaluation = self._evaluate() if evaluate else None
+            self._log(record, evaluation)
             if every and done % every == 0 and done < self.config.steps:
                 self._save()
             self._report_saves(self.writer.poll())
@@ -127,25 +129,27 @@ class Trainer:
         return self.state.step >= self.config.steps
 
     def _step(self) -> tuple[float, float | torch.Tensor, StepSums]:
-        """One step; returns its learning rate, the number of labels that counted, and the totals on the device."""
+        """One step; returns its learning rate, what its loss was divided by, and the totals on the device."""
         config, state = self.config, self.state
-        batches = load_step(self.corpora.train, state.consumed_samples, config, self.mesh)
-        losses = state.model.forward_backward(batches.microbatches, 1 / batches.num_tokens)
-        sums = sum_over_world(losses, state.model.buckets, self.mesh, flag=self.stop_requested(),
-                              reproducible=config.parallel.reproducible)
+        objective = state.model.objective
+        batches = load_step(self.corpora.train, state.consumed_samples, config, self.mesh, objective)
+        own = state.model.forward_backward(batches.microbatches, 1 / batches.divisor)
+        sums = sum_over_world(own, state.model.buckets, self.mesh, num_sums=len(objective.sums),
+                              flag=self.stop_requested(), reproducible=config.parallel.reproducible)
         lr = learning_rate(state.step + 1, config.steps, config.optim)
         found_inf = torch.isfinite(sums.grad_norm).logical_not().float()
         state.optimizer.step(lr, clip_divisor(sums.grad_norm, config.optim.grad_clip), found_inf)
         state.model.publish()
         state.step += 1
         state.consumed_samples += config.batch.global_
-        return lr, batches.num_tokens, sums
+        return lr, batches.divisor, sums
 
-    def _record(self, lr: float, num_tokens: float | torch.Tensor, sums: StepSums) -> tuple[dict[str, Any], bool]:
+    def _record(self, lr: float, divisor: float | torch.Tensor, sums: StepSums) -> tuple[dict[str, Any], bool]:
         """The metrics of the step just done, and whether anybody asked to stop; waits for the device."""
         state, device = self.state, self.mesh.device
-        loss_sum, grad_norm, flag = torch.stack((sums.loss_sum, sums.grad_norm, sums.flag)).tolist()
-        record = {"step": state.step, "loss": loss_sum / float(num_tokens), "grad_norm": grad_norm, "lr": lr,
+        *totals, grad_norm, flag = torch.cat((sums.sums, torch.stack((sums.grad_norm, sums.flag)))).tolist()
+        numbers = state.model.objective.numbers(totals, float(divisor))
+        record = {"step": state.step, **numbers, "grad_norm": grad_norm, "lr": lr,
                   "tokens": state.consumed_samples * self.config.data.seq_len,
                   "consumed_samples": state.consumed_samples,
                   "memory_bytes": peak_memory_bytes(device),
@@ -161,25 +165,27 @@ class Trainer:
                            flops_per_token(config.model, config.data.seq_len), self.mesh.world.size, peak)
         return {"step_seconds": step_seconds, **speed.record()}
 
-    def _evaluate(self) -> float:
-        """Mean loss per label over `eval.batches` global batches of the held-out corpora, always the same ones."""
-        loss_sum, num_tokens = torch.zeros((), device=self.mesh.device), 0.0
+    def _evaluate(self) -> dict[str, float]:
+        """The objective's numbers of `eval.batches` global batches of the held-out corpora, always the same ones."""
+        model, config = self.state.model, self.config
+        totals, divisor = torch.zeros(len(model.objective.sums), device=self.mesh.device), 0.0
         assert self.corpora.valid is not None
-        for batch in range(self.config.eval.batches):
-            batches = load_step(self.corpora.valid, batch * self.config.batch.global_, self.config, self.mesh)
-            losses = self.state.model.evaluate(batches.microbatches)
-            loss_sum += sum_over_world(losses, [], self.mesh, reproducible=self.config.parallel.reproducible).loss_sum
-            num_tokens += float(batches.num_tokens)
-        return loss_sum.item() / num_tokens
+        for batch in range(config.eval.batches):
+            batches = load_step(self.corpora.valid, batch * config.batch.global_, config, self.mesh, model.objective)
+            totals += sum_over_world(model.evaluate(batches.microbatches), [], self.mesh, num_sums=len(totals),
+                                     reproducible=config.parallel.reproducible).sums
+            divisor += float(batches.divisor)
+        numbers = model.objective.numbers(totals.tolist(), divisor)
+        return {f"valid_{name}": value for name, value in numbers.items()}
 
-    def _log(self, record: dict[str, Any] | None, valid_loss: float | None) -> None:
-        if self.console is None or (record is None and valid_loss is None):
+    def _log(self, record: dict[str, Any] | None, evaluation: dict[str, float] | None) -> None:
+        if self.console is None or (record is None and evaluation is None):
             return
         if record is not None:
             self.console.step(record)
-        if valid_loss is not None:
-            self.console.evaluation(self.state.step, valid_loss)
-        row = (record or {"step": self.state.step}) | ({} if valid_loss is None else {"valid_loss": valid_loss})
+        if evaluation is not None:
+            self.console.evaluation(self.state.step, evaluation["valid_loss"])
+        row = (record or {"step": self.state.step}) | (evaluation or {})
         for sink in self.sinks:
             try:
                 sink.log(row)

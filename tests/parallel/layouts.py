@@ -66,18 +66,9 @@ class Result:
 
 def microbatches(config: Config, batch: Batch, mesh: Mesh) -> list[Batch]:
     """This rank's share of a global batch."""
-    micro, data = config.batch.micro, config.parallel.data_size
-
-    def take(x: Tensor | None, dim: int, start: int) -> Tensor | None:
-        return x if x is None or x.shape[dim] == 1 else x.narrow(dim, start, micro)
-
-    out = []
-    for m in range(config.num_microbatches):
-        start = (m * data + mesh.data.index) * micro
-        out.append(context_part(Batch(take(batch.tokens_SB, 1, start), take(batch.positions_SB, 1, start),
-                                      take(batch.labels_SB, 1, start), take(batch.loss_mask_SB, 1, start),
-                                      take(batch.attention_mask, 0, start)), mesh.context))
-    return out
+    rows = batch.tokens_SB.shape[1] // config.batch.global_ * config.batch.micro
+    return [context_part(batch.rows((m * config.parallel.data_size + mesh.data.index) * rows, rows), mesh.context)
+            for m in range(config.num_microbatches)]
 
 
 def shards(buckets: Iterable[Bucket], which: str) -> Shards:
@@ -95,14 +86,14 @@ def train_layout(config: Config, num_steps: int) -> Result:
     for step in range(1, num_steps + 1):
         batch = global_batch(config, step)
         scale = 1 / num_tokens(batch)
-        losses = model.forward_backward(microbatches(config, batch, mesh), scale)
-        sums = sum_over_world(losses, model.buckets, mesh, reproducible=config.parallel.reproducible)
+        own = model.forward_backward(microbatches(config, batch, mesh), scale)
+        sums = sum_over_world(own, model.buckets, mesh, reproducible=config.parallel.reproducible)
         if step == 1:
             out.gradients = shards(model.buckets, "grad_shard")
         optimizer.step(learning_rate(step, config.steps, config.optim),
                        clip_divisor(sums.grad_norm, config.optim.grad_clip), torch.zeros(()))
         model.publish()
-        out.losses.append(sums.loss_sum.item() * scale)
+        out.losses.append(sums.sums.item() * scale)
         out.grad_norms.append(sums.grad_norm.item())
     out.weights = shards(model.buckets, "master")
     out.parameters_equal_masters = parameters_match(model)

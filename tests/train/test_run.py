@@ -25,6 +25,7 @@ from engine.distributed.mesh import single_mesh
 from engine.launching.local import STOP_SIGNALS
 from engine.metrics.sinks import JsonlSink
 from engine.model.flops import flops_per_token
+from engine.model.objective import NEXT_TOKEN
 from engine.model.spec import spec_of
 from engine.model.transformer import Transformer
 from engine.optim.schedule import learning_rate
@@ -113,7 +114,7 @@ def test_the_validation_loss_is_that_of_the_held_out_samples(tmp_path: Path) -> 
         valid, losses = Corpora.open(config).valid, []
         assert valid is not None
         for first in (0, 4, 8):
-            for batch in load_step(valid, first, config, single_mesh()).microbatches:
+            for batch in load_step(valid, first, config, single_mesh(), NEXT_TOKEN).microbatches:
                 assert batch.labels_SB is not None
                 losses.append(F.cross_entropy(model(batch.tokens_SB, batch).flatten(0, 1), batch.labels_SB.flatten()))
     assert metrics(config)[-1]["valid_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)

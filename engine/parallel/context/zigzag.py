@@ -8,8 +8,6 @@ takes piece i and piece 2C−1−i: one early and one late, the same work for ev
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -29,10 +27,4 @@ def context_part(batch: Batch, axis: Axis) -> Batch:
     if axis.size == 1:
         return batch
     mine = positions_of(axis.index, axis.size, batch.tokens_SB.shape[0], batch.tokens_SB.device)
-
-    def take(x: Tensor | None, dim: int = 0) -> Tensor | None:
-        return None if x is None else x.index_select(dim, mine)
-
-    return replace(batch, tokens_SB=batch.tokens_SB[mine], positions_SB=batch.positions_SB[mine],
-                   labels_SB=take(batch.labels_SB), loss_mask_SB=take(batch.loss_mask_SB),
-                   attention_mask=take(batch.attention_mask, dim=2))
+    return batch.map(lambda field, x: x if field.sequence_dim is None else x.index_select(field.sequence_dim, mine))

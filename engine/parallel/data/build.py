@@ -2,7 +2,7 @@
 
 Up to ZeRO 2 a bucket is filled in backward order until it is large enough for its reduction to use the network well.
 With ZeRO 3 a bucket is gathered as a whole around the use of its parameters, so it never reaches beyond a *unit*: the
-embedding, one layer, or final norm and output layer.  Buckets never mix chunks or kinds.
+embedding, one layer, or final norm and head.  Buckets never mix chunks or kinds.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def units_of(chunk: Transformer) -> list[list[nn.Module]]:
     units: list[list[nn.Module]] = [[layer] for layer in chunk.layers.values()]
     if chunk.embedding is not None:
         units.insert(0, [chunk.embedding])
-    if chunk.final_layernorm is not None and chunk.output_layer is not None:
-        units.append([chunk.final_layernorm, chunk.output_layer])
+    head = chunk.output_layer or chunk.score
+    if chunk.final_layernorm is not None and head is not None:
+        units.append([chunk.final_layernorm, head])
     return units
 
 

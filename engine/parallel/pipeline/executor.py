@@ -21,13 +21,12 @@ from torch.profiler import record_function
 
 from engine.distributed.collectives import DONE, Work
 from engine.model.context import Batch
+from engine.model.objective import Head, Measure
 from engine.model.transformer import Transformer
 from engine.parallel.gradients import WeightGradQueue
 from engine.parallel.pipeline.p2p import Messenger
 from engine.schedules.action import Action, Kind
 
-# logits, microbatch → summed loss, a scalar
-LossSum = Callable[[Tensor, Batch], Tensor]
 Key = tuple[int, int]                      # chunk, microbatch
 
 
@@ -35,10 +34,10 @@ class Executor:
     """Runs programs over this rank's chunks."""
 
     def __init__(self, chunks: Mapping[int, Transformer], placement: Sequence[int], messenger: Messenger,
-                 weight_grads: WeightGradQueue, loss_sum: LossSum) -> None:
-        """`chunks`: by global chunk index; `placement`: the stage of every chunk of the pipeline."""
+                 weight_grads: WeightGradQueue, head: Head | None) -> None:
+        """`chunks`: by global chunk index; `placement`: the stage of every chunk; `head`: that of the last chunk."""
         self.chunks, self.placement, self.messenger = chunks, placement, messenger
-        self.weight_grads, self.loss_sum = weight_grads, loss_sum
+        self.weight_grads, self.head = weight_grads, head
         self.last_chunk = len(placement) - 1
         self._do: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward, Kind.B: self._backward_input, Kind.W: self._backward_weight,
@@ -47,10 +46,10 @@ class Executor:
             Kind.REDUCE_GRAD: self._reduce_grad,
         }
         self.peak_in_flight = 0      # activations held at once in the latest step: (chunk, microbatch), F to W
-        self._reset([], 0.0)
+        self._reset([], None, 0.0)
 
-    def _reset(self, batches: Sequence[Batch], scale: float | Tensor) -> None:
-        self._batches = batches
+    def _reset(self, batches: Sequence[Batch], measure: Measure | None, scale: float | Tensor) -> None:
+        self._batches, self._measure = batches, measure
         self._scale = torch.as_tensor(scale, dtype=torch.float32, device=self.messenger.device)
         self._arrived: dict[Key, tuple[Tensor, Work]] = {}        # inputs of F
         self._grads: dict[Key, tuple[Tensor, Work]] = {}          # gradients of outputs, for B
@@ -58,28 +57,31 @@ class Executor:
         self._inputs: dict[Key, Tensor] = {}
         self._edges: dict[Key, GradientEdge] = {}
         self._weight_work: dict[Key, list[Callable[[], None]]] = {}
-        self._losses: list[Tensor] = []
+        self._measured: list[Tensor] = []
 
-    def run(self, program: Sequence[Action], batches: Sequence[Batch], scale: float | Tensor) -> Tensor | None:
+    def run(self, program: Sequence[Action], batches: Sequence[Batch], measure: Measure,
+            scale: float | Tensor) -> Tensor | None:
         """Executes one step.
 
         Args:
             program: this rank's actions, receives hoisted (`hoist_receives`).
             batches: the microbatches, by number.
-            scale: the summed loss is multiplied by it before differentiation; 1 / number of tokens of the step.
+            measure: what the last chunk makes of its hidden states; the first tensor it returns is differentiated.
+            scale: that one is multiplied by it before; 1 / number of tokens of the step, say.
 
         Returns:
-            The summed loss of each microbatch, detached, on ranks that hold the last chunk; None elsewhere.
+            What was measured of each microbatch, detached, [microbatches, tensors, …], on ranks that hold the last
+            chunk; None elsewhere.
         """
-        self._reset(batches, scale)
+        self._reset(batches, measure, scale)
         self.peak_in_flight = 0
         for action in program:
             with record_function(str(action)):
                 self._do[action.kind](action)
         self.messenger.wait_sent()
-        losses = torch.stack(self._losses) if self._losses else None
-        self._reset([], 0.0)
-        return losses
+        measured = torch.stack(self._measured) if self._measured else None
+        self._reset([], None, 0.0)
+        return measured
 
     def _forward(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
@@ -90,10 +92,12 @@ class Executor:
             x, work = self._arrived.pop(key)
             work.wait()
             x.requires_grad_(torch.is_grad_enabled())
-        out = self.chunks[action.chunk](x, batch)
+        out = self.chunks[action.chunk].hidden_states(x, batch)
         if action.chunk == self.last_chunk:
-            out = self.loss_sum(out, batch)
-            self._losses.append(out.detach())
+            assert self._measure is not None and self.head is not None
+            measured = self._measure(out, self.head, batch)
+            self._measured.append(torch.stack([each.detach() for each in measured]))
+            out = measured[0]
         else:
             self._hand_over(self._arrived, action, action.chunk + 1, out.detach())
         if torch.is_grad_enabled():

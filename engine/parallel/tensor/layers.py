@@ -82,7 +82,8 @@ class _Linear(torch.autograd.Function):
         matrix = weight.flatten(0, -2)
         if kind == "column":
             return linear(full_sequence(x, context), matrix, None if bias is None else bias.flatten())
-        return sum_over_ranks(linear(x, matrix), context)
+        out = sum_over_ranks(linear(x, matrix), context)
+        return out if bias is None else out.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,7 +100,8 @@ class _Linear(torch.autograd.Function):
             grad_x, summing = matmul(grad_out, matrix), DONE
         grad_bias = None
         if ctx.bias_shape is not None and ctx.needs_input_grad[2]:
-            grad_bias = grad_out.flatten(0, -2).sum(0).view(ctx.bias_shape)
+            own = grad_out if ctx.kind == "column" else grads[0]      # a row's bias is added behind the sum
+            grad_bias = own.flatten(0, -2).sum(0).view(ctx.bias_shape)
         grad_weight = None
         if ctx.needs_input_grad[1]:
             gathering.wait()

@@ -1,0 +1,33 @@
+"""What a tensor of a microbatch is called, and which of its dimensions is what.
+
+Whoever collates samples, cuts a microbatch over context ranks or takes some of its rows does so in one loop over the
+fields that are there, and asks each field along which dimension.  A new kind of tensor is one more `Field`: an
+objective names those that its samples bring (`Objective.fields`), and they travel in `Batch.extra`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a batch.
+
+    Attributes:
+        name: unique among the fields of a batch.
+        sequence_dim: dimension of the tokens, cut over context ranks; None: what it says holds for whole rows.
+        batch_dim: dimension of the rows.
+    """
+
+    name: str
+    sequence_dim: int | None = 0
+    batch_dim: int = 1
+
+
+TOKENS = Field("tokens_SB")
+POSITIONS = Field("positions_SB")
+LABELS = Field("labels_SB")
+LOSS_MASK = Field("loss_mask_SB")
+ATTENTION_MASK = Field("attention_mask", sequence_dim=2, batch_dim=0)      # of its two sequences the queries' is cut
+OWN = (TOKENS, POSITIONS, LABELS, LOSS_MASK, ATTENTION_MASK)

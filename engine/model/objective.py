@@ -1,0 +1,105 @@
+"""What is trained: from the hidden states behind the last layer to sums.  Knows no ranks.
+
+    hidden states [S, B, H] ── head ──▶ numbers per token ── objective ──▶ sums          loss = first sum / divisor
+
+The engine differentiates the first sum, divided by the objective's own count of what it is a mean of (tokens, pairs)
+over the whole global batch; so no microbatch, data-parallel rank or context rank can change it.  All sums are added up
+over microbatches and ranks and come out as numbers to log.
+
+The head is handed in, however it is cut over ranks; full logits exist nowhere.  Every call of it returns what belongs
+to this context rank's tokens, the same on all tensor ranks.  Each sum that an objective returns is this context rank's
+*share*: shares add up to the sum.  A sum over tokens is one as it stands.  What is a function of a whole text (a ratio
+of two texts' probabilities, the score at the end) takes two steps more:
+
+    total = head.sum_over_sequence(part)         the same on every context rank, differentiable
+    loss = head.once(f(total).sum())             everyone has computed it, one of them counts it
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from engine.model.context import Batch
+from engine.model.fields import Field
+
+HeadKind = Literal["language_model", "score"]
+
+
+class Head(Protocol):
+    """The last chunk's end.  One of the first three is called, once per microbatch: it uses the head's parameters."""
+
+    def token_losses(self, x_SBH: Tensor, labels_SB: Tensor) -> Tensor:
+        """−log p(label), fp32 [S, B]."""
+        ...
+
+    def token_log_probs_and_entropy(self, x_SBH: Tensor, labels_SB: Tensor,
+                                    temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """log p(label) and the entropy of p, in nats, fp32 [S, B] each; logits are divided by `temperature`."""
+        ...
+
+    def scores(self, x_SBH: Tensor) -> Tensor:
+        """A number per token, fp32 [S, B], of a model with `head: score`."""
+        ...
+
+    def sum_over_sequence(self, x: Tensor) -> Tensor:
+        """Sums what context ranks have computed from their parts of the sequence; every one of them must call it."""
+        ...
+
+    def once(self, x: Tensor) -> Tensor:
+        """What all context ranks have computed alike, as a share: it counts on one of them."""
+        ...
+
+
+# Hidden states behind the last layer, head, microbatch → tensors of one shape (scalars, for an objective).
+Measure = Callable[[Tensor, Head, Batch], Sequence[Tensor]]
+
+
+class Objective(ABC):
+    """One way to train; itself a `Measure` that returns its sums.
+
+    Attributes:
+        sums: names of what it returns; the first is the loss that is differentiated.
+        head: which head the model must have.
+        fields: what its samples add to a batch (`Batch.extra`).
+        rows_per_sample: rows of a batch that one sample takes, one behind the other; 2 for pairs.
+    """
+
+    sums: ClassVar[tuple[str, ...]] = ("loss",)
+    head: ClassVar[HeadKind] = "language_model"
+    fields: ClassVar[tuple[Field, ...]] = ()
+    rows_per_sample: int = 1
+
+    @abstractmethod
+    def __call__(self, x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
+        """This context rank's share of every sum, fp32 scalars in the order of `sums`."""
+
+    @abstractmethod
+    def count(self, batch: Batch) -> Tensor | int:
+        """What a microbatch, not cut over context ranks, adds to the divisor.
+
+        An `int` says that it follows from shapes alone and is the same for every microbatch of every rank; else it is a
+        scalar tensor, and summed up over them.
+        """
+
+    def numbers(self, totals: Sequence[float], divisor: float) -> dict[str, float]:
+        """What is logged, from sums over everybody and the divisor: by default the mean of each."""
+        return {name: total / divisor for name, total in zip(self.sums, totals, strict=True)}
+
+
+class NextToken(Objective):
+    """Pretraining: the mean loss of the labels that count."""
+
+    def __call__(self, x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
+        assert batch.labels_SB is not None
+        losses = head.token_losses(x_SBH, batch.labels_SB)
+        return [losses.sum() if batch.loss_mask_SB is None else losses.mul(batch.loss_mask_SB).sum()]
+
+    def count(self, batch: Batch) -> Tensor | int:
+        return batch.tokens_SB.numel() if batch.loss_mask_SB is None else batch.loss_mask_SB.sum()
+
+
+NEXT_TOKEN = NextToken()

@@ -1,0 +1,90 @@
+"""The end of the last chunk, cut over the tensor axis, with the sequence spread over the context axis.
+
+What an objective gets to see (`engine.model.objective.Head`).  The logits stay spread over the vocabulary: ranks
+exchange two or three numbers per token.  Everything that is returned is the same on all tensor ranks and covers this
+context rank's tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.distributed.collectives import all_gather, all_reduce, my_part
+from engine.distributed.mesh import Axis
+from engine.kernels.cross_entropy import cross_entropy
+from engine.kernels.log_probs import log_probs_and_entropy
+from engine.model.spec import spec_of
+from engine.model.transformer import Transformer
+from engine.parallel.tensor.layers import TensorContext
+
+
+class ParallelHead:
+    """See `engine.model.objective.Head`."""
+
+    def __init__(self, chunk: Transformer, tensor: TensorContext, context: Axis) -> None:
+        self._chunk, self._tensor, self._context = chunk, tensor, context
+
+    def token_losses(self, x_SBH: Tensor, labels_SB: Tensor) -> Tensor:
+        return cross_entropy(self._chunk.logits(x_SBH), labels_SB, **self._columns())
+
+    def token_log_probs_and_entropy(self, x_SBH: Tensor, labels_SB: Tensor,
+                                    temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        return log_probs_and_entropy(self._chunk.logits(x_SBH), labels_SB, temperature=temperature, **self._columns())
+
+    def scores(self, x_SBH: Tensor) -> Tensor:
+        scores = self._chunk.scores(x_SBH)
+        joined: Tensor = _JoinSequence.apply(scores, self._tensor.axis) if self._tensor.sequence else scores
+        return joined
+
+    def sum_over_sequence(self, x: Tensor) -> Tensor:
+        if self._context.size == 1:
+            return x
+        total: Tensor = _SumOverRanks.apply(x, self._context)
+        return total
+
+    def once(self, x: Tensor) -> Tensor:
+        return x if self._context.index == 0 else x * 0.0          # stays in the graph: gradients meet on their way
+
+    def _columns(self) -> dict[str, Any]:
+        """Which part of the vocabulary is here, and how to hear from those who have the others."""
+        output = self._chunk.output_layer
+        assert output is not None
+        box = spec_of(output.weight).box
+        return {"first": box.offset[0], "num_valid": box.size[0],
+                "gather": self._gather if self._tensor.axis.size > 1 else None}
+
+    def _gather(self, parts: Tensor) -> Tensor:
+        return all_gather(parts.unsqueeze(0), self._tensor.axis)
+
+
+class _JoinSequence(torch.autograd.Function):
+    """This rank's part of the sequence → all of it, which every rank goes on with alike."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return my_part(grads[0], ctx.axis).contiguous(), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum on every rank.  What each makes of it may differ, so the gradient is a sum over them too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        total = x.clone(memory_format=torch.contiguous_format)
+        all_reduce(total, axis)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        all_reduce(grad, ctx.axis)
+        return grad, None
