@@ -94,4 +94,4 @@ def _metadata(config: ModelConfig, folder: Path, tokenizer: str | None) -> dict[
         tokenizer = str(folder.resolve())
     spec = None if tokenizer == NO_TOKENIZER else tokenizer
     return {"config": {"model": config.model_dump(mode="json"), "data": {"tokenizer": spec}},
-            "data": {"tokenizer": None if spec is None else load_tokenizer(spec).sha256}}
+            "data": {} if spec is None else load_tokenizer(spec).info.fingerprint()}

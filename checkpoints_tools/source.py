@@ -13,6 +13,7 @@ from checkpoints_tools.names import PREFIX, Shape, parameter_shapes
 from engine.checkpoint.read import CheckpointReader
 from engine.config import ModelConfig
 from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizer_identity import recorded_tokenizer
 from engine.errors import CheckpointError, DataError
 
 NO_TOKENIZER = "none"
@@ -88,10 +89,10 @@ def tokenizer_of(source: Source, spec: str | None) -> Tokenizer | None:
         tokenizer = load_tokenizer(spec)
     except DataError as error:
         raise DataError(f"{error}\n  --tokenizer PATH says where it is now, --tokenizer none goes without") from None
-    trained_with = (metadata.get("data") or {}).get("tokenizer")
-    if trained_with is not None and trained_with != tokenizer.sha256:
-        raise DataError(f"{spec} is not the tokenizer this model was trained with (sha256 {tokenizer.sha256[:12]}…, "
-                        f"then {str(trained_with)[:12]}…): its ids mean something else\n"
+    trained_with = recorded_tokenizer(metadata.get("data") or {})
+    if trained_with is not None and (difference := tokenizer.info.difference(trained_with)):
+        raise DataError(f"{spec} is not the tokenizer this model was trained with ({difference}): its ids mean "
+                        "something else\n"
                         "  --tokenizer PATH names the right one, --tokenizer none goes without")
     if tokenizer.vocab_size > source.config.vocab_size:
         raise DataError(f"{spec} has {tokenizer.vocab_size:,} ids, the model {source.config.vocab_size:,}")

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.indexed import IndexedWriter, merge
-from engine.data.sidecar import TokenizerInfo, make_sidecar, sidecar_path
+from engine.data.sidecar import make_sidecar, sidecar_path
+from engine.data.tokenizer_identity import TokenizerInfo
 from engine.errors import DataError
 
 NUM_EXAMPLES = 10  # of unusable records, kept for the report

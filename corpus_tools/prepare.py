@@ -30,7 +30,6 @@ from corpus_tools.readers import BadRecord, Block, read_blocks, records_of
 from corpus_tools.shards import shard_of
 from corpus_tools.tokenizers.fast_backend import FastTokenizer, accelerated
 from engine.data.indexed import best_dtype
-from engine.data.sidecar import TokenizerInfo
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.distributed.environment import available_cores
 from engine.errors import DataError, RequestError
@@ -133,7 +132,7 @@ def prepare(
     loaded = load_tokenizer(tokenizer)
     dtype = best_dtype(loaded.vocab_size)
     prefix = Path(output)
-    key_of = functools.partial(_key, (VERSION, loaded.sha256, text_field, on_error, append_eod), inputs)
+    key_of = functools.partial(_key, (VERSION, loaded.sha256, loaded.eod_id, text_field, on_error, append_eod), inputs)
     encoder = functools.partial(_encoder, str(tokenizer), backend, text_field, append_eod, dtype.name)
     num_workers = _useful_workers(workers or available_cores(), inputs)
     with named_write_errors(prefix):
@@ -159,8 +158,7 @@ def _join(parts: Parts, prefix: Path, tokenizer: Tokenizer) -> Counts:
     counts = parts.total()
     if counts.documents == 0:
         raise DataError(f"no documents: {counts.empty_documents} empty, {counts.skipped_records} unusable")
-    info = TokenizerInfo(tokenizer.kind, tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id)
-    parts.join(prefix, info)
+    parts.join(prefix, tokenizer.info)
     return counts
 
 

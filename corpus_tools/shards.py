@@ -45,9 +45,11 @@ def merge_corpora(prefixes: Sequence[str | Path], output: str | Path) -> Sidecar
             raise DataError(f"{prefix} has no side file {prefix}.json, so nothing says which tokenizer made it")
         sidecars.append(sidecar)
     for prefix, sidecar in zip(prefixes, sidecars, strict=True):
-        if sidecar.tokenizer.sha256 != sidecars[0].tokenizer.sha256:
-            names = f"{prefixes[0]} with {sidecars[0].tokenizer.name}, {prefix} with {sidecar.tokenizer.name}"
-            raise DataError(f"{names}: made with different tokenizers; prepare them with the same one")
+        if difference := sidecars[0].tokenizer.difference(sidecar.tokenizer):
+            raise DataError(
+                f"{prefixes[0]} and {prefix} were made with different tokenizers: {difference}; prepare them with the "
+                "same one"
+            )
     sidecar_path(output).unlink(missing_ok=True)  # it described what is replaced now
     merge(prefixes, output)
     num_documents = sum(sidecar.num_documents for sidecar in sidecars)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # One-way imports: a room may import rooms of its own level and below.
 LEVELS = (
     ("kernels", ""),                                          # "": the package `engine` itself, which holds the version
-    ("errors",),
+    ("errors", "reading", "writing"),
     ("schedules",),
     ("config",),
     ("distributed",),

@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.data.tokenizer_identity import END_OF_DOCUMENT, TOKENIZER
 from engine.errors import CheckpointError
 
 SHAPE_KEYS = frozenset(f"model.{name}" for name in (
     "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_hidden_size", "vocab_size",
     "tie_embeddings", "qkv_bias"))
 MEANING_KEYS = SHAPE_KEYS | {"model.rope_theta", "model.rope_scaling", "model.norm_eps"}
-TOKENIZER_PATH, TOKENIZER = "data.tokenizer", "tokenizer"
+TOKENIZER_PATH = "data.tokenizer"
 IRRELEVANT = ("run.dir", "run.name", "run.device", "checkpoint.", "log.", "eval.")
 
 
@@ -41,10 +42,11 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any], weights_on
     """What differs between a checkpoint's metadata and the run's.
 
     Args:
-        weights_only: the run takes the weights and nothing else, so it may stretch RoPE; only shapes
-            and the tokenizer are refused.
+        weights_only: the run takes the weights and nothing else, so it may stretch RoPE, and end texts with
+            another token, as chats do; only shapes and another tokenizer are refused.
     """
     refused = SHAPE_KEYS if weights_only else MEANING_KEYS
+    identity = {TOKENIZER} if weights_only else {TOKENIZER, END_OF_DOCUMENT}
     before, now = _flat(saved.get("config") or {}), _flat(current.get("config") or {})
     found = [Difference(key, before[key], now[key], key in refused)
              for key in before if key in now and before[key] != now[key] and not key.startswith(IRRELEVANT)]
@@ -52,7 +54,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any], weights_on
     if old.get(TOKENIZER) is None or new.get(TOKENIZER) is None:
         return found
     found = [difference for difference in found if difference.key != TOKENIZER_PATH]
-    found += [Difference(f"data fingerprint, {key}", old[key], new[key], key == TOKENIZER)
+    found += [Difference(f"data fingerprint, {key}", old[key], new[key], key in identity)
               for key in old if key in new and old[key] != new[key]]
     return found
 

@@ -12,9 +12,9 @@
     34+4·S  8·S      byte in .bin at which a sequence starts, i64
     34+12·S 8·(D+1)  first sequence of every document, and S at the end, i64
 
-A document is one sequence in everything Octant writes; foreign files may use several.  Since sequences lie back
-to back, the number of tokens is the last pointer plus the last length: opening reads a few numbers, whatever
-the size of the corpus.
+A document is one sequence in everything Octant writes; foreign files may use several.  Sequences lie back to back, so
+the number of tokens is the last pointer plus the last length, and every other number of the index is determined by its
+neighbours: opening checks them all (`engine.data.index_check`).
 
 The index is memory-mapped.  Tokens are read with `pread` rather than mapped: a sample is one small contiguous
 read, so it costs one request on a network file system, leaves nothing in the process's memory, and a file cut
@@ -29,7 +29,8 @@ import os
 import shutil
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -37,6 +38,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.index_check import IndexLayout, first_divided_document, index_problems
 from engine.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -68,12 +70,15 @@ def idx_path(prefix: str | os.PathLike[str]) -> Path:
 
 
 class IndexedDataset:
-    """A corpus of tokenized documents, opened in constant time and memory.
+    """A corpus of tokenized documents, opened in constant memory.
 
-    Raises DataError when a file is missing, is not this format, or has another size than the index says.
+    `checked`: the index was checked inside before, so it needn't be again.
+
+    Raises DataError when a file is missing, is not this format, has another size than the index says, or when the index
+    contradicts itself.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+    def __init__(self, prefix: str | os.PathLike[str], *, checked: bool = False) -> None:
         self.prefix = os.fspath(prefix)
         self._fd = -1
         for path in (idx_path(prefix), bin_path(prefix)):
@@ -84,6 +89,8 @@ class IndexedDataset:
                 )
         self._map_index(idx_path(prefix))
         self._check_sizes()
+        if not checked and (problem := next(self.problems(), None)):
+            raise DataError(f"{problem}. The index is damaged: prepare the corpus again, or copy it again.")
 
     def _map_index(self, path: Path) -> None:
         num_bytes = path.stat().st_size
@@ -115,12 +122,23 @@ class IndexedDataset:
                 f"take {expected} bytes. The index is truncated or damaged: prepare the corpus again."
             )
 
+        lengths, pointers, marks = (HEADER.size + size * num_sequences for size in (0, 4, 12))
+        self._layout = IndexLayout(num_sequences, num_document_marks, lengths, pointers, marks, self.dtype.itemsize)
+
         def view(dtype: str, count: int, offset: int) -> np.ndarray:
             return np.frombuffer(self._index_map, dtype=dtype, count=count, offset=offset)
 
-        self.sequence_lengths = view("<i4", num_sequences, HEADER.size)
-        self.sequence_pointers = view("<i8", num_sequences, HEADER.size + 4 * num_sequences)
-        self.document_indices = view("<i8", num_document_marks, HEADER.size + 12 * num_sequences)
+        self.sequence_lengths = view("<i4", num_sequences, lengths)
+        self.sequence_pointers = view("<i8", num_sequences, pointers)
+        self.document_indices = view("<i8", num_document_marks, marks)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong inside the index (see `index_problems`)."""
+        return index_problems(idx_path(self.prefix), self._layout)
+
+    def first_divided_document(self) -> int | None:
+        """The first document that is not one sequence: none in what Octant writes."""
+        return first_divided_document(idx_path(self.prefix), self._layout)
 
     def _check_sizes(self) -> None:
         """Both ends of the index agree with each other and with `.bin`: the part of verifying that takes no time."""
@@ -186,8 +204,6 @@ class IndexedDataset:
             return np.zeros(0, np.int64)
         # `bisect` and slices only: the arrays are unaligned (34 + 4·S), and numpy would copy them whole to search them.
         starting = marks[bisect_left(marks, first) : bisect_left(marks, last)] - first
-        if starting.size and not 0 <= starting.min() <= starting.max() < last - first:
-            raise DataError(f"{idx_path(self.prefix)}: documents out of order. Check it with `octant data verify`.")
         return np.unique(pointers[first:last][starting] // itemsize)
 
     def close(self) -> None:
@@ -199,9 +215,9 @@ class IndexedDataset:
     def __del__(self) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
+    def __reduce__(self) -> tuple[partial[IndexedDataset], tuple[str]]:
         """Another process opens the files itself."""
-        return (IndexedDataset, (self.prefix,))
+        return (partial(IndexedDataset, checked=True), (self.prefix,))
 
 
 class IndexedWriter:

@@ -11,16 +11,22 @@ Field numbers and defaults: sentencepiece_model.proto (github.com/google/sentenc
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import sentencepiece
+
 from engine.errors import DataError
+from engine.reading import read_bytes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # piece types
 BPE = 2  # model types: 1 unigram, 2 BPE, 3 word, 4 character
 SPACE = "\u2581"  # ▁, SentencePiece's mark for a space
+
+LONGEST_VARINT_BITS = 70
 
 WireValue = int | bytes
 
@@ -54,14 +60,37 @@ class SentencePieceModel:
 
 
 def read_model(path: str | Path) -> SentencePieceModel:
-    """Read a `.model` file.  Raises DataError where it is missing or is no SentencePiece model."""
+    """Read a `.model` file.  Raises DataError where it is missing, damaged or no SentencePiece model."""
+    return open_model(path).model
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A `.model` file that SentencePiece has accepted: its bytes, what they say, and what cuts texts with them."""
+
+    data: bytes
+    model: SentencePieceModel
+    processor: sentencepiece.SentencePieceProcessor
+
+
+def open_model(path: str | Path) -> OpenedModel:
+    """Read a `.model` file once and hand it to SentencePiece.
+
+    Raises DataError where it is missing, damaged or no SentencePiece model.
+    """
     path = Path(path)
     try:
-        return parse_model(path.read_bytes())
+        data = read_bytes(path)
+        model = parse_model(data)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        if processor.get_piece_size() != len(model.pieces):
+            raise ValueError(f"{len(model.pieces)} pieces, of which SentencePiece reads {processor.get_piece_size()}")
     except OSError as error:
-        raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from error
-    except (ValueError, IndexError, struct.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a SentencePiece model ({error})") from error
+        raise DataError(f"cannot read tokenizer {path}: {error.strerror or error}") from error
+    except (ValueError, IndexError, struct.error, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path} is not a SentencePiece model, or is damaged ({reason})") from error
+    return OpenedModel(data, model, processor)
 
 
 def parse_model(data: bytes) -> SentencePieceModel:
@@ -80,13 +109,13 @@ def parse_model(data: bytes) -> SentencePieceModel:
         raise ValueError("no pieces")
     return SentencePieceModel(
         pieces=tuple(pieces),
-        model_type=int(trainer.get(3, 1)),
-        byte_fallback=bool(trainer.get(35, 0)),
-        space_as_suffix=bool(trainer.get(24, 0)),
+        model_type=_number(trainer.get(3, 1)),
+        byte_fallback=bool(_number(trainer.get(35, 0))),
+        space_as_suffix=bool(_number(trainer.get(24, 0))),
         charsmap=_bytes(normalizer.get(2, b"")),
-        dummy_prefix=bool(normalizer.get(3, 1)),
-        remove_extra_spaces=bool(normalizer.get(4, 1)),
-        escape_spaces=bool(normalizer.get(5, 1)),
+        dummy_prefix=bool(_number(normalizer.get(3, 1))),
+        remove_extra_spaces=bool(_number(normalizer.get(4, 1))),
+        escape_spaces=bool(_number(normalizer.get(5, 1))),
     )
 
 
@@ -122,12 +151,21 @@ def _nested(number: int, body: bytes) -> bytes:
 def _parse_piece(data: bytes) -> Piece:
     fields = dict(_fields(data))
     score = struct.unpack("<f", _bytes(fields.get(2, b"\0\0\0\0")))[0]
-    return Piece(_bytes(fields.get(1, b"")).decode(), score, int(fields.get(3, NORMAL)))
+    piece = Piece(_bytes(fields.get(1, b"")).decode(), score, _number(fields.get(3, NORMAL)))
+    if not piece.text or not math.isfinite(score) or not NORMAL <= piece.type <= BYTE:
+        raise ValueError(f"{piece} is no piece")
+    return piece
 
 
 def _bytes(value: WireValue) -> bytes:
     if not isinstance(value, bytes):
         raise ValueError("a number where bytes were expected")
+    return value
+
+
+def _number(value: WireValue) -> int:
+    if not isinstance(value, int):
+        raise ValueError("bytes where a number was expected")
     return value
 
 
@@ -145,6 +183,8 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
     while True:
         byte = data[position]
         position += 1
+        if shift >= LONGEST_VARINT_BITS:
+            raise ValueError("a number of more than ten bytes")
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position

@@ -14,22 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.data.tokenizer_identity import TokenizerInfo
 from engine.errors import DataError
+from engine.reading import read_object, shown
 
 VERSION = 1
 SUFFIXES = (".bin", ".idx")
 HASH_CHUNK_BYTES = 1 << 22
-
-
-@dataclass(frozen=True)
-class TokenizerInfo:
-    """What made the ids.  `kind`: bytes, sentencepiece or hf; `sha256`: of the tokenizer's file or definition."""
-
-    kind: str
-    name: str
-    sha256: str
-    vocab_size: int
-    eod_id: int | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +38,7 @@ class Sidecar:
     num_tokens: int
     dtype: str
     files: dict[str, FileInfo]
+    made_from: str | None = None  # a hash of inputs, options and tokenizer; foreign and older side files have none
     version: int = VERSION
 
     def write(self, prefix: str | os.PathLike[str]) -> None:
@@ -64,10 +56,11 @@ class Sidecar:
     def read(prefix: str | os.PathLike[str]) -> Sidecar | None:
         """The side file of a corpus, or None where there is none.  Raises DataError for one that is no side file."""
         path = sidecar_path(prefix)
-        try:
-            return _parse(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        if not path.exists():
             return None
+        fields = read_object(path, "the side file of a corpus", DataError)
+        try:
+            return _parse(fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
                 f"{path}: not a corpus's side file of version {VERSION} ({type(error).__name__}: {error}). "
@@ -77,15 +70,30 @@ class Sidecar:
 
 def _parse(fields: dict[str, Any]) -> Sidecar:
     if fields["version"] != VERSION:
-        raise ValueError(f"version is {fields['version']}")
-    files = {suffix: FileInfo(int(info["bytes"]), str(info["sha256"])) for suffix, info in fields["files"].items()}
-    return Sidecar(
-        TokenizerInfo(**fields["tokenizer"]),
-        int(fields["num_documents"]),
-        int(fields["num_tokens"]),
-        str(fields["dtype"]),
-        files,
+        raise ValueError(f"version is {shown(fields['version'])}")
+    files = {suffix: FileInfo(_count(info["bytes"]), _text(info["sha256"])) for suffix, info in fields["files"].items()}
+    made_by = fields["tokenizer"]
+    tokenizer = TokenizerInfo(
+        _text(made_by["kind"]),
+        _text(made_by["name"]),
+        _text(made_by["sha256"]),
+        _count(made_by["vocab_size"]),
+        *(None if made_by.get(key) is None else _count(made_by[key]) for key in ("eod_id", "bos_id")),
     )
+    counts = _count(fields["num_documents"]), _count(fields["num_tokens"])
+    return Sidecar(tokenizer, *counts, _text(fields["dtype"]), files, fields.get("made_from"))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)} is no text")
+    return value
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{shown(value)} is no count")
+    return value
 
 
 def sidecar_path(prefix: str | os.PathLike[str]) -> Path:

@@ -8,9 +8,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Protocol
 
+from engine.data.corpus import Corpus
 from engine.data.indexed import IndexedDataset, bin_path
 from engine.data.mixture import exact
 from engine.data.sidecar import Sidecar, sidecar_path
+from engine.data.tokenizer_identity import TokenizerInfo
 from engine.errors import DataError
 
 
@@ -37,21 +39,24 @@ class Source:
 
 
 def open_sources(
-    sources: Sequence[SourceLike], seq_len: int, vocab_size: int, tokenizer_sha256: str | None
+    sources: Sequence[SourceLike], seq_len: int, vocab_size: int, tokenizer: TokenizerInfo | None
 ) -> list[Source]:
     """Open every corpus, in constant time and memory each.
 
     Raises DataError, naming the file and the numbers, for corpora that are missing, damaged, too short for one window,
-    or, where the side file tells, made by another tokenizer or with more ids than `vocab_size`.
+    or, where side files tell, made by another tokenizer than the run's or than each other, or with more ids than
+    `vocab_size`.
     """
     if not sources:
         raise DataError("No corpus is given: name at least one, e.g. `data.train: [{path: data/web}]`.")
-    opened = [_open_source(source, seq_len, vocab_size, tokenizer_sha256) for source in sources]
+    opened = [_open_source(source, seq_len, vocab_size, tokenizer) for source in sources]
+    _check_one_tokenizer(opened)
     return _with_target_epochs(opened, [getattr(source, "epochs", None) for source in sources])
 
 
-def _open_source(source: SourceLike, seq_len: int, vocab_size: int, tokenizer_sha256: str | None) -> Source:
-    dataset, sidecar = IndexedDataset(source.path), Sidecar.read(source.path)
+def _open_source(source: SourceLike, seq_len: int, vocab_size: int, tokenizer: TokenizerInfo | None) -> Source:
+    corpus = Corpus.open(source.path)
+    dataset, sidecar = corpus.dataset, corpus.sidecar
     num_windows = max(0, dataset.num_tokens - 1) // seq_len
     if num_windows == 0:
         raise DataError(
@@ -59,11 +64,22 @@ def _open_source(source: SourceLike, seq_len: int, vocab_size: int, tokenizer_sh
             f"(data.seq_len = {seq_len} and the last target). Add text, or lower data.seq_len."
         )
     if sidecar is not None:
-        _check_sidecar(source.path, dataset, sidecar, vocab_size, tokenizer_sha256)
+        _check_tokenizer(source.path, sidecar, vocab_size, tokenizer)
     max_epochs = getattr(source, "max_epochs", None)
     max_samples = None if max_epochs is None else max(1, int(exact(max_epochs) * num_windows))
     name = Path(source.path).name
     return Source(name, source.path, dataset, sidecar, num_windows, exact(source.weight), max_samples)
+
+
+def _check_one_tokenizer(opened: Sequence[Source]) -> None:
+    """Also where the run names no tokenizer: ids of two cannot be learned together."""
+    known = [(source.path, source.sidecar.tokenizer) for source in opened if source.sidecar]
+    for path, made_by in known[1:]:
+        if difference := known[0][1].difference(made_by):
+            raise DataError(
+                f"{known[0][0]} and {path} were made with different tokenizers: {difference}. Prepare them with the "
+                "same one."
+            )
 
 
 def _with_target_epochs(opened: list[Source], targets: list[float | None]) -> list[Source]:
@@ -81,21 +97,12 @@ def _with_target_epochs(opened: list[Source], targets: list[float | None]) -> li
     return weighted
 
 
-def _check_sidecar(
-    path: str, dataset: IndexedDataset, sidecar: Sidecar, vocab_size: int, tokenizer_sha256: str | None
-) -> None:
-    """What a side file promises and can be checked at once; hashes are for `octant data verify`."""
+def _check_tokenizer(path: str, sidecar: Sidecar, vocab_size: int, tokenizer: TokenizerInfo | None) -> None:
     file, made_by = sidecar_path(path), sidecar.tokenizer
-    if (sidecar.num_tokens, sidecar.num_documents) != (dataset.num_tokens, dataset.num_documents):
+    if tokenizer is not None and (difference := made_by.difference(tokenizer)):
         raise DataError(
-            f"{file}: says {sidecar.num_tokens} tokens in {sidecar.num_documents} documents, the corpus has "
-            f"{dataset.num_tokens} in {dataset.num_documents}. They do not belong together: prepare the corpus again."
-        )
-    if tokenizer_sha256 is not None and made_by.sha256 != tokenizer_sha256:
-        raise DataError(
-            f"{file}: the corpus was made with tokenizer {made_by.name} ({made_by.kind}, sha256 "
-            f"{made_by.sha256[:12]}…), the run uses another (sha256 {tokenizer_sha256[:12]}…). "
-            "Set data.tokenizer to that one, or prepare the corpus again."
+            f"{file}: the corpus was made with another tokenizer than the run's: {difference}. Set data.tokenizer to "
+            "that one, or prepare the corpus again."
         )
     if made_by.vocab_size > vocab_size:
         raise DataError(

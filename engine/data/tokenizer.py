@@ -5,8 +5,8 @@
     a Hugging Face folder       any fast tokenizer, needs the extra `[hf]` (`tokenizer_hf`)
 
 Three rules hold for all of them.  `encode` adds nothing: no beginning, no end of document.  Text is only text: a corpus
-that happens to contain `</s>` or `<|endoftext|>` cannot forge the special id.  And `sha256` names the tokenizer by
-content, so that tokens prepared with one are refused by a run that uses another.
+that happens to contain `</s>` or `<|endoftext|>` cannot forge the special id.  And `info` names the tokenizer by
+content, so that tokens prepared with one are refused by a run that uses another (`tokenizer_identity`).
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.tokenizer_identity import TokenizerInfo
+
 REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 
 
 class Tokenizer(ABC):
-    """Text <-> ids.  `sha256` identifies the content; ids run over 0..vocab_size-1; `eod_id` ends a document."""
+    """Text <-> ids.  `sha256` is that of its file; ids run over 0..vocab_size-1; `eod_id` ends a document."""
 
     kind: str
     name: str
@@ -23,6 +25,11 @@ class Tokenizer(ABC):
     pad_id: int | None
     joins_at_newline: bool = False  # a text may be encoded in parts that begin with a line end, with the same ids
     special_texts: tuple[str, ...] = ()  # how the special ids are written, which plain text may contain by chance
+
+    @property
+    def info(self) -> TokenizerInfo:
+        """What identifies it, for what is made with it."""
+        return TokenizerInfo(self.kind, self.name, self.sha256, self.vocab_size, self.eod_id, self.bos_id)
 
     @abstractmethod
     def encode_array(self, text: str, *, continues: bool = False) -> npt.NDArray[np.int32]:

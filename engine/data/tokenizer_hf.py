@@ -8,7 +8,6 @@ padding stored in the file, and reading special tokens out of plain text.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ import numpy.typing as npt
 
 from engine.data.tokenizer_base import Tokenizer
 from engine.errors import DataError
+from engine.reading import read_bytes, read_object, shown
 
+MOST_IDS = 2**31 - 1  # what a corpus of int32 can hold
 END_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|im_end|>")  # where no config names one
 
 
@@ -31,13 +32,16 @@ class HuggingFaceTokenizer(Tokenizer):
         path = Path(path)
         self.path = path / "tokenizer.json" if path.is_dir() else path
         try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read tokenizer {self.path}: {error.strerror}") from error
+            data = read_bytes(self.path)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"cannot read tokenizer {self.path}: {reason}") from error
         self._tokenizer = _backend(data, self.path)
         self.name = self.path.resolve().parent.name if self.path.name == "tokenizer.json" else self.path.name
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MOST_IDS:
+            raise DataError(f"{self.path}: its largest id is {self.vocab_size - 1}; ids are 0 to {MOST_IDS - 1}")
         added = self._tokenizer.get_added_tokens_decoder().values()
         self.special_texts = tuple(token.content for token in added if token.special)
         config = _special_tokens(self.path.parent)
@@ -49,12 +53,16 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.array(self.encode(text), np.int32)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library's, such as an unknown token that isn't in the vocabulary
+            raise DataError(f"{self.path} cannot cut the text starting {text[:40]!r}: {error}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def _id_of(self, token: str | None) -> int | None:
+        """The id of a token, None where it is none of this tokenizer's."""
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def _end_of_document(self, token: str | None) -> int:
@@ -78,7 +86,9 @@ def _backend(data: bytes, path: Path) -> Any:
         ) from error
     try:
         backend = Backend.from_buffer(data)
-    except Exception as error:  # the library raises bare Exception for every kind of broken file
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # Exception for every kind of broken file; a panic of its Rust is not even one
         raise DataError(f"{path} is not a tokenizer.json this version of `tokenizers` reads: {error}") from error
     backend.no_truncation()
     backend.no_padding()
@@ -92,13 +102,13 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if not (folder / file).exists():
             continue
-        try:
-            config = json.loads((folder / file).read_text())
-        except ValueError as error:
-            raise DataError(f"{folder / file} is not valid JSON: {error}") from error
+        config = read_object(folder / file, "the configuration of a tokenizer", DataError)
         for key in ("bos_token", "eos_token", "pad_token"):
             token = config.get(key)
             token = token.get("content") if isinstance(token, dict) else token
-            if token is not None:
-                found.setdefault(key, token)
+            if token is None:
+                continue
+            if not isinstance(token, str):
+                raise DataError(f"{folder / file}: {key} is {shown(token)}, not the text of a token")
+            found.setdefault(key, token)
     return found

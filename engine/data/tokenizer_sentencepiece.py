@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import sentencepiece
 
-from engine.data.sentencepiece_model import BPE, CONTROL, SPACE, UNKNOWN, SentencePieceModel, read_model
+from engine.data.sentencepiece_model import BPE, CONTROL, SPACE, UNKNOWN, SentencePieceModel, open_model
 from engine.data.tokenizer_base import Tokenizer
 from engine.errors import DataError
 
@@ -33,10 +32,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.model = read_model(self.path)
-        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        opened = open_model(self.path)
+        self.model, self.processor = opened.model, opened.processor
         self.name = self.path.name
-        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        self.sha256 = hashlib.sha256(opened.data).hexdigest()
         self.vocab_size = len(self.model.pieces)
         self.bos_id = _present(self.processor.bos_id())
         self.pad_id = _present(self.processor.pad_id())

@@ -29,6 +29,7 @@ from engine.data.mixture import Mixture
 from engine.data.permutation import Permutation, derive_key
 from engine.data.skipping import merge_ranges, num_left, stream_index
 from engine.data.sources import Source, SourceLike, open_sources
+from engine.data.tokenizer_identity import TOKENIZER, TokenizerInfo
 from engine.errors import DataError
 from engine.model.fields import Field
 
@@ -90,14 +91,14 @@ class TrainingData:
         *,
         document_mask: bool = False,
         skip: Sequence[tuple[int, int]] = (),
-        tokenizer_sha256: str | None = None,
+        tokenizer: TokenizerInfo | None = None,
         shuffle: bool = True,
     ) -> TrainingData:
         """Open a mixture of corpora; `shuffle=False` keeps every source in its own order, for validation.
 
         Raises DataError as `open_sources` does, and when the first window of a source has ids outside the vocabulary.
         """
-        opened = open_sources(sources, seq_len, vocab_size, tokenizer_sha256)
+        opened = open_sources(sources, seq_len, vocab_size, tokenizer)
         data = TrainingData(opened, seq_len, seed, vocab_size, document_mask, skip, shuffle)
         for source in range(data.num_sources):
             data.window(source, 0)
@@ -181,10 +182,9 @@ class TrainingData:
         ]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the order depends on, JSON-able, for checkpoints.  `tokenizer`: its sha256 where a side file tells."""
-        made_by = [source.sidecar.tokenizer.sha256 for source in self.sources if source.sidecar]
-        return {
-            "tokenizer": made_by[0] if made_by else None,
+        """What the order depends on, JSON-able, for checkpoints, and the tokenizer where a side file tells."""
+        made_by = [source.sidecar.tokenizer.fingerprint() for source in self.sources if source.sidecar]
+        return (made_by[0] if made_by else {TOKENIZER: None}) | {
             "sources": [
                 {
                     "name": source.name,

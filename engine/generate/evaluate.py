@@ -28,6 +28,7 @@ from engine.checkpoint.read import CheckpointReader
 from engine.config import Config, SourceConfig
 from engine.data.indexed import IndexedDataset
 from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer_identity import TokenizerInfo, recorded_tokenizer
 from engine.data.training_data import Sample, TrainingData
 from engine.distributed.environment import LaunchEnvironment
 from engine.distributed.mesh import Mesh
@@ -93,7 +94,7 @@ def evaluate_corpus(request: EvalRequest, topology: Topology, launched: LaunchEn
         fill = 1 if topology.pipeline == 1 else 2 * topology.pipeline          # microbatches that keep the stages busy
         config = inference_config(reader, topology, Wanted(request.dtype, request.seq_len, request.batch_size, fill))
         tokenizer, reason = _tokenizer(reader, request)
-        data = open_corpus(request.data, config, (reader.metadata.get("data") or {}).get("tokenizer"))
+        data = open_corpus(request.data, config, recorded_tokenizer(reader.metadata.get("data") or {}))
         of_windows = data.sources[0].num_windows
         windows = min(of_windows, (request.batches or of_windows) * request.batch_size)
         model = load_model(reader, config, mesh)
@@ -111,10 +112,10 @@ def evaluate_corpus(request: EvalRequest, topology: Topology, launched: LaunchEn
         print(f'{reader.path}\nnext: octant generate {request.checkpoint} --prompt "…"', file=sys.stderr)
 
 
-def open_corpus(prefix: str, config: Config, tokenizer_sha256: str | None) -> TrainingData:
+def open_corpus(prefix: str, config: Config, tokenizer: TokenizerInfo | None) -> TrainingData:
     """One corpus, in its own order."""
     return TrainingData.open([SourceConfig(path=prefix)], config.data.seq_len, 0, config.model.vocab_size,
-                             shuffle=False, tokenizer_sha256=tokenizer_sha256)
+                             shuffle=False, tokenizer=tokenizer)
 
 
 def sum_of_losses(model: ParallelModel, data: TrainingData, windows: int, shown: bool = False) -> float:

@@ -20,6 +20,7 @@ from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import open_checkpoint
 from engine.config import Config, resolve_layout
 from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizer_identity import recorded_tokenizer
 from engine.distributed.boxes import Box
 from engine.distributed.mesh import Mesh
 from engine.distributed.topology import Topology
@@ -117,10 +118,10 @@ def load_tokenizer_of(reader: CheckpointReader, spec: str | None = None) -> Toke
         tokenizer = load_tokenizer(spec)
     except DataError as error:
         raise DataError(f"{error}; --tokenizer T says where the model's tokenizer is now") from None
-    trained_with = (metadata.get("data") or {}).get("tokenizer")
-    if trained_with is not None and trained_with != tokenizer.sha256:
-        raise DataError(f"{spec} is not the tokenizer this model was trained with (sha256 {tokenizer.sha256[:12]}…, "
-                        f"then {trained_with[:12]}…): its ids mean something else; --tokenizer T names the right one")
+    trained_with = recorded_tokenizer(metadata.get("data") or {})
+    if trained_with is not None and (difference := tokenizer.info.difference(trained_with)):
+        raise DataError(f"{spec} is not the tokenizer this model was trained with ({difference}): its ids mean "
+                        "something else; --tokenizer T names the right one")
     return tokenizer
 
 

@@ -7,17 +7,18 @@ from typing import Any
 
 from engine.config import Config
 from engine.data.tokenizer import load_tokenizer
+from engine.data.tokenizer_identity import TOKENIZER, TokenizerInfo
 from engine.data.training_data import TrainingData
 from engine.errors import DataError
 
 
 @dataclass(frozen=True)
 class Corpora:
-    """Training data, held-out data if any, and the hash of the tokenizer both were made with if it is known."""
+    """Training data, held-out data if any, and the tokenizer both were made with if it is known."""
 
     train: TrainingData
     valid: TrainingData | None
-    tokenizer_sha256: str | None
+    tokenizer: TokenizerInfo | None
 
     @staticmethod
     def open(config: Config) -> Corpora:
@@ -27,23 +28,23 @@ class Corpora:
             DataError: a corpus is missing, damaged, too short, or made with another tokenizer.
         """
         data = config.data
-        sha256, vocab_size = None, config.model.vocab_size
+        info, vocab_size = None, config.model.vocab_size
         if data.tokenizer is not None:
             tokenizer = load_tokenizer(data.tokenizer)
-            sha256 = tokenizer.sha256
+            info = tokenizer.info
             if tokenizer.vocab_size > vocab_size:
                 raise DataError(f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, the model's vocabulary "
                                 f"{vocab_size}: raise model.vocab_size or use another tokenizer")
         train = TrainingData.open(data.train, data.seq_len, config.run.seed, vocab_size, skip=data.skip,
-                                  document_mask=data.document_mask, tokenizer_sha256=sha256)
+                                  document_mask=data.document_mask, tokenizer=info)
         needed, there = config.steps * config.batch.global_, train.num_samples
         if there is not None and there < needed:
             raise DataError(f"{config.steps} steps of {config.batch.global_} sequences need {needed} samples, but with "
                             f"max_epochs the corpora give {there}: lower steps, raise max_epochs or add data")
         valid = TrainingData.open(data.valid, data.seq_len, config.run.seed, vocab_size, shuffle=False,
-                                  document_mask=data.document_mask, tokenizer_sha256=sha256) if data.valid else None
-        return Corpora(train, valid, sha256)
+                                  document_mask=data.document_mask, tokenizer=info) if data.valid else None
+        return Corpora(train, valid, info)
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data of a run, for its checkpoints."""
-        return self.train.fingerprint() | {"tokenizer": self.tokenizer_sha256}
+        return self.train.fingerprint() | (self.tokenizer.fingerprint() if self.tokenizer else {TOKENIZER: None})

@@ -15,7 +15,7 @@ SAVED: dict[str, Any] = {
                          "max_seq_len": 64},
                "parallel": {"tensor": 2}, "data": {"tokenizer": "a/tok.model", "train": [{"path": "x", "weight": 1.0}]},
                "checkpoint": {"every": 5}, "log": {"every": 1}},
-    "data": {"tokenizer": "3f2a", "train": ["x: 100 tokens"]}}
+    "data": {"tokenizer": "3f2a", "end_of_document": 2, "train": ["x: 100 tokens"]}}
 
 
 def changed(**values: Any) -> dict[str, Any]:
@@ -37,7 +37,8 @@ def changed(**values: Any) -> dict[str, Any]:
     ({"model__num_layers": 5}, "model.num_layers"), ({"model__vocab_size": 513}, "model.vocab_size"),
     ({"model__rope_theta": 5e5}, "model.rope_theta"),
     ({"model__rope_scaling": {"factor": 8.0}}, "model.rope_scaling"),
-    ({"fingerprint__tokenizer": "77aa"}, "data fingerprint, tokenizer")))
+    ({"fingerprint__tokenizer": "77aa"}, "data fingerprint, tokenizer"),
+    ({"fingerprint__end_of_document": 3}, "data fingerprint, end_of_document")))
 def test_another_meaning_is_refused(change: dict[str, Any], key: str) -> None:
     with pytest.raises(CheckpointError, match=key) as caught:
         require_compatible(SAVED, changed(**change, optim__lr=1e-3))
@@ -68,9 +69,10 @@ def test_tokenizer_by_path_without_fingerprints() -> None:
 
 
 def test_weights_only() -> None:
-    """Taking the weights for another job may stretch RoPE, but not change shapes."""
-    [note] = require_compatible(SAVED, changed(model__rope_theta=5e5), weights_only=True)
-    assert note.key == "model.rope_theta"
+    """Taking the weights for another job may stretch RoPE and end texts as chats do, but not change shapes."""
+    change = changed(model__rope_theta=5e5, fingerprint__end_of_document=3)
+    assert [note.key for note in require_compatible(SAVED, change, weights_only=True)] == [
+        "model.rope_theta", "data fingerprint, end_of_document"]
     with pytest.raises(CheckpointError, match="vocab_size: 512 in the checkpoint, 600 now"):
         require_compatible(SAVED, changed(model__vocab_size=600), weights_only=True)
 

@@ -13,8 +13,9 @@ from corpus_tools.inspect import segments, statistics
 from corpus_tools.verify import verify
 from engine.cli import run
 from engine.data.indexed import IndexedDataset, IndexedWriter
-from engine.data.sidecar import Sidecar, TokenizerInfo, make_sidecar
+from engine.data.sidecar import Sidecar, make_sidecar
 from engine.data.tokenizer import ByteTokenizer
+from engine.data.tokenizer_identity import TokenizerInfo
 from engine.data.training_data import Sample, TrainingData
 from tests.data.made import Made, random_documents, write_corpus
 

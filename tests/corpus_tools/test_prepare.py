@@ -507,7 +507,7 @@ def test_merging_needs_one_tokenizer(model: str, tmp_path: Path) -> None:
     prepare([file], "bytes", tmp_path / "a", workers=1)
     prepare([file], model, tmp_path / "b", workers=1)
     before = _bytes(tmp_path / "a")
-    with pytest.raises(DataError, match=r"with bytes, .*b with tok\.model: made with different tokenizers"):
+    with pytest.raises(DataError, match=r"a and .*b were made with different tokenizers: bytes .*, tok\.model "):
         merge_corpora([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
     with pytest.raises(DataError, match="is among the corpora"):
         merge_corpora([tmp_path / "a", tmp_path / "a"], tmp_path / "a")

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.data.index_check import CHECKED_ITEMS
 from engine.data.indexed import HEADER, IndexedDataset, IndexedWriter, best_dtype, merge, write_header
 from engine.errors import DataError
 from tests.data.made import random_documents, sparse_corpus, write_corpus
@@ -201,25 +202,53 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
-def test_opening_costs_no_memory_whatever_the_size(tmp_path: Path) -> None:
-    """An index of a hundred million documents, sparse but for both its ends: a scan would map all of it."""
-    num_documents, length = 10**8, 1000
-    with open(tmp_path / "c.idx", "wb") as index:
+def large_index(prefix: Path, num_documents: int, length: int = 1000) -> Path:
+    """Documents of zeros, written without a loop."""
+    with open(f"{prefix}.idx", "wb") as index:
         write_header(index, np.dtype("<u2"), num_documents, num_documents + 1)
-        index.truncate(HEADER.size + 12 * num_documents + 8 * (num_documents + 1))
-        for offset, value in [
-            (HEADER.size + 4 * num_documents - 4, struct.pack("<i", length)),
-            (HEADER.size + 12 * num_documents - 8, struct.pack("<q", 2 * length * (num_documents - 1))),
-            (HEADER.size + 20 * num_documents, struct.pack("<q", num_documents)),
-        ]:
-            os.pwrite(index.fileno(), value, offset)
-    (tmp_path / "c.bin").touch()
-    os.truncate(tmp_path / "c.bin", 2 * length * num_documents)
+        index.write(np.full(num_documents, length, "<i4").tobytes())
+        index.write((np.arange(num_documents) * 2 * length).astype("<i8").tobytes())
+        index.write(np.arange(num_documents + 1, dtype="<i8").tobytes())
+    Path(f"{prefix}.bin").touch()
+    os.truncate(f"{prefix}.bin", 2 * length * num_documents)
+    return prefix
+
+
+def test_opening_costs_no_memory_whatever_the_size(tmp_path: Path) -> None:
+    """Every number of an index of 40 MB is checked, and none of its pages stays."""
+    prefix = large_index(tmp_path / "c", 2 * 10**6)
+    IndexedDataset(write_corpus(tmp_path / "small", [[1]]))
     before = resident_bytes()
-    dataset = IndexedDataset(tmp_path / "c")
-    assert dataset.num_tokens == 10**11
-    assert dataset.tokens(5 * 10**10, 5 * 10**10 + 2049).tolist() == [0] * 2049
+    dataset = IndexedDataset(prefix)
+    assert dataset.num_tokens == 2 * 10**9
+    assert dataset.tokens(10**9, 10**9 + 2049).tolist() == [0] * 2049
     assert resident_bytes() - before < 5 * 2**20
+
+
+@pytest.mark.parametrize("num_documents", [1, 5, CHECKED_ITEMS - 1, CHECKED_ITEMS, CHECKED_ITEMS + 1, 70_001])
+def test_one_wrong_number_anywhere_is_noticed_when_opened(tmp_path: Path, num_documents: int) -> None:
+    """Every length and pointer, and every document mark that goes back; what an index without a side file can tell."""
+    prefix = large_index(tmp_path / "c", num_documents, length=3)
+    IndexedDataset(prefix)
+    index = prefix.with_suffix(".idx")
+    content = index.read_bytes()
+    draw = np.random.default_rng(num_documents)
+    last = num_documents - 1
+    places = {0, last, last // 2, min(last, CHECKED_ITEMS), *draw.integers(num_documents, size=3)}
+    for place in sorted(map(int, places)):
+        for offset, value in (
+            (HEADER.size + 4 * place, struct.pack("<i", 4)),
+            (HEADER.size + 4 * place, struct.pack("<i", -3)),
+            (HEADER.size + 4 * num_documents + 8 * place, struct.pack("<q", 6 * place + 2)),
+            (HEADER.size + 4 * num_documents + 8 * place, struct.pack("<q", -(2**63))),
+            (HEADER.size + 12 * num_documents + 8 * place, struct.pack("<q", 2**62)),
+            (HEADER.size + 12 * num_documents + 8 * (place + 1), struct.pack("<q", place - 1)),
+        ):
+            corrupt(index, offset, value)
+            with pytest.raises(DataError, match=r"The index is damaged|its index ends at"):
+                IndexedDataset(prefix)
+            corrupt(index, offset, content[offset : offset + len(value)])
+    IndexedDataset(prefix)
 
 
 class TestMegatron:

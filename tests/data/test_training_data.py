@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.data.indexed import IndexedDataset
-from engine.data.sidecar import TokenizerInfo, make_sidecar
+from engine.data.sidecar import make_sidecar
 from engine.data.skipping import merge_ranges, num_left, require_same_past, stream_index
+from engine.data.tokenizer_identity import TokenizerInfo
 from engine.data.training_data import TrainingData
 from engine.errors import DataError
 from tests.data.made import Made, numbered_corpus, random_documents, sparse_corpus, write_corpus
@@ -216,9 +217,13 @@ def test_skipped_samples_are_left_out_of_order_and_report(tmp_path: Path) -> Non
         open_data(*sources, skip=[(9, 3)])
 
 
+def tokenizer_info(sha256: str, vocab_size: int = 1000, eod_id: int = 0) -> TokenizerInfo:
+    return TokenizerInfo("hf", "mine", sha256, vocab_size, eod_id)
+
+
 def sidecar_for(prefix: Path, sha256: str = "a" * 64, vocab_size: int = 1000) -> None:
     dataset = IndexedDataset(prefix)
-    info = TokenizerInfo("bytes", "mine", sha256, vocab_size, 0)
+    info = tokenizer_info(sha256, vocab_size)
     make_sidecar(prefix, info, dataset.num_documents, dataset.num_tokens, dataset.dtype.name).write(prefix)
 
 
@@ -243,17 +248,19 @@ def test_data_that_does_not_fit_the_run_is_refused_when_opened(tmp_path: Path) -
 def test_a_side_file_guards_against_another_tokenizer(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "c", random_documents(50))
     source = Made(str(prefix))
-    open_data(source, tokenizer_sha256="b" * 64)  # nothing says what made it
+    open_data(source, tokenizer=tokenizer_info("b" * 64))  # nothing says what made it
     sidecar_for(prefix)
-    open_data(source, tokenizer_sha256="a" * 64, vocab_size=1000)
+    open_data(source, tokenizer=tokenizer_info("a" * 64), vocab_size=1000)
     with pytest.raises(
-        DataError, match=r"c\.json: the corpus was made with tokenizer mine.*aaaaaaaaaaaa.*bbbbbbbbbbbb"
+        DataError, match=r"c\.json: the corpus was made with another tokenizer.*aaaaaaaaaaaa.*bbbbbbbbbbbb"
     ):
-        open_data(source, tokenizer_sha256="b" * 64)
+        open_data(source, tokenizer=tokenizer_info("b" * 64))
+    with pytest.raises(DataError, match=r"eos_token in tokenizer_config\.json is 0 in one and 1 in the other"):
+        open_data(source, tokenizer=tokenizer_info("a" * 64, eod_id=1))
     with pytest.raises(DataError, match=r"c\.json: tokenizer mine has 1000 ids, the model's vocabulary 999"):
         open_data(source, vocab_size=999)
     write_corpus(tmp_path / "c", random_documents(49))
-    with pytest.raises(DataError, match=r"c\.json: says \d+ tokens in 50 documents, the corpus has \d+ in 49"):
+    with pytest.raises(DataError, match=r"c\.json: tokens \d+, the corpus has \d+"):
         open_data(source)
     (tmp_path / "c.json").write_text("{}")
     with pytest.raises(DataError, match=r"c\.json: not a corpus's side file"):

@@ -49,7 +49,7 @@ def evaluated(run: Path, corpus: str, topology: Topology, windows: int) -> float
     mesh = mesh_for(topology)
     reader = open_shared(run, mesh)
     config = inference_config(reader, topology, Wanted(micro=4, num_microbatches=2))
-    return sum_of_losses(load_model(reader, config, mesh), open_corpus(corpus, config, ByteTokenizer.sha256), windows)
+    return sum_of_losses(load_model(reader, config, mesh), open_corpus(corpus, config, ByteTokenizer().info), windows)
 
 
 TOPOLOGIES = (Topology(), Topology(tensor=2), Topology(pipeline=2), Topology(data=2), Topology(tensor=2, pipeline=2),
