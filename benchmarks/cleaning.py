@@ -2,7 +2,7 @@
 
     python benchmarks/cleaning.py [FILE.jsonl …] [--seeds 5] [--markdown F]
 
-The planted corpus (`tests/corpus_tools/planted.py`) has twenty cases of each rule per seed, among clean documents and
+The planted corpus (`tests/kit/planted.py`) has twenty cases of each rule per seed, among clean documents and
 decoys that look like cases.  It was written together with the rules, so its figures say that the rules do what they
 claim, not how they do on the web; for that read `report.md` of a run on your own data.
 
@@ -27,7 +27,7 @@ from corpus_tools.cleaning.duplicates import Deduplicator, fingerprint
 from corpus_tools.cleaning.pipeline import clean
 from corpus_tools.cleaning.rules import Duplicates, load_rules
 from engine.bench.harness import describe_environment
-from tests.corpus_tools.planted import Score, Writer, planted_corpus, score, table
+from tests.kit.planted import Score, Writer, planted_corpus, score, table
 
 WORDS_PER_TEXT, PAIRS = 300, 200
 

@@ -36,11 +36,11 @@ check_config() { # WORLD_SIZE CONFIG [key=value …]
     python - "$@" <<'PYTHON'
 import sys
 
-from engine.config import load_config
+from engine.config import load_config, resolve_layout
 from engine.errors import ConfigError
 
 try:
-    load_config(sys.argv[2], sys.argv[3:]).with_world_size(int(sys.argv[1]))
+    resolve_layout(load_config(sys.argv[2], sys.argv[3:]), int(sys.argv[1]))
 except ConfigError as error:
     sys.exit(f"{error}")
 PYTHON

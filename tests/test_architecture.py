@@ -226,6 +226,23 @@ def test_modules_do_not_import_each_other_in_circles() -> None:
         pytest.fail(f"import circle {' -> '.join(error.args[1])}: move what both ends need into a module below them")
 
 
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_imports_lead_somewhere(folder: str) -> None:
+    """What no other check looks into: a file that moved must not leave a test or a benchmark behind."""
+    written = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / folder).rglob("*.py"))}
+    complaints = [f"{path.relative_to(ROOT)}, line {found.line}: there is no {found.name}"
+                  for path, tree in written.items() for found in _imports(tree) if not _exists(found.name)]
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+def _exists(name: str) -> bool:
+    """Whether `name` is a module, or in one; true of what is not ours."""
+    if name.partition(".")[0] == "tests":
+        path = ROOT / name.replace(".", "/")
+        return any(found.with_suffix(".py").is_file() for found in (path, path.parent))
+    return name.partition(".")[0] not in PACKAGES or name in SOURCES or name.rpartition(".")[0] in SOURCES
+
+
 def test_kernels_is_no_top_level_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists(), \
         "delete kernels/__init__.py: a package named `kernels` breaks `import transformers`"

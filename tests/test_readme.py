@@ -1,6 +1,6 @@
 """The README's commands parse, its make targets do what it says, and every file it names is there.
 
-That the `octant` commands also run is `tests/test_demo.py`'s: it takes them from here.
+That the `octant` commands also run is `tests/commands/test_demo.py`'s: it takes them from here.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import find_latest, open_checkpoint
 from engine.checkpoint.stream import write_checkpoint
 from engine.errors import CheckpointError
-from tests.checkpoint.layouts import Layout, files_of, value
+from tests.kit.pieces import Layout, files_of, value
 
 LAYOUT = Layout(tensor=2, data=2)
 

@@ -13,7 +13,7 @@ from engine.checkpoint.pieces import Piece
 from engine.checkpoint.resume import find_latest
 from engine.checkpoint.write import save
 from engine.distributed.boxes import Box
-from tests.checkpoint.kills import Run, random_kills
+from tests.kit.kills import Run, random_kills
 
 COMMITTED_FROM = POINTS.index("renamed")
 

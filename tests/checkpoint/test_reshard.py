@@ -21,8 +21,8 @@ from engine.checkpoint.stream import write_checkpoint
 from engine.checkpoint.write import save
 from engine.distributed.boxes import Box
 from engine.errors import CheckpointError
-from tests.checkpoint.layouts import Layout, assert_loaded, files_of, pieces_of, value
-from tests.distributed import run_distributed
+from tests.kit.distributed import run_distributed
+from tests.kit.pieces import Layout, assert_loaded, files_of, pieces_of, value
 
 LAYOUTS = (Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(pipeline=2, virtual=2), Layout(data=3),
            Layout(tensor=2, pipeline=2, data=2), Layout(tensor=4, data=2, zero=0), Layout(tensor=3, pipeline=4, data=5))

@@ -27,7 +27,7 @@ from engine.checkpoint.resume import find_latest
 from engine.checkpoint.write import CheckpointWriter, SaveReport, save
 from engine.distributed.boxes import Box
 from engine.errors import CheckpointError
-from tests.distributed import run_distributed
+from tests.kit.distributed import run_distributed
 
 
 def pieces_at(step: int, rows: int = 8) -> list[Piece]:

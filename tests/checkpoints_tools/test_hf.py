@@ -22,7 +22,7 @@ from engine import cli
 from engine.checkpoint.read import CheckpointReader
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import CheckpointError, DataError
-from tests.checkpoints_tools.models import KINDS, LLAMA3, model, write_random
+from tests.kit.checkpoints import KINDS, LLAMA3, model, write_random
 
 transformers = pytest.importorskip("transformers")
 

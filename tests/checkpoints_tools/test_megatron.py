@@ -22,7 +22,7 @@ from checkpoints_tools.torch_dist import METADATA, TorchDistReader
 from engine import cli
 from engine.checkpoint.read import CheckpointReader
 from engine.errors import CheckpointError
-from tests.checkpoints_tools.models import KINDS, MEGATRON_KINDS, model, write_random
+from tests.kit.checkpoints import KINDS, MEGATRON_KINDS, model, write_random
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -35,7 +35,7 @@ def megatron(action: str, folder: Path, world_size: int) -> list[dict[str, Any]]
         port = str(probe.getsockname()[1])
     common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                            "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-m", "tests.checkpoints_tools.megatron_cpu", action,
+    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-m", "tests.kit.megatron_cpu", action,
                                str(folder)], env=common | {"RANK": str(rank)}, cwd=ROOT, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(world_size)]
     try:

@@ -18,7 +18,7 @@ from checkpoints_tools.output import divide
 from checkpoints_tools.to_hf import convert_to_hf
 from engine.distributed.boxes import Box
 from engine.errors import CheckpointError
-from tests.checkpoints_tools.models import KINDS, model, write_random
+from tests.kit.checkpoints import KINDS, model, write_random
 
 
 @pytest.mark.parametrize("kind", KINDS)

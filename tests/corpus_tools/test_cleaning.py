@@ -36,7 +36,7 @@ from corpus_tools.prepare import prepare
 from engine.commands import data as command
 from engine.data.indexed import IndexedDataset
 from engine.errors import ConfigError, DataError, RequestError
-from tests.corpus_tools.planted import Writer, planted_corpus, score, table
+from tests.kit.planted import Writer, planted_corpus, score, table
 
 rensa = pytest.importorskip("rensa")
 

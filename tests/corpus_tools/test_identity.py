@@ -17,7 +17,7 @@ from engine.data.sources import open_sources
 from engine.data.tokenizer import load_tokenizer
 from engine.data.tokenizer_identity import TokenizerInfo, recorded_tokenizer
 from engine.errors import DataError
-from tests.data.made import Made
+from tests.kit.made import Made
 
 SPECIAL = ["<|begin|>", "<|end|>", "<|turn|>"]
 OTHER_END = r"eos_token in tokenizer_config\.json is (1 in one and 2|2 in one and 1) in the other"

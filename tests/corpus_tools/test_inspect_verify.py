@@ -17,7 +17,7 @@ from engine.data.sidecar import Sidecar, make_sidecar
 from engine.data.tokenizer import ByteTokenizer
 from engine.data.tokenizer_identity import TokenizerInfo
 from engine.data.training_data import Sample, TrainingData
-from tests.data.made import Made, random_documents, write_corpus
+from tests.kit.made import Made, random_documents, write_corpus
 
 TEXTS = ["hello world", "grüße aus 北京", "", "x" * 300]
 

@@ -32,7 +32,7 @@ from engine.data.indexed import IndexedDataset
 from engine.data.sidecar import Sidecar, describe_file
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import DataError, RequestError, WorkerError
-from tests.data.corpora import chinese_texts, english_texts
+from tests.kit.texts import chinese_texts, english_texts
 
 TEXTS = [*english_texts(6), *chinese_texts(5), "x", " lead and tail \n", "\n"]
 

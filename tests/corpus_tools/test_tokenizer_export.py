@@ -19,8 +19,8 @@ from corpus_tools.tokenizers.verify import verify_tokenizer
 from engine.commands import tokenizer as command
 from engine.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from engine.errors import DataError
-from tests.data.corpora import chinese_texts, english_texts
 from tests.data.test_tokenizer import ODD_TEXTS, hf_folder, model
+from tests.kit.texts import chinese_texts, english_texts
 
 __all__ = ["hf_folder", "model"]  # fixtures
 

@@ -18,7 +18,7 @@ from engine.commands import tokenizer as command
 from engine.data.sentencepiece_model import parse_model, read_model
 from engine.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from engine.errors import RequestError
-from tests.data.corpora import chinese_texts, english_texts
+from tests.kit.texts import chinese_texts, english_texts
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engine.data.index_check import CHECKED_ITEMS
 from engine.data.indexed import HEADER, IndexedDataset, IndexedWriter, best_dtype, merge, write_header
 from engine.errors import DataError
-from tests.data.made import random_documents, sparse_corpus, write_corpus
+from tests.kit.made import random_documents, sparse_corpus, write_corpus
 
 ids = st.integers(0, 2**16 - 1)
 in_a_folder = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from corpus_tools.tokenizers.training import train_tokenizer
 from engine.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from engine.errors import DataError, RequestError
-from tests.data.corpora import chinese_texts, english_texts
+from tests.kit.texts import chinese_texts, english_texts
 
 ODD_TEXTS = [
     "", " ", "  ", "a", " a", "a ", "a  b", "\n", "\n\n", " \n ", "a\n b\n\n\nc", "\r\n\tx", "▁", "▁▁ x▁y ▁",

@@ -20,7 +20,7 @@ from engine.data.skipping import merge_ranges, num_left, require_same_past, stre
 from engine.data.tokenizer_identity import TokenizerInfo
 from engine.data.training_data import TrainingData
 from engine.errors import DataError
-from tests.data.made import Made, numbered_corpus, random_documents, sparse_corpus, write_corpus
+from tests.kit.made import Made, numbered_corpus, random_documents, sparse_corpus, write_corpus
 
 in_a_folder = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -95,7 +95,7 @@ def test_the_order_is_the_same_in_another_process_and_after_pickling(tmp_path: P
     path = str(numbered_corpus(tmp_path / "c", 5000))
     data = open_data(Made(path))
     code = (
-        "from tests.data.made import Made; from engine.data.training_data import TrainingData\n"
+        "from tests.kit.made import Made; from engine.data.training_data import TrainingData\n"
         f"d = TrainingData.open([Made({path!r})], 8, 1, 65536); print([d.locate(i) for i in range(50)])"
     )
     there = subprocess.run(

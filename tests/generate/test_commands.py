@@ -23,8 +23,8 @@ from engine.generate import text
 from engine.generate.generator import Generator
 from engine.generate.load import load_tokenizer_of
 from engine.generate.request import Limits, Sampling
-from tests.generate.models import inference_model
-from tests.generate.runs import STEP, make_corpus, make_run, run_config
+from tests.kit.finished_run import STEP, make_corpus, make_run, run_config
+from tests.kit.models import inference_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BYTES = ByteTokenizer()

@@ -16,9 +16,9 @@ from engine.distributed.topology import Topology
 from engine.generate.evaluate import Scores, open_corpus, sum_of_losses, text_bytes
 from engine.generate.load import Wanted, inference_config, load_model, open_shared
 from engine.model.context import Batch
-from tests.distributed import mesh_for, run_distributed
-from tests.generate.models import whole_model
-from tests.generate.runs import DOCUMENTS, make_corpus, make_run, run_config
+from tests.kit.distributed import mesh_for, run_distributed
+from tests.kit.finished_run import DOCUMENTS, make_corpus, make_run, run_config
+from tests.kit.models import whole_model
 
 SEQ_LEN = 16
 

@@ -11,7 +11,7 @@ from engine.generate.generator import Generator
 from engine.generate.request import Limits, Sampling
 from engine.model.context import Batch
 from engine.model.transformer import Transformer
-from tests.generate.models import PROMPTS, inference_model, model_config, whole_model
+from tests.kit.models import PROMPTS, inference_model, model_config, whole_model
 
 GREEDY, SAMPLED = Sampling(temperature=0), Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=3)
 VARIANTS = {"plain": {}, "tied": {"tie_embeddings": True}, "bias": {"qkv_bias": True}, "one group": {"num_kv_heads": 1},

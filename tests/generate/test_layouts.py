@@ -11,8 +11,8 @@ from engine.config import Config
 from engine.distributed.topology import Topology
 from engine.generate.generator import Generator
 from engine.generate.request import Limits, Sampling
-from tests.distributed import mesh_for, run_distributed
-from tests.generate.models import PROMPTS, inference_model, model_config
+from tests.kit.distributed import mesh_for, run_distributed
+from tests.kit.models import PROMPTS, inference_model, model_config
 
 MODELS: dict[str, dict[str, Any]] = {
     "odd vocabulary": {},

@@ -8,8 +8,8 @@ import torch
 from engine.generate.generator import Generator
 from engine.generate.request import Limits, Sampling
 from engine.model.spec import spec_of
-from tests.generate.models import PROMPTS, inference_model, model_config, whole_model
-from tests.model.hugging_face import build_twin, load_twin, twin_names
+from tests.kit.hugging_face import build_twin, load_twin, twin_names
+from tests.kit.models import PROMPTS, inference_model, model_config, whole_model
 
 CASES = {"llama": {}, "qwen2": {"qkv_bias": True, "tie_embeddings": True}, "mistral": {"num_kv_heads": 2}}
 

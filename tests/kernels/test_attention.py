@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.kernels.attention import attention, attention_reference
 from engine.model.context import document_mask, document_positions
-from tests.kernels.compare import DTYPES, TOLERANCE, assert_equal, random, relative_error
+from tests.kit.compare import DTYPES, TOLERANCE, assert_equal, random, relative_error
 
 HEADS = [(4, 1), (2, 3), (1, 4)]      # key-value groups, queries per group
 

@@ -13,7 +13,7 @@ from engine.kernels.attention_block import (
     block_forward,
     block_forward_reference,
 )
-from tests.kernels.compare import TOLERANCE, random, relative_error
+from tests.kit.compare import TOLERANCE, random, relative_error
 
 BATCH, LENGTH, DIM = 2, 12, 8
 HEADS = [(4, 4), (6, 2)]              # query heads, key-value groups

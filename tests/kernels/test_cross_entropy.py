@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.cross_entropy import cross_entropy, cross_entropy_reference
-from tests.kernels.compare import DTYPES, TOLERANCE, assert_equal, random, relative_error
+from tests.kit.compare import DTYPES, TOLERANCE, assert_equal, random, relative_error
 
 VOCABULARY = 13
 SHAPE = (6, 5)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from engine.kernels import log_probs
 from engine.kernels.log_probs import log_probs_and_entropy, log_probs_and_entropy_reference
-from tests.kernels.compare import DTYPES, TOLERANCE, assert_equal, random, relative_error
 from tests.kernels.test_cross_entropy import CUTS, SHAPE, VOCABULARY, tokens
+from tests.kit.compare import DTYPES, TOLERANCE, assert_equal, random, relative_error
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

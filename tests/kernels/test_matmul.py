@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import matmul as kernel
-from tests.kernels.compare import random, relative_error
+from tests.kit.compare import random, relative_error
 
 LIBRARIES = pytest.mark.parametrize("library", [
     "torch", pytest.param("onednn", marks=pytest.mark.skipif(

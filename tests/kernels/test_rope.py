@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.rope import rotate_reference, split_and_rotate
-from tests.kernels.compare import DTYPES, assert_equal, random
+from tests.kit.compare import DTYPES, assert_equal, random
 
 
 def angles(length: int, batch: int, half: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

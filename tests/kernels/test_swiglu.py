@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.kernels.swiglu import swiglu, swiglu_reference
-from tests.kernels.compare import DTYPES, assert_equal, random
+from tests.kit.compare import DTYPES, assert_equal, random
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,182 +1,237 @@
-"""The batch scripts with stand-ins for SLURM and torchrun: what they start, what they forward, when they requeue."""
+"""Local ranks: one cause when they fail, requests to stop passed on, nobody left behind.  These ranks need no torch."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from engine.launching import local
+from engine.launching.local import RankFailure, launch_local, log_path
+from tests.kit.runs import ROOT, await_true, end, is_running, start
 
-# As srun does: one process per node, each signal to every process of the step, the worst status at the end.
-SRUN = """
-import json, os, signal, subprocess, sys
-log = os.environ["FAKE_LOG"]
-open(log + "/srun.json", "w").write(json.dumps(sys.argv[1:]))
-command = sys.argv[1:]
-while command[0].startswith("-"):
-    command.pop(0)
-nodes = []
-for name in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(name, lambda number, frame: [os.killpg(node.pid, number) for node in nodes])
-for node in range(2):
-    nodes.append(subprocess.Popen(command, env=os.environ | {"SLURM_NODEID": str(node)}, start_new_session=True))
-sys.exit(max(node.wait() for node in nodes))
+# A rank: says who it is, then does what its name tells.  The peers of one that fails notice it as gloo does.
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+from engine.launching.local import end_with_parent, write_down
+from engine.train.stop import StopRequest
+
+folder, behaviours = Path(sys.argv[1]), sys.argv[2:]
+rank = int(os.environ["RANK"])
+end_with_parent()
+(folder / f"pid-{rank}").write_text(str(os.getpid()))
+
+def fail(error, code=1):
+    write_down(folder, rank, error, code)
+    os._exit(code)
+
+def others_gone():
+    while not (folder / "failed").exists():
+        time.sleep(0.01)
+    time.sleep(0.05)
+
+def failing(how):
+    (folder / "failed").touch()
+    how()
+
+LOST = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"
+
+def train():
+    "Stops on request; `early` is long in coming to the point where it can."
+    stop = StopRequest()
+    (folder / f"ready-{rank}").touch()
+    while not stop():
+        time.sleep(0.01)
+    (folder / f"saved-{rank}").touch()
+    stop.shut_out()
+    sys.exit(3)
+
+def hang():
+    StopRequest()
+    (folder / f"ready-{rank}").touch()
+    while True:
+        time.sleep(1)
+
+def slow_start():
+    time.sleep(0.3)
+    train()
+
+{"done": lambda: None, "stopped": lambda: sys.exit(3), "train": train, "hang": hang, "slow": slow_start,
+ "raise": lambda: failing(lambda: fail(RuntimeError("boom"))),
+ "raise late": lambda: failing(lambda: (time.sleep(0.3), fail(RuntimeError("boom")))),
+ "refuse": lambda: failing(lambda: fail(ValueError("token 400 is outside the vocabulary of 257"), 2)),
+ "kill": lambda: failing(lambda: os.kill(os.getpid(), signal.SIGKILL)),
+ "exit": lambda: failing(lambda: os._exit(7)),
+ "abort": lambda: failing(lambda: os.abort()),
+ "time out": lambda: failing(lambda: fail(RuntimeError("Application timeout caused pair closure"))),
+ "echo": lambda: (others_gone(), fail(RuntimeError(LOST))),
+ "abort later": lambda: (others_gone(), os.abort()),
+}[behaviours[rank]]()
 """
-# A torchrun that ends with FAKE_STATUS, or, told to `wait`, when a signal arrives: like torchrun with a failure.
-TORCHRUN = """
-import json, os, signal, sys
-seen = {"argv": sys.argv[1:], "env": dict(os.environ)}
-path = os.environ["FAKE_LOG"] + "/torchrun" + os.environ["SLURM_NODEID"] + ".json"
-signals = [signal.SIGUSR1, signal.SIGTERM]
-signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-open(path + ".part", "w").write(json.dumps(seen))
-os.rename(path + ".part", path)
-if os.environ["FAKE_STATUS"] == "wait":
-    sys.exit(128 + signal.sigwait(signals))
-sys.exit(int(os.environ["FAKE_STATUS"]))
-"""
-SCONTROL = """
-import os, sys
-if sys.argv[1:3] == ["show", "hostnames"]:
-    print("gpu007\\ngpu008")
-else:
-    open(os.environ["FAKE_LOG"] + "/requeued", "a").write(" ".join(sys.argv[1:]) + "\\n")
-"""
-
-
-@dataclass
-class Cluster:
-    """A folder that looks like the repository, and one that records what the stand-ins saw."""
-
-    submit_dir: Path
-    log: Path
-    environment: dict[str, str]
-
-    def start(self, status: int | str, *overrides: str, restarts: int = 0) -> subprocess.Popen[str]:
-        environment = self.environment | {"FAKE_STATUS": str(status), "SLURM_RESTART_COUNT": str(restarts)}
-        return subprocess.Popen(["bash", str(ROOT / "launch" / "pretrain_65b.sh"), *overrides], env=environment,
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self.log)
-
-    def torchrun(self, node: int) -> tuple[list[str], dict[str, str]]:
-        """Arguments and environment of the torchrun on `node`, as soon as it runs."""
-        path = self.log / f"torchrun{node}.json"
-        for _ in range(600):
-            if path.exists():
-                seen = json.loads(path.read_text())
-                return seen["argv"], seen["env"]
-            time.sleep(0.05)
-        raise AssertionError(f"no torchrun on node {node}")
-
-    @property
-    def requeued(self) -> str:
-        path = self.log / "requeued"
-        return path.read_text() if path.exists() else ""
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Cluster:
-    submit_dir, log, commands = (tmp_path / name for name in ("submit", "log", "bin"))
-    for folder in (submit_dir, log, commands):
-        folder.mkdir()
-    for name in ("engine", "configs", "launch"):
-        (submit_dir / name).symlink_to(ROOT / name)
-    for name, text in {"srun": SRUN, "torchrun": TORCHRUN, "scontrol": SCONTROL}.items():
-        (commands / name).write_text(f"#!{sys.executable}\n{text}")
-        (commands / name).chmod(0o755)
-    (commands / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (commands / "python").chmod(0o755)
-    environment = {"PATH": f"{commands}:{os.environ['PATH']}", "FAKE_LOG": str(log),
-                   "SLURM_SUBMIT_DIR": str(submit_dir), "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "256",
-                   "SLURM_JOB_NODELIST": "gpu[007-262]"}
-    return Cluster(submit_dir, log, environment)
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    path = tmp_path / "worker.py"
+    path.write_text(WORKER)
+    return path
 
 
-def test_command_lines(cluster: Cluster) -> None:
-    job = cluster.start(0, "optim.lr=1e-4", "run.name=a b")
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode == 0, output
-    assert json.loads((cluster.log / "srun.json").read_text()) == [
-        "--ntasks-per-node=1", "--kill-on-bad-exit=1", "bash", "launch/node.sh", "configs/llama-65b.yaml",
-        "optim.lr=1e-4", "run.name=a b"]
-    for node in range(2):
-        argv, environment = cluster.torchrun(node)
-        assert argv[argv.index("-m"):] == ["-m", "engine", "train", "configs/llama-65b.yaml", "optim.lr=1e-4",
-                                           "run.name=a b"]
-        options = dict(re.fullmatch("--([a-z-]+)=(.*)", option).groups()  # type: ignore[union-attr]
-                       for option in argv[:argv.index("-m")])
-        assert (options["nnodes"], options["nproc-per-node"], options["rdzv-id"]) == ("256", "8", "4711-0")
-        assert options["rdzv-conf"].startswith(f"is_host={int(node == 0)},")
-        assert options["rdzv-endpoint"] == f"gpu007:{20000 + 4711 * 31 % 10000}"
-        assert "SIGUSR1" in options["signals-to-handle"]
-        assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
-    assert cluster.requeued == ""
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "GRACE_SECONDS", 1.0)
 
 
-def test_options_are_torchruns() -> None:
-    text = (ROOT / "launch" / "node.sh").read_text()
-    known = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True,
-                           check=True).stdout
-    options = set(re.findall(r"(--[a-z-]+)=", text)) - {"--ntasks-per-node"}
-    assert options >= {"--rdzv-conf", "--shutdown-timeout"}
-    assert {option for option in options if option not in known} == set()
+def pids(folder: Path) -> list[int]:
+    return [int(path.read_text()) for path in folder.glob("pid-*") if path.read_text()]
 
 
-def test_each_restart_has_its_own_rendezvous(cluster: Cluster) -> None:
-    endpoints = set()
-    for restarts in (0, 1, 2):
-        cluster.start(0, restarts=restarts).communicate(timeout=60)
-        argv, _ = cluster.torchrun(0)
-        endpoints.update(option for option in argv if option.startswith(("--rdzv-endpoint", "--rdzv-id")))
-        (cluster.log / "torchrun0.json").unlink()
-    assert len(endpoints) == 6
+def run_workers(worker: Path, *behaviours: str) -> int:
+    return launch_local([sys.executable, str(worker), str(worker.parent), *behaviours], len(behaviours), worker.parent)
 
 
-@pytest.mark.parametrize(("signals", "requeued", "code"), [
-    ([signal.SIGUSR1], True, 0), ([signal.SIGTERM], False, 143), ([signal.SIGUSR1, signal.SIGTERM], False, 143)])
-def test_signals(cluster: Cluster, signals: list[signal.Signals], requeued: bool, code: int) -> None:
-    job = cluster.start("wait")
-    cluster.torchrun(0), cluster.torchrun(1)
-    for number in signals:
-        job.send_signal(number)
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode == code, output
-    assert cluster.requeued == ("requeue 4711\n" if requeued else ""), output
+@pytest.mark.parametrize(("behaviours", "code"), [(("done", "done", "done"), 0), (("stopped", "stopped"), 3)])
+def test_ranks_that_agree(worker: Path, behaviours: tuple[str, ...], code: int) -> None:
+    assert run_workers(worker, *behaviours) == code
 
 
-@pytest.mark.parametrize(("restarts", "requeued"), [(0, True), (19, True), (20, False)])
-def test_failures_requeue_so_many_times(cluster: Cluster, restarts: int, requeued: bool) -> None:
-    job = cluster.start(1, restarts=restarts)
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode == 1, output
-    assert bool(cluster.requeued) == requeued, output
+@pytest.mark.parametrize(("behaviours", "message", "code"), [
+    (("echo", "echo", "raise"), "rank 2 failed first: RuntimeError: boom\nits traceback is in LOG2", 1),
+    (("echo", "raise late"), "rank 1 failed first: RuntimeError: boom\nits traceback is in LOG1", 1),
+    (("echo", "refuse"), "token 400 is outside the vocabulary of 257", 2),
+    (("echo", "kill", "echo"), "rank 1 was ended by SIGKILL; out of memory? (its log: LOG1)", 1),
+    (("exit", "echo"), "rank 0 ended with exit code 7 (its log: LOG0)", 1),
+    (("abort", "echo"), "rank 0 was ended by SIGABRT (its log: LOG0)", 1),
+    (("abort later", "raise"), "rank 1 failed first: RuntimeError: boom\nits traceback is in LOG1", 1),
+    (("hang", "time out", "echo"), "rank 0 stopped answering, and its peers gave up (its log: LOG0)", 1),
+    (("abort later", "time out", "hang"), "rank 2 stopped answering, and its peers gave up (its log: LOG2)", 1),
+    (("hang", "raise", "done"), "rank 1 failed first: RuntimeError: boom\nits traceback is in LOG1", 1),
+], ids=lambda value: ", ".join(value) if isinstance(value, tuple) else "")
+def test_one_cause_and_nobody_left(worker: Path, behaviours: tuple[str, ...], message: str, code: int,
+                                   short_grace: None) -> None:
+    with pytest.raises(RankFailure) as caught:
+        run_workers(worker, *behaviours)
+    for rank in range(len(behaviours)):
+        message = message.replace(f"LOG{rank}", str(log_path(worker.parent, rank)))
+    assert (str(caught.value), caught.value.exit_code) == (message, code)
+    assert len(pids(worker.parent)) == len(behaviours)
+    assert not any(is_running(pid) for pid in pids(worker.parent))
 
 
-def test_a_configuration_that_cannot_work_starts_nothing(cluster: Cluster) -> None:
-    job = cluster.start(0, "parallel.tensor=3")
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode == 2
-    assert "model.num_heads(64) is not divisible by parallel.tensor(3)" in output
-    assert not (cluster.log / "srun.json").exists()
-    assert cluster.requeued == ""
+def test_yesterdays_errors_do_not_count(worker: Path, short_grace: None) -> None:
+    local.write_down(worker.parent, 0, RuntimeError("yesterday"), 1)
+    with pytest.raises(RankFailure, match="rank 1 was ended by SIGKILL"):
+        run_workers(worker, "echo", "kill")
 
 
-def test_the_header_asks_for_what_the_scripts_rely_on() -> None:
-    header = set(re.findall(r"^#SBATCH --(\S+)$", (ROOT / "launch" / "pretrain_65b.sh").read_text(), re.MULTILINE))
-    assert {"nodes=256", "ntasks-per-node=1", "gpus-per-node=8", "signal=B:USR1@600", "requeue"} <= header
+PARENT = """
+import sys
+from pathlib import Path
+from engine.launching.local import launch_local
+worker, graceful, *behaviours = sys.argv[1:]
+folder = Path(worker).parent
+try:
+    sys.exit(launch_local([sys.executable, worker, str(folder), *behaviours], len(behaviours), folder,
+                          graceful=graceful == "graceful"))
+except KeyboardInterrupt:
+    sys.exit("interrupted")
+"""
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_shellcheck() -> None:
-    scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.sh"))
-    found = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout
+@pytest.fixture
+def parent(worker: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes to end after the test, whatever happens."""
+    running: list[subprocess.Popen[str]] = []
+    yield running
+    for process in running:
+        end(process)
+    for pid in filter(is_running, pids(worker.parent)):
+        os.kill(pid, signal.SIGKILL)
+
+
+def start_parent(worker: Path, running: list[subprocess.Popen[str]], *behaviours: str, graceful: str = "graceful",
+                 ignoring: signal.Signals | None = None) -> subprocess.Popen[str]:
+    (worker.parent / "parent.py").write_text(PARENT)
+
+    def dispositions() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)            # a test run in the background ignores it
+        if ignoring is not None:
+            signal.signal(ignoring, signal.SIG_IGN)
+
+    process = start(worker.parent / "parent.py", worker, graceful, *behaviours, module=False, preexec_fn=dispositions)
+    running.append(process)
+    return process
+
+
+def ready(folder: Path, count: int) -> bool:
+    return len(list(folder.glob("ready-*"))) == count
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_request_to_stop_reaches_every_rank(worker: Path, parent: list[subprocess.Popen[str]],
+                                              number: signal.Signals) -> None:
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip(f"the tests were started with {number.name} ignored (nohup), and so are the processes they start")
+    process = start_parent(worker, parent, "train", "train", "train")
+    await_true(lambda: ready(worker.parent, 3), "three ranks", process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert stderr == ("stopping after this step and saving; Ctrl-C again ends at once\n" * (number == signal.SIGINT))
+    assert len(list(worker.parent.glob("saved-*"))) == 3
+
+
+@pytest.mark.parametrize("delay_ms", [0, 40, 120, 250])
+def test_no_request_is_lost_while_ranks_are_starting(worker: Path, parent: list[subprocess.Popen[str]],
+                                                     delay_ms: int) -> None:
+    """They are interpreters that are still importing: a signal would kill them, or be taken for Ctrl-C."""
+    process = start_parent(worker, parent, "slow", "train")
+    await_true(log_path(worker.parent, 0).exists, "the launcher", process)
+    time.sleep(delay_ms / 1000)
+    os.killpg(process.pid, signal.SIGINT)                                     # as a terminal does: to all of them
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr.count("\n")) == (3, 1), stderr
+    assert len(list(worker.parent.glob("saved-*"))) == 2
+    assert "Traceback" not in log_path(worker.parent, 1).read_text()
+
+
+@pytest.mark.parametrize(("graceful", "interrupts"), [("graceful", 2), ("at once", 1)])
+def test_the_last_ctrl_c_ends_everything_at_once(worker: Path, parent: list[subprocess.Popen[str]], graceful: str,
+                                                 interrupts: int) -> None:
+    """Also ranks that never look: they may be waiting for each other inside a collective."""
+    process = start_parent(worker, parent, "hang", "hang", graceful=graceful)
+    await_true(lambda: ready(worker.parent, 2), "two ranks", process)
+    for _ in range(interrupts):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 1 and stderr.endswith("interrupted\n")
+    assert not any(is_running(pid) for pid in pids(worker.parent))
+
+
+def test_what_nohup_ignores_stays_ignored(worker: Path, parent: list[subprocess.Popen[str]]) -> None:
+    process = start_parent(worker, parent, "train", "train", ignoring=signal.SIGHUP)
+    await_true(lambda: ready(worker.parent, 2), "two ranks", process)
+    os.killpg(process.pid, signal.SIGHUP)
+    time.sleep(0.2)
+    assert process.poll() is None and not list(worker.parent.glob("saved-*"))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 3
+
+
+def test_ranks_do_not_outlive_their_parent(worker: Path, parent: list[subprocess.Popen[str]]) -> None:
+    process = start_parent(worker, parent, "hang", "train", "slow")
+    await_true(lambda: len(pids(worker.parent)) == 3, "three ranks", process)
+    process.kill()
+    process.wait()
+    await_true(lambda: not any(is_running(pid) for pid in pids(worker.parent)), "the end of the ranks")

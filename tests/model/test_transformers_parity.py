@@ -21,7 +21,7 @@ from engine.model.spec import spec_of
 from engine.model.transformer import Transformer
 from engine.parallel.parallelize import parallelize
 
-hugging_face = pytest.importorskip("tests.model.hugging_face", exc_type=ImportError)
+hugging_face = pytest.importorskip("tests.kit.hugging_face", exc_type=ImportError)
 
 TOLERANCE = 1e-5
 BATCH_SIZE = 2

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from engine.config import Config, OptimConfig
 from engine.config.decay import DECAYS
 from engine.optim.schedule import learning_rate
-from tests.parallel.layouts import TINY
+from tests.kit.layouts import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, WARMUP = 200, 20

@@ -16,8 +16,8 @@ import engine.parallel.pipeline.executor as executor
 from engine.config import Config
 from engine.distributed.mesh import Axis
 from engine.parallel.data import buckets
-from tests.distributed import run_distributed
-from tests.parallel.layouts import TOLERANCE, Result, check, differences, reference, tiny_config, train_layout
+from tests.kit.distributed import run_distributed
+from tests.kit.layouts import TOLERANCE, Result, check, differences, reference, tiny_config, train_layout
 
 NUM_STEPS = 2
 all_reduce, start_ring_shift = buckets.all_reduce, ring.start_ring_shift

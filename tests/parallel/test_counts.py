@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.layouts import tiny_config
-from tests.parallel.recording import Recording, record_layout
+from tests.kit.layouts import tiny_config
+from tests.kit.recording import Recording, record_layout
 
 L, SEQ_LEN, HIDDEN = 4, 16, 32
 

@@ -19,10 +19,10 @@ from engine.schedules.action import Action
 from engine.schedules.lowering import lower
 from engine.schedules.simulate import Costs, simulate
 from engine.schedules.table import build_schedule
-from tests.distributed import run_distributed
-from tests.parallel.layouts import microbatches, tiny_config
-from tests.parallel.recording import Recording, build, record_layout
-from tests.reference import global_batch
+from tests.kit.distributed import run_distributed
+from tests.kit.layouts import microbatches, tiny_config
+from tests.kit.recording import Recording, build, record_layout
+from tests.kit.reference import global_batch
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("zb-h2", 1), ("interleaved", 2), ("interleaved", 3), ("zb-v", 2)]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.config import Config
-from tests.parallel.layouts import assemble, check, reference, run_layout, tiny_config
+from tests.kit.layouts import assemble, check, reference, run_layout, tiny_config
 
 NUM_STEPS, MANY_STEPS = 3, 10      # every step is compared; many where a mistake would take time to show
 

@@ -26,10 +26,10 @@ from engine.config import Config
 from engine.optim.gradients import sum_over_world
 from engine.parallel.data import buckets
 from engine.parallel.data.buckets import Bucket
-from tests.distributed import run_distributed
-from tests.parallel.layouts import microbatches, tiny_config
-from tests.parallel.recording import build
-from tests.reference import global_batch
+from tests.kit.distributed import run_distributed
+from tests.kit.layouts import microbatches, tiny_config
+from tests.kit.recording import build
+from tests.kit.reference import global_batch
 
 MODEL = {"num_layers": 4, "hidden_size": 128, "num_heads": 4, "ffn_hidden_size": 384, "vocab_size": 512}
 BUCKET_ELEMENTS = 200_000

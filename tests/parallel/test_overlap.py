@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.layouts import tiny_config
-from tests.parallel.recording import Event, Recording, record_layout
+from tests.kit.layouts import tiny_config
+from tests.kit.recording import Event, Recording, record_layout
 
 L = 4
 

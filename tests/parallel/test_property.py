@@ -20,8 +20,8 @@ from torch import Tensor
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.parallel.data import buckets
-from tests.distributed import run_distributed
-from tests.parallel.layouts import Result, check, reference, tiny_config, train_layout
+from tests.kit.distributed import run_distributed
+from tests.kit.layouts import Result, check, reference, tiny_config, train_layout
 
 NUM_LAYOUTS, NUM_STEPS, SEED = 66, 5, 20240
 SCHEDULES = ("1f1b", "interleaved", "zb-v", "zb-h1", "gpipe", "zb-h2")

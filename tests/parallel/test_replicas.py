@@ -12,8 +12,8 @@ from engine.distributed.collectives import CollectiveMismatch, all_reduce
 from engine.distributed.topology import Topology
 from engine.parallel.parallelize import parallelize
 from engine.parallel.replicas import ReplicasDiffer, check_replicas
-from tests.distributed import mesh_for, run_distributed
-from tests.parallel.layouts import tiny_config
+from tests.kit.distributed import mesh_for, run_distributed
+from tests.kit.layouts import tiny_config
 
 
 def corrupt_and_check(config: Config, rank: int, name: str, attribute: str) -> str:

@@ -18,8 +18,8 @@ from engine.optim.adamw import AdamW
 from engine.parallel.parallelize import parallelize
 from engine.plan.explain import Explanation, StateBytes, describe, explain
 from engine.plan.words import in_words
-from tests.distributed import mesh_for, run_distributed
-from tests.parallel.layouts import tiny_config
+from tests.kit.distributed import mesh_for, run_distributed
+from tests.kit.layouts import tiny_config
 from tests.parallel.test_memory import storage_bytes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import pytest
 
 from engine.model.flops import count_parameters, flops_per_token
 from engine.plan.timeline import timeline
-from tests.parallel.layouts import tiny_config
+from tests.kit.layouts import tiny_config
 
 
 def test_one_stage_costs_what_the_formula_counts() -> None:

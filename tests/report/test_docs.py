@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.report.runs import write_run
+from tests.kit.run_folder import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"), re.DOTALL)

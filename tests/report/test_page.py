@@ -14,7 +14,7 @@ from engine.config import load_config
 from engine.errors import RequestError
 from engine.report.page import charts, facts, stage_contents
 from engine.report.runs import read_metrics, read_run
-from tests.report.runs import write_run
+from tests.kit.run_folder import write_run
 
 
 def report(*run_dirs: Path) -> str:

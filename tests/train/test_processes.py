@@ -14,7 +14,7 @@ import pytest
 
 from engine.config import Config
 from engine.data.indexed import IndexedWriter
-from tests.train.runs import (
+from tests.kit.runs import (
     VOCAB_SIZE,
     await_true,
     children_of,

@@ -16,9 +16,9 @@ from engine.distributed.topology import Topology
 from engine.optim.adamw import AdamW
 from engine.parallel.parallelize import parallelize
 from engine.train.state import TrainState
-from tests.distributed import mesh_for, run_distributed
-from tests.parallel.layouts import Shards, assemble, parameters_match, relative_error
-from tests.train.runs import LAYOUTS, metrics, run_config, saved_steps, state_shards, train, trained
+from tests.kit.distributed import mesh_for, run_distributed
+from tests.kit.layouts import Shards, assemble, parameters_match, relative_error
+from tests.kit.runs import LAYOUTS, metrics, run_config, saved_steps, state_shards, train, trained
 
 
 def assert_same_bits(got: list[Shards], want: list[Shards]) -> None:

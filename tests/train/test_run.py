@@ -32,7 +32,7 @@ from engine.optim.schedule import learning_rate
 from engine.train.batches import load_step
 from engine.train.corpora import Corpora
 from engine.train.run_folder import locked
-from tests.train.runs import metrics, run_config, saved_steps, trained, write_config
+from tests.kit.runs import metrics, run_config, saved_steps, trained, write_config
 
 KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "consumed_samples", "step_seconds", "tokens_per_second",
         "tflops_per_device", "mfu", "memory_bytes", "skipped"}

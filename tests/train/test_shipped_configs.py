@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import load_config, resolve_layout
-from tests.train.runs import metrics, saved_steps, train, write_corpus
+from tests.kit.runs import metrics, saved_steps, train, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["model.num_layers=4", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=16",

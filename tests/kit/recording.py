@@ -30,9 +30,9 @@ from engine.distributed.topology import Topology
 from engine.optim.adamw import AdamW
 from engine.optim.gradients import sum_over_world
 from engine.parallel.parallelize import ParallelModel, parallelize
-from tests.distributed import mesh_for, run_distributed
-from tests.parallel.layouts import microbatches
-from tests.reference import global_batch
+from tests.kit.distributed import mesh_for, run_distributed
+from tests.kit.layouts import microbatches
+from tests.kit.reference import global_batch
 
 AXES = ("tensor", "pipeline", "context", "shard", "replicate", "gradient", "world")
 

@@ -11,7 +11,7 @@ from engine.distributed.mesh import Mesh, single_mesh
 from engine.model.spec import initialise
 from engine.model.transformer import Transformer
 from engine.parallel.parallelize import ParallelModel, parallelize
-from tests.parallel.layouts import tiny_config
+from tests.kit.layouts import tiny_config
 
 PROMPTS = [[5, 1, 4], [3, 14, 15, 9, 2, 6, 5, 3, 5], [11], [8, 9, 7, 9]]
 LOUDER = 8.0                 # initial weights times this: predictions that differ clearly from token to token

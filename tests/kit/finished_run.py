@@ -10,7 +10,7 @@ from engine.config import Config
 from engine.data.indexed import IndexedWriter
 from engine.data.tokenizer import ByteTokenizer
 from engine.generate.load import weight_pieces
-from tests.generate.models import inference_model, model_config
+from tests.kit.models import inference_model, model_config
 
 DOCUMENTS = ["a first document, in English, that is short", "zweites Stück, mit Umlauten: äöüß", "",
              "第三篇文章，全是中文。" * 4, "and one more to end it all\n" * 3]

@@ -20,7 +20,7 @@ from engine.commands import demo as command
 from engine.errors import OctantError, RequestError
 from tests.test_readme import octant_commands
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # What makes a command of the README small enough for a test: words of it -> words to put in their place.
 SMALLER = {

@@ -1,4 +1,4 @@
-"""Kills a process that saves, at random moments, and looks at what is left.  `python -m tests.checkpoint.kills --kills
+"""Kills a process that saves, at random moments, and looks at what is left.  `python -m tests.kit.kills --kills
 1000`
 
 One run directory is killed again and again.  Each life resumes from the newest checkpoint that verifies, checks every

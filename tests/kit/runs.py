@@ -21,8 +21,8 @@ from engine.distributed.topology import Topology
 from engine.train.corpora import Corpora
 from engine.train.loop import Trainer
 from engine.train.state import TrainState
-from tests.distributed import mesh_for, run_distributed
-from tests.parallel.layouts import TINY, Shards, tiny_config
+from tests.kit.distributed import mesh_for, run_distributed
+from tests.kit.layouts import TINY, Shards, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = TINY["model"]["vocab_size"]                                     # type: ignore[index]
@@ -103,7 +103,7 @@ def train_here(config: Config, stop_at: int | None = None, crash_after: int | No
 
 
 def state_shards(state: TrainState) -> Shards:
-    """Copies of everything a rank holds, as `tests.parallel.layouts.assemble` takes it."""
+    """Copies of everything a rank holds, as `tests.kit.layouts.assemble` takes it."""
     return [(piece.key, piece.global_shape, piece.box, piece.tensor.clone()) for piece in state.pieces()]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from corpus_tools.cleaning.report import EXCERPT_CHARACTERS, Report
-from tests.data.corpora import WORDS
+from tests.kit.texts import WORDS
 
 NOUNS = """river mountain teacher engine garden library method question window market bridge student village machine
 forest letter painter island kitchen harbour signal doctor theory castle pattern journey winter number orchard

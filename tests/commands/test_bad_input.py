@@ -17,7 +17,7 @@ import pytest
 
 from engine.data.indexed import IndexedWriter
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 run: {dir: run, device: cpu}
 model: {num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, ffn_hidden_size: 64, vocab_size: 257,

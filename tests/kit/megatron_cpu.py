@@ -1,6 +1,6 @@
 """megatron-core on the CPU, for `test_megatron.py`: one process per rank, started as a script.
 
-    python -m tests.checkpoints_tools.megatron_cpu ACTION FOLDER     with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
+    python -m tests.kit.megatron_cpu ACTION FOLDER     with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
 
 megatron-core means CUDA wherever it needs a device; the few functions that insist on it are replaced here.
 """
@@ -27,7 +27,7 @@ from checkpoints_tools.megatron import convert_from_megatron, convert_to_megatro
 from checkpoints_tools.names import PREFIX
 from engine.checkpoint.read import CheckpointReader
 from engine.config import ModelConfig
-from tests.checkpoints_tools.models import MEGATRON_KINDS, model, write_random
+from tests.kit.checkpoints import MEGATRON_KINDS, model, write_random
 
 TOKENS = torch.randint(0, 250, (2, 48), generator=torch.Generator().manual_seed(0))
 

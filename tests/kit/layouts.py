@@ -22,8 +22,8 @@ from engine.optim.schedule import learning_rate
 from engine.parallel.context.zigzag import context_part
 from engine.parallel.data.buckets import Bucket
 from engine.parallel.parallelize import ParallelModel, parallelize
-from tests.distributed import mesh_for, run_distributed
-from tests.reference import Reference, global_batch, num_tokens, train_reference
+from tests.kit.distributed import mesh_for, run_distributed
+from tests.kit.reference import Reference, global_batch, num_tokens, train_reference
 
 TOLERANCE = 1e-5
 
