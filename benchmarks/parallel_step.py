@@ -85,7 +85,7 @@ class Layout:
     def __post_init__(self) -> None:
         self.model = parallelize(self.config, self.mesh, bucket_elements=BUCKET_ELEMENTS)
         self.model.initialise(0)
-        self.optimizer = AdamW(self.model.buckets, self.config.optim)
+        self.optimizer = AdamW(self.model.buckets, self.config.optim, self.model.operations)
         generator = torch.Generator().manual_seed(self.mesh.data.index)
         ids = torch.randint(self.config.model.vocab_size, (self.config.num_microbatches, 257, 1), generator=generator)
         self.batches = [Batch(row[:-1], torch.arange(256).unsqueeze(1), row[1:]) for row in ids]

@@ -25,7 +25,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -37,7 +36,6 @@ from engine.bench.harness import Case, Comparison, add_options, alternating, pub
 from engine.config import Config, resolve_layout
 from engine.distributed.mesh import Mesh, build_mesh, single_mesh
 from engine.distributed.topology import Topology
-from engine.kernels import matmul
 from engine.model.context import Batch
 from engine.optim.adamw import AdamW
 from engine.optim.gradients import clip_divisor, sum_over_world
@@ -70,6 +68,8 @@ class Size:
 SIZES = {"small": Size(SMALL, micro=2, per_step=2), "accumulate": Size(SMALL, micro=1, per_step=4),
          "large": Size(LARGE, micro=1, per_step=1), "tiny": Size(TINY, micro=1, per_step=4)}
 
+TORCH_PRODUCTS = {"linear": "torch", "weight_gradient": "torch"}
+
 
 def tokens(config: Config) -> Tensor:
     """Random ids [samples, seq_len + 1], the same for everybody."""
@@ -81,7 +81,7 @@ def octant_step(config: Config, mesh: Mesh) -> Callable[[], None]:
     """The engine's step without reading data: what `engine.train.loop` does."""
     model = parallelize(config, mesh)
     model.initialise(config.run.seed)
-    optimizer = AdamW(model.buckets, config.optim)
+    optimizer = AdamW(model.buckets, config.optim, model.operations)
     positions = torch.arange(config.data.seq_len).unsqueeze(1)
     rows = tokens(config).split(config.batch.micro)[mesh.data.index::mesh.data.size]
     batches = [Batch(row.T[:-1].contiguous(), positions, row.T[1:].contiguous()) for row in rows]
@@ -96,14 +96,6 @@ def octant_step(config: Config, mesh: Mesh) -> Callable[[], None]:
         sums.sums.item()
 
     return step
-
-
-def with_torch_products(step: Callable[[], None]) -> Callable[[], None]:
-    """The step, with every matrix product left to torch."""
-    def run() -> None:
-        with patch.object(matmul, "has_onednn", lambda: False):
-            step()
-    return run
 
 
 def transformers_step(config: Config, *, fused: bool = True) -> Callable[[], None]:
@@ -180,15 +172,14 @@ def beside_transformers(name: str, threads: int, options: dict[str, Any]) -> Com
     """The first kind of table."""
     config = SIZES[name].config()
     work = config.batch.global_ * config.data.seq_len
-    ours = octant_step(config, single_mesh())
     model, micro, number = config.model, config.batch.micro, config.num_microbatches
     title = (f"{name}: {model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size}, {number} × "
              f"{micro} × {config.data.seq_len} tokens, {threads} threads")
     return alternating(
         Case("transformers, fused AdamW", transformers_step(config), work),
         Case("transformers, default AdamW", transformers_step(config, fused=False), work),
-        Case("octant, torch's products", with_torch_products(ours), work), Case("octant", ours, work), title=title,
-        **options)
+        Case("octant, torch's products", octant_step(config.with_changes(kernels=TORCH_PRODUCTS), single_mesh()), work),
+        Case("octant", octant_step(config, single_mesh()), work), title=title, **options)
 
 
 def across_layouts(name: str, threads: int, options: dict[str, Any]) -> Comparison:

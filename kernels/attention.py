@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.operation import Implementation, Operation, anywhere
+
 
 def attention_reference(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None) -> Tensor:
     """The definition, with the scores written out; `mask` as in `attention`, None for causal (S = T)."""
@@ -32,3 +34,8 @@ def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | No
     grouped = q_SBGQD.shape[3] > 1
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3).flatten(2)
+
+
+ATTENTION = Operation("attention", "causal or masked grouped-query attention", (
+    Implementation("sdpa", anywhere(attention)),
+    Implementation("reference", anywhere(attention_reference))))

@@ -12,46 +12,30 @@ Queries are [B, H, S, D], keys and values [B, G, T, D] with G dividing H; log-su
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-_FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_FLASH_CUDA = torch.ops.aten._scaled_dot_product_flash_attention
-_FLASH_CUDA_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+from engine.kernels.operation import Implementation, Operation, Place, anywhere, torch_operator
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool,
-                  mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Output [B, H, S, D] and log-sum-exp [B, H, S] of one block.
+class AttentionBlock(NamedTuple):
+    """Both directions of one block.
 
-    Args:
+    forward(q, k, v, *, causal, mask=None) → output [B, H, S, D], log-sum-exp [B, H, S]
+
         causal: query i sees keys 0 … i (S = T).
         mask: bool [B or 1, 1, S, T], True where a query sees a key, instead of `causal`; a query that sees nothing here
             gets output 0 and log-sum-exp −∞.
+
+    backward(grad, q, k, v, out, lse, *, causal, mask=None) → gradients of the block's q, k, v, given the final output
+    and log-sum-exp of its queries.
     """
-    if q.device.type == "cpu":
-        bias = None if mask is None else _bias(mask, q.dtype)
-        out, lse = _FLASH_CPU(q, k, v, 0.0, causal, attn_mask=bias)
-        if mask is not None:
-            lse = lse.masked_fill(~mask.any(-1), float("-inf"))
-        return out, lse
-    if mask is None and q.dtype in (torch.bfloat16, torch.float16):
-        return _FLASH_CUDA(q, k, v, 0.0, causal)[:2]
-    return block_forward_reference(q, k, v, causal=causal, mask=mask)
 
-
-def block_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool,
-                   mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one block's q, k, v, given the final output and log-sum-exp of its queries."""
-    if q.device.type == "cpu":
-        bias = None if mask is None else _bias(mask, q.dtype)
-        return _FLASH_CPU_BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias)
-    if mask is None and q.dtype in (torch.bfloat16, torch.float16):
-        empty = torch.empty(0, dtype=torch.int64, device=q.device)      # no dropout: no random state
-        return _FLASH_CUDA_BACKWARD(grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal,
-                                    empty, empty)
-    return block_backward_reference(grad, q, k, v, out, lse, causal=causal, mask=mask)
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def block_forward_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool,
@@ -67,26 +51,80 @@ def block_backward_reference(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out:
                              mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Plain torch, scores written out."""
     probabilities = (_scores(q, k, causal, mask) - lse.unsqueeze(-1)).exp()
-    grad32 = grad.float()
-    delta = (grad32 * out.float()).sum(-1, keepdim=True)
-    grad_scores = probabilities * (grad32 @ _expand(v, q).transpose(-1, -2) - delta) * q.shape[-1] ** -0.5
+    wide = _widen(grad)
+    delta = (wide * _widen(out)).sum(-1, keepdim=True)
+    grad_scores = probabilities * (wide @ _expand(v, q).transpose(-1, -2) - delta) * q.shape[-1] ** -0.5
     grad_q = grad_scores @ _expand(k, q)
-    grad_k = (grad_scores.transpose(-1, -2) @ q.float()).unflatten(1, (k.shape[1], -1)).sum(2)
-    grad_v = (probabilities.transpose(-1, -2) @ grad32).unflatten(1, (k.shape[1], -1)).sum(2)
+    grad_k = (grad_scores.transpose(-1, -2) @ _widen(q)).unflatten(1, (k.shape[1], -1)).sum(2)
+    grad_v = (probabilities.transpose(-1, -2) @ wide).unflatten(1, (k.shape[1], -1)).sum(2)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
+def _widen(x: Tensor) -> Tensor:
+    """fp32, or fp64 where that came in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
-    scores = q.float() @ _expand(k, q).transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = _widen(q) @ _expand(k, q).transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
 
 
 def _expand(x: Tensor, q: Tensor) -> Tensor:
-    """fp32, each group repeated for its query heads."""
-    return x.float().repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+    """Widened, each group repeated for its query heads."""
+    return _widen(x).repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
-def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+REFERENCE_BLOCK = AttentionBlock(block_forward_reference, block_backward_reference)
+
+
+def _flash_on_cpu(place: Place) -> AttentionBlock:
+    """Torch's flash attention for processors, which takes masks as a bias."""
+    place.require(device="cpu")
+    run = torch_operator("aten", "_scaled_dot_product_flash_attention_for_cpu")
+    run_backward = torch_operator("aten", "_scaled_dot_product_flash_attention_for_cpu_backward")
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out, lse = run(q, k, v, 0.0, causal, attn_mask=_bias(mask, q.dtype))
+        return out, lse if mask is None else lse.masked_fill(~mask.any(-1), float("-inf"))
+
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool,
+                 mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return run_backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=_bias(mask, q.dtype))
+
+    return AttentionBlock(forward, backward)
+
+
+def _flash_on_cuda(place: Place) -> AttentionBlock:
+    """Torch's flash attention for GPUs.  It takes no masks: blocks cut by documents have their scores written out."""
+    place.require(device="cuda", dtypes=(torch.bfloat16, torch.float16))
+    run = torch_operator("aten", "_scaled_dot_product_flash_attention")
+    run_backward = torch_operator("aten", "_scaled_dot_product_flash_attention_backward")
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if mask is not None:
+            return block_forward_reference(q, k, v, causal=causal, mask=mask)
+        return run(q, k, v, 0.0, causal)[:2]
+
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool,
+                 mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        if mask is not None:
+            return block_backward_reference(grad, q, k, v, out, lse, causal=causal, mask=mask)
+        empty = torch.empty(0, dtype=torch.int64, device=q.device)      # no dropout: no random state
+        return run_backward(grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, empty, empty)
+
+    return AttentionBlock(forward, backward)
+
+
+def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None:
+        return None
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+ATTENTION_BLOCK = Operation("attention_block", "a block of ring attention", (
+    Implementation("flash-cpu", _flash_on_cpu),
+    Implementation("flash-cuda", _flash_on_cuda),
+    Implementation("reference", anywhere(REFERENCE_BLOCK))))

@@ -22,14 +22,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.operation import Implementation, Operation, anywhere
+
 # Gathers a tensor over the ranks that share the vocabulary: [n, tokens] → [ranks, n, tokens].
 Gather = Callable[[Tensor], Tensor]
 
 
-def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
-    """Plain torch: loss per token for logits [..., V] and targets [...]."""
-    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, targets.flatten(), reduction="none").view(targets.shape)
+def cross_entropy_reference(logits: Tensor, targets: Tensor, *, first: int = 0, num_valid: int | None = None,
+                            gather: Gather | None = None) -> Tensor:
+    """Plain torch; arguments and result as of `cross_entropy`."""
+    wide = logits[..., :num_valid].flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    local = targets.flatten() - first
+    mine = (local >= 0) & (local < wide.shape[1])
+    if gather is None and num_valid is None:
+        return F.cross_entropy(wide, local, reduction="none").view(targets.shape)
+    if not wide.shape[1]:                        # a rank whose columns are all padding: its logits take no part
+        wide = F.pad(logits[..., :0].flatten(0, -2).to(wide.dtype), (0, 1), value=float("-inf"))
+    lse = wide.logsumexp(1)
+    target_logit = torch.where(mine, wide.gather(1, torch.where(mine, local, 0).unsqueeze(1)).squeeze(1), 0.0)
+    own = torch.stack((lse, target_logit)).detach()
+    everyone = own.unsqueeze(0) if gather is None else gather(own)
+    total = everyone[:, 0].logsumexp(0)
+    value = total - everyone[:, 1].sum(0)
+    # Only what this rank's logits contribute is differentiated: ∂lse/∂lse_rank is its share of the sum of exponentials.
+    share = (own[0] - total).exp()
+    change = torch.where(share > 0, share * (lse - own[0]), 0.0) - (target_logit - own[1])
+    return (value + change).view(targets.shape)
 
 
 class Columns(NamedTuple):
@@ -112,3 +130,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, first: int = 0, num_valid:
     """
     num_valid = logits.shape[-1] if num_valid is None else num_valid
     return _CrossEntropy.apply(logits, targets, first, num_valid, gather)
+
+
+CROSS_ENTROPY = Operation("cross_entropy", "loss per token, the vocabulary spread over ranks", (
+    Implementation("octant", anywhere(cross_entropy)),
+    Implementation("reference", anywhere(cross_entropy_reference))))

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.kernels.operation import Implementation, Operation, anywhere
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Plain torch; the definition the fast version is tested against."""
@@ -43,7 +45,8 @@ class _RMSNorm(torch.autograd.Function):
         grad_x_hat = grad * weight
         # torch.linalg.vecdot reads both operands once where mul + mean would write a temporary
         dot = torch.linalg.vecdot(grad_x_hat, x_hat).unsqueeze(-1).div_(x.shape[-1])
-        grad_weight = (grad * x_hat).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        # a sum over tokens, so not rounded here: autograd casts it to what the parameter takes
+        grad_weight = (grad * x_hat).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         grad_x = grad_x_hat.addcmul_(x_hat, dot, value=-1).mul_(rstd).to(x.dtype)
         return grad_x, grad_weight, None
 
@@ -51,3 +54,8 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalises the last dimension of `x` [..., hidden] and scales it by `weight` [hidden]."""
     return _RMSNorm.apply(x, weight, eps)
+
+
+RMS_NORM = Operation("rms_norm", "root-mean-square normalisation", (
+    Implementation("octant", anywhere(rms_norm)),
+    Implementation("reference", anywhere(rms_norm_reference))))

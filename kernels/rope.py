@@ -16,11 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.kernels.operation import Implementation, Operation, anywhere
+
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Plain torch: turns the last dimension of `x` [..., D] by angles given as cos, sin [..., D/2] (broadcast)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def split_and_rotate_reference(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain torch; arguments as of `split_and_rotate`."""
+    rotated = rotate_reference(qkv[..., :-1, :], cos, sin)
+    return rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :]
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -62,3 +70,8 @@ def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
         queries [S, B, G, Q, D], keys [S, B, G, D], values [S, B, G, D].
     """
     return _SplitAndRotate.apply(qkv, cos, sin)
+
+
+ROPE = Operation("rope", "split of the fused projection, rotary embedding", (
+    Implementation("octant", anywhere(split_and_rotate)),
+    Implementation("reference", anywhere(split_and_rotate_reference))))

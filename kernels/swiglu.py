@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.operation import Implementation, Operation, anywhere
+
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     """Plain torch."""
@@ -42,3 +44,8 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(gate_up: Tensor) -> Tensor:
     """[..., 2, ffn] (gate, then up) → [..., ffn]."""
     return _SwiGLU.apply(gate_up)
+
+
+SWIGLU = Operation("swiglu", "gated activation of the feed-forward layer", (
+    Implementation("octant", anywhere(swiglu)),
+    Implementation("reference", anywhere(swiglu_reference))))

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # One-way imports: a room may import rooms of its own level and below.
 LEVELS = (
-    ("kernels", ""),                                          # "": the package `engine` itself, which holds the version
-    ("errors", "reading", "writing"),
+    ("errors", "reading", "writing", ""),                     # "": the package `engine` itself, which holds the version
+    ("kernels",),
     ("schedules",),
     ("config",),
     ("distributed",),

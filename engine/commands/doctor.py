@@ -13,9 +13,7 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,6 +21,8 @@ import torch.distributed as dist
 
 from engine import __version__
 from engine.distributed.environment import available_cores, launch_environment
+from engine.kernels.operation import Place, Unavailable, installed, short_name
+from engine.kernels.table import choose, describe
 from engine.metrics.peaks import peak_tflops
 
 GIB = 1 << 30
@@ -67,16 +67,27 @@ ACCELERATORS = (
 )
 
 
+KERNELS_HELP = "kernels.OPERATION=NAME chooses another"
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
     print(doctor_report())
     return 0
 
 
-def doctor_report() -> str:
-    """The whole text, without a trailing newline."""
+def doctor_report(operations: bool = True) -> str:
+    """The whole text, without a trailing newline.
+
+    Args:
+        operations: with what a run would compute with here; a run says itself what it does compute with.
+    """
     sections = {"Environment": _environment(), "Devices": _devices(), "Core packages": _core(),
-                "Optional packages": _extras(), "Accelerators": _accelerators(), "What next": _next_steps()}
+                "Optional packages": _extras(), "Accelerators": _accelerators()}
+    if operations:
+        sections |= {f"Operations in {short_name(dtype)} ({KERNELS_HELP})": _operations(dtype)
+                     for dtype in (torch.bfloat16, torch.float32)}
+    sections["What next"] = _next_steps()
     return "\n\n".join("\n".join([title, "-" * len(title), *lines]) for title, lines in sections.items())
 
 
@@ -133,11 +144,16 @@ def _accelerators() -> Iterator[str]:
 def probe(module: str, symbol: str) -> str:
     """Whether `module` is there and has `symbol`, in words; never raises, whatever the package does on import."""
     try:
-        if find_spec(module.partition(".")[0]) is None:
-            return "not installed"
-        return "works" if hasattr(import_module(module), symbol) else f"installed without {symbol}"
-    except Exception as error:
-        return f"installed, but fails on import ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        installed(module, symbol)
+    except Unavailable as reason:
+        return str(reason)
+    return "works"
+
+
+def _operations(dtype: torch.dtype) -> Iterator[str]:
+    """Who computes each operation in a run with this `precision.compute`, and why nobody that comes before."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return describe(choose(Place(device, dtype)))
 
 
 def memory_bytes() -> int:

@@ -70,6 +70,7 @@ def _local_replicas(config: Config) -> int:
 
 def _run_rank(config: Config, launched: LaunchEnvironment | None, stop: StopRequest) -> int:
     rank_module = import_module("engine.train.rank")      # torch is needed from here on
-    report = import_module("engine.commands.doctor").doctor_report() if launched is None or launched.rank == 0 else ""
+    report = import_module("engine.commands.doctor").doctor_report(operations=False) \
+        if launched is None or launched.rank == 0 else ""
     finished = rank_module.run_rank(config, Topology.of(config.parallel), launched, report, stop)
     return 0 if finished else STOPPED

@@ -199,6 +199,20 @@ class LogConfig(Section):
     wandb: str | None = None
 
 
+class KernelsConfig(Section):
+    """Who computes each operation: `auto`, or the name of an implementation that `octant doctor` lists."""
+
+    attention: str = "auto"
+    attention_block: str = "auto"                            # of ring attention (context > 1)
+    rms_norm: str = "auto"
+    rope: str = "auto"
+    swiglu: str = "auto"
+    cross_entropy: str = "auto"
+    linear: str = "auto"
+    weight_gradient: str = "auto"
+    adamw: str = "auto"
+
+
 class Config(Section):
     """A whole job."""
 
@@ -206,6 +220,7 @@ class Config(Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    kernels: KernelsConfig = KernelsConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     steps: Count

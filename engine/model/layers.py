@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.kernels.rms_norm import rms_norm
-from engine.kernels.swiglu import swiglu
+from engine.kernels.table import Operations
 from engine.model.spec import BETWEEN, ParamSpec, Rule, new_parameter
 
 
@@ -54,13 +53,13 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """See `kernels/rms_norm.py`."""
 
-    def __init__(self, name: str, size: int, eps: float, rule: Rule = BETWEEN) -> None:
+    def __init__(self, name: str, size: int, eps: float, operations: Operations, rule: Rule = BETWEEN) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self._normalise = eps, operations.rms_norm
         self.weight = new_parameter(ParamSpec(f"{name}.weight", (size,), rule, init="ones", decay=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return self._normalise(x, self.weight, self.eps)
 
 
 class ScoreHead(nn.Module):
@@ -80,6 +79,10 @@ class ScoreHead(nn.Module):
 class SwiGLU(nn.Module):
     """See `kernels/swiglu.py`."""
 
+    def __init__(self, operations: Operations) -> None:
+        super().__init__()
+        self._activate = operations.swiglu
+
     def forward(self, gate_up: Tensor) -> Tensor:
         """[..., 2·F], gate then up → [..., F]."""
-        return swiglu(gate_up.unflatten(-1, (2, -1)))
+        return self._activate(gate_up.unflatten(-1, (2, -1)))

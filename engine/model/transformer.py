@@ -17,8 +17,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
-from engine.kernels.attention import attention
-from engine.kernels.rope import split_and_rotate
+from engine.kernels.table import PORTABLE, Operations
 from engine.model.context import Batch
 from engine.model.layers import Embedding, Linear, RMSNorm, ScoreHead, SwiGLU
 from engine.model.rope import rotary_angles
@@ -41,7 +40,7 @@ def embedding_spec(config: ModelConfig) -> ParamSpec:
 class SelfAttention(nn.Module):
     """Causal grouped-query self-attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, index: int, name: str) -> None:
+    def __init__(self, config: ModelConfig, index: int, name: str, operations: Operations) -> None:
         super().__init__()
         self.index = index
         groups, heads, dim = config.num_kv_heads, config.num_heads, config.head_dim
@@ -50,11 +49,11 @@ class SelfAttention(nn.Module):
                                         Rule("column", 0), init_std=INIT_STD, bias=config.qkv_bias)
         self.linear_proj = Linear.create(f"{name}.linear_proj", (config.hidden_size,), heads * dim,
                                          Rule("row", 1), init_std=residual_init_std(config))
-        self.core_attention = attention
+        self.core_attention, self._split_and_rotate = operations.attention, operations.rope
 
     def forward(self, x_SBH: Tensor, angles: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         qkv = self.linear_qkv(x_SBH)
-        q, k, v = split_and_rotate(qkv.unflatten(-1, (-1, *self.head_shape)), *angles)
+        q, k, v = self._split_and_rotate(qkv.unflatten(-1, (-1, *self.head_shape)), *angles)
         if batch.cache is not None:
             k, v = batch.cache.append(self.index, k, v)
         return self.linear_proj(self.core_attention(q, k, v, batch.attention_mask))
@@ -63,11 +62,11 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward layer: the fused gate and up projection is [2, F, H]."""
 
-    def __init__(self, config: ModelConfig, name: str) -> None:
+    def __init__(self, config: ModelConfig, name: str, operations: Operations) -> None:
         super().__init__()
         self.linear_fc1 = Linear.create(f"{name}.linear_fc1", (2, config.ffn_hidden_size), config.hidden_size,
                                         Rule("column", 1), init_std=INIT_STD)
-        self.activation = SwiGLU()
+        self.activation = SwiGLU(operations)
         self.linear_fc2 = Linear.create(f"{name}.linear_fc2", (config.hidden_size,), config.ffn_hidden_size,
                                         Rule("row", 1), init_std=residual_init_std(config))
 
@@ -78,13 +77,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(self, config: ModelConfig, index: int, operations: Operations) -> None:
         super().__init__()
         name = f"layers.{index}"
-        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", config.hidden_size, config.norm_eps)
-        self.self_attention = SelfAttention(config, index, f"{name}.self_attention")
-        self.pre_mlp_layernorm = RMSNorm(f"{name}.pre_mlp_layernorm", config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, f"{name}.mlp")
+        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", config.hidden_size, config.norm_eps, operations)
+        self.self_attention = SelfAttention(config, index, f"{name}.self_attention", operations)
+        self.pre_mlp_layernorm = RMSNorm(f"{name}.pre_mlp_layernorm", config.hidden_size, config.norm_eps, operations)
+        self.mlp = MLP(config, f"{name}.mlp", operations)
 
     def forward(self, x_SBH: Tensor, angles: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         x_SBH = x_SBH + self.self_attention(self.input_layernorm(x_SBH), angles, batch)
@@ -92,16 +91,17 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model, or the chunk of it that holds `layers`."""
+    """The whole model, or the chunk of it that holds `layers`; `operations`: what it computes with."""
 
     def __init__(self, config: ModelConfig, layers: Sequence[int] | None = None, *, first: bool = True,
-                 last: bool = True) -> None:
+                 last: bool = True, operations: Operations = PORTABLE) -> None:
         super().__init__()
         self.config = config
         self.embedding = Embedding(new_parameter(embedding_spec(config))) if first else None
         indices = range(config.num_layers) if layers is None else layers
-        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in indices})
-        self.final_layernorm = RMSNorm("final_layernorm", config.hidden_size, config.norm_eps) if last else None
+        self.layers = nn.ModuleDict({str(i): Block(config, i, operations) for i in indices})
+        self.final_layernorm = RMSNorm("final_layernorm", config.hidden_size, config.norm_eps, operations) \
+            if last else None
         self.output_layer = self._output_layer() if last and config.head == "language_model" else None
         self.score = ScoreHead("score", config.hidden_size) if last and config.head == "score" else None
 

@@ -1,9 +1,8 @@
 """AdamW (Loshchilov and Hutter 2019) on the buckets' shards.
 
-A bucket's shard is one flat fp32 vector, so a step is one fused multi-tensor call for all buckets with weight decay
-and one for those without.  Clipping and the non-finite check ride along in the same pass: torch's fused kernel divides
-gradients by `grad_scale` and leaves everything as it was, step count included, where `found_inf` is 1.  Neither is read
-by the host.
+A bucket's shard is one flat fp32 vector, so a step is one call for all buckets with weight decay and one for those
+without (`kernels/adamw.py`).  Clipping and the non-finite check ride along in the same pass; neither is read by the
+host.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from engine.config import OptimConfig
+from engine.kernels.table import Operations
 from engine.parallel.data.buckets import Bucket
 
 
 class AdamW:
     """Moments of every bucket's shard, and the update."""
 
-    def __init__(self, buckets: Sequence[Bucket], config: OptimConfig) -> None:
-        self.buckets, self.config = buckets, config
+    def __init__(self, buckets: Sequence[Bucket], config: OptimConfig, operations: Operations) -> None:
+        self.buckets, self.config, self._update = buckets, config, operations.adamw
         self.exp_avg = [torch.zeros_like(bucket.master) for bucket in buckets]
         self.exp_avg_sq = [torch.zeros_like(bucket.master) for bucket in buckets]
         self.steps = [torch.zeros((), dtype=torch.float32, device=bucket.master.device) for bucket in buckets]
@@ -37,11 +36,10 @@ class AdamW:
             found_inf: fp32 scalar; 1 makes this step change nothing.
         """
         for decay, rows in self._groups():
-            adamw([self.buckets[i].master for i in rows], [self.buckets[i].grad_shard for i in rows],
-                  [self.exp_avg[i] for i in rows], [self.exp_avg_sq[i] for i in rows], [],
-                  [self.steps[i] for i in rows], fused=True, grad_scale=grad_divisor, found_inf=found_inf,
-                  amsgrad=False, beta1=self.config.betas[0], beta2=self.config.betas[1], lr=lr, weight_decay=decay,
-                  eps=self.config.eps, maximize=False)
+            self._update([self.buckets[i].master for i in rows], [self.buckets[i].grad_shard for i in rows],
+                         [self.exp_avg[i] for i in rows], [self.exp_avg_sq[i] for i in rows],
+                         [self.steps[i] for i in rows], lr=lr, betas=self.config.betas, eps=self.config.eps,
+                         weight_decay=decay, grad_divisor=grad_divisor, found_inf=found_inf)
 
     def num_steps(self) -> int:
         """Updates made so far; skipped ones do not count."""

@@ -2,8 +2,9 @@
 
 A `GradSlot` is a parameter's place in a flat gradient bucket (`engine.parallel.data`).  Layers that know their weight
 gradient is a matrix product add it there with one fused multiply-accumulate; everything else (norms, biases) arrives
-through autograd and a hook.  The bucket hears of every contribution, and starts reducing behind the last one it needs,
-while the backward pass still runs.
+through autograd and a hook, in fp32 too: a parameter with a slot takes gradients in the slot's dtype, whatever its own.
+So what an operation's backward pass has summed up over tokens is rounded nowhere on its way.  The bucket hears of every
+contribution, and starts reducing behind the last one it needs, while the backward pass still runs.
 
 `WeightGradQueue` is the other half of a zero-bubble pipeline: while it is open, layers leave their weight gradient in
 it as a closure instead of computing it, and the schedule's `W` action runs them later.
@@ -15,9 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
-
-from engine.kernels.matmul import matmul_into
 
 
 class GradSlot:
@@ -42,35 +42,38 @@ class GradSlot:
         """What was summed up has been taken away: the next contribution overwrites."""
         self._fresh = True
 
-    def add(self, grad: Tensor) -> None:
-        """Adds a gradient of the parameter's local shape."""
-        self._before()
-        self._view.copy_(grad) if self._fresh else self._view.add_(grad)
-        self._contributed()
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which gradients are summed up."""
+        return self._view.dtype
 
-    def add_matmul(self, a: Tensor, b: Tensor) -> None:
-        """Adds the matrix product a·b, the parameter viewed as a matrix."""
+    def contribute(self, write: Callable[[Tensor, bool], None]) -> None:
+        """Has a gradient written: `write(view, accumulate)` adds to the view, or overwrites it without `accumulate`."""
         self._before()
-        matmul_into(self._view.view(a.shape[0], b.shape[1]), a, b, accumulate=not self._fresh)
-        self._contributed()
-
-    def add_rows(self, index: Tensor, rows: Tensor) -> None:
-        """Adds `rows` [n, width] at the row numbers `index` [n]."""
-        self._before()
-        if self._fresh:
-            self._view.zero_()
-        self._view.index_add_(0, index, rows.to(self._view.dtype))
-        self._contributed()
-
-    def _contributed(self) -> None:
+        write(self._view, not self._fresh)
         self._fresh = False
         self.contributions += 1
         self._after()
+
+    def add(self, grad: Tensor) -> None:
+        """Adds a gradient of the parameter's local shape."""
+        def write(view: Tensor, accumulate: bool) -> None:
+            view.add_(grad) if accumulate else view.copy_(grad)
+
+        self.contribute(write)
+
+    def add_rows(self, index: Tensor, rows: Tensor) -> None:
+        """Adds `rows` [n, width] at the row numbers `index` [n]."""
+        def write(view: Tensor, accumulate: bool) -> None:
+            (view if accumulate else view.zero_()).index_add_(0, index, rows.to(view.dtype))
+
+        self.contribute(write)
 
 
 def attach_slot(parameter: nn.Parameter, slot: GradSlot) -> None:
     """Routes the parameter's gradient into `slot`, whichever way it arrives."""
     parameter.grad_slot = slot  # type: ignore[attr-defined]
+    parameter.grad_dtype = slot.dtype
 
     def from_autograd(p: Tensor) -> None:
         if p.grad is not None:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.distributed.mesh import Axis, Mesh
+from engine.kernels.operation import Place
+from engine.kernels.table import Operations, choose
 from engine.model.context import Batch
 from engine.model.objective import NEXT_TOKEN, Measure, Objective
 from engine.model.spec import new_parameter, spec_of
@@ -36,6 +38,7 @@ from engine.parallel.pipeline.p2p import Messenger
 from engine.parallel.pipeline.partition import deal_layers, layer_costs
 from engine.parallel.recompute import apply_recompute
 from engine.parallel.tensor.cut import cut_tensor
+from engine.parallel.tensor.gemms import plain_gemms
 from engine.parallel.tensor.head import ParallelHead
 from engine.parallel.tensor.layers import TensorContext
 from engine.schedules.action import Action
@@ -66,6 +69,11 @@ class ParallelModel:
     schedule: Schedule
     executor: Executor
     program: tuple[Action, ...]
+
+    @property
+    def operations(self) -> Operations:
+        """What it computes with."""
+        return self.tensor.operations
 
     def initialise(self, seed: int) -> None:
         """Gives every parameter its share of the global initial values, the same in every layout."""
@@ -110,21 +118,31 @@ class ParallelModel:
 
 
 def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective: Objective = NEXT_TOKEN,
+                operations: Operations | None = None,
                 bucket_elements: int = DEFAULT_BUCKET_ELEMENTS) -> ParallelModel:
     """This rank's part of `config.model` under `config.parallel` (resolved); parameters are not initialised yet.
 
     Without `training` it can evaluate and generate only: there are weights in the compute dtype and nothing else, no
     buckets, and no sequence parallelism, so that any number of tokens can pass.
+
+    Args:
+        operations: what to compute with; None: what `config.kernels` asks for and this rank's device has.
+        bucket_elements: size from which a bucket is closed.
+
+    Raises:
+        ConfigError: an operation that `config.kernels` names cannot be used here.
     """
     parallel = config.parallel
     dtype = DTYPES[config.precision.compute]
     sequence = training and parallel.sequence and mesh.tensor.size > 1
-    tensor = TensorContext(mesh.tensor, sequence, WeightGradQueue())
+    if operations is None:
+        operations = choose_operations(config, mesh.device)
+    tensor = TensorContext(mesh.tensor, sequence, WeightGradQueue(), operations, plain_gemms(operations))
     schedule = build_schedule(parallel.schedule, parallel.pipeline, config.num_microbatches, parallel.virtual_stages)
-    chunks = build_chunks(config, schedule.placement, mesh.pipeline.index)
+    chunks = build_chunks(config, schedule.placement, mesh.pipeline.index, operations)
     for chunk in chunks.values():
         if mesh.context.size > 1:
-            spread_sequence(chunk, mesh.context)
+            spread_sequence(chunk, mesh.context, operations)
         cut_tensor(chunk, tensor)
     share_tied_weight(chunks)
     if training:
@@ -148,20 +166,32 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
     return ParallelModel(config, mesh, chunks, buckets, tensor, objective, schedule, executor, program)
 
 
-def build_chunks(config: Config, placement: Sequence[int], stage: int) -> dict[int, Transformer]:
+def choose_operations(config: Config, device: torch.device) -> Operations:
+    """What `config.kernels` asks for, on this device.
+
+    Raises:
+        ConfigError: it does not exist, or cannot be used there.
+    """
+    place = Place(device, DTYPES[config.precision.compute], config.parallel.reproducible)
+    return choose(place, config.kernels.model_dump())
+
+
+def build_chunks(config: Config, placement: Sequence[int], stage: int,
+                 operations: Operations) -> dict[int, Transformer]:
     """The chunks of one pipeline stage, uncut, on the meta device."""
     layer, embedding, output = layer_costs(config.model, config.data.seq_len)
     deal = deal_layers(config.model.num_layers, len(placement), layer=layer, embedding=embedding, output=output)
     with torch.device("meta"):
-        return {chunk: Transformer(config.model, deal[chunk], first=chunk == 0, last=chunk == len(placement) - 1)
+        return {chunk: Transformer(config.model, deal[chunk], first=chunk == 0, last=chunk == len(placement) - 1,
+                                   operations=operations)
                 for chunk, owner in enumerate(placement) if owner == stage}
 
 
-def spread_sequence(chunk: Transformer, axis: Axis) -> None:
+def spread_sequence(chunk: Transformer, axis: Axis, operations: Operations) -> None:
     """Attention that reaches beyond this rank's part of the sequence."""
     for block in chunk.layers.values():
         if isinstance(block, Block):
-            block.self_attention.core_attention = RingAttention(axis)
+            block.self_attention.core_attention = RingAttention(axis, operations.attention_block)
 
 
 def recomputed_blocks(config: Config, chunks: dict[int, Transformer], stage: int) -> list[Block]:

@@ -17,6 +17,7 @@ from engine.distributed.boxes import Box
 from engine.distributed.mesh import Mesh, meta_mesh
 from engine.distributed.topology import Topology
 from engine.errors import RequestError
+from engine.kernels.table import PORTABLE
 from engine.model.spec import spec_of
 from engine.optim.adamw import AdamW
 from engine.parallel.data.buckets import Bucket
@@ -99,7 +100,7 @@ def explain(config: Config, rank: int) -> Explanation:
         raise RequestError(f"there is no rank {rank}: the job has {topology.world_size:,} processes, ranks 0 to "
                            f"{topology.world_size - 1}")
     mesh = meta_mesh(topology, rank)
-    return describe(parallelize(config, mesh), mesh)
+    return describe(parallelize(config, mesh, operations=PORTABLE), mesh)
 
 
 def describe(model: ParallelModel, mesh: Mesh) -> Explanation:
@@ -115,7 +116,7 @@ def describe(model: ParallelModel, mesh: Mesh) -> Explanation:
         {chunk: tuple(map(int, module.layers)) for chunk, module in model.chunks.items()}, model.schedule.placement,
         tuple(Part(spec.name, spec.shape, spec.box, tuple(state.get(spec.name, ()))) for spec in specs),
         sum(spec.box.num_elements for spec in specs), len(model.buckets),
-        state_bytes(model.buckets, AdamW(model.buckets, model.config.optim)), model.program)
+        state_bytes(model.buckets, AdamW(model.buckets, model.config.optim, model.operations)), model.program)
 
 
 def state_bytes(buckets: Iterable[Bucket], optimizer: AdamW) -> StateBytes:

@@ -74,7 +74,7 @@ class Trainer:
         """
         model = parallelize(config, mesh, objective=objective_of(config))
         model.initialise(config.run.seed)
-        state = TrainState(model, AdamW(model.buckets, config.optim))
+        state = TrainState(model, AdamW(model.buckets, config.optim, model.operations))
         directory = Path(config.run.dir)
         group = dist.group.WORLD if mesh.world.size > 1 else None
         notes = take_over(state, config, corpora, group)

@@ -12,6 +12,7 @@ from engine.config import Config
 from engine.distributed.environment import LaunchEnvironment
 from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
+from engine.kernels.table import describe
 from engine.metrics.console import Console
 from engine.train.corpora import Corpora
 from engine.train.loop import Trainer
@@ -31,7 +32,8 @@ def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | N
             try:
                 if trainer.console is not None:
                     (directory / CONFIG_FILE).write_text(config.dump(), encoding="utf-8")
-                    (directory / DOCTOR_FILE).write_text(doctor_report + "\n", encoding="utf-8")
+                    report = [doctor_report, "\nOperations of this run", *describe(trainer.state.model.operations)]
+                    (directory / DOCTOR_FILE).write_text("\n".join(report) + "\n", encoding="utf-8")
                     _introduce(trainer.console, config, corpora, mesh.device, exclusive)
                 finished = trainer.run()
                 if trainer.console is not None:

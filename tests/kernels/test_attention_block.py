@@ -7,16 +7,20 @@ import torch
 from torch import Tensor
 
 from engine.kernels.attention import attention_reference
-from engine.kernels.attention_block import (
-    block_backward,
-    block_backward_reference,
-    block_forward,
-    block_forward_reference,
-)
+from engine.kernels.attention_block import AttentionBlock, block_backward_reference, block_forward_reference
+from engine.kernels.operation import Place
+from engine.kernels.table import choose
 from tests.kit.compare import TOLERANCE, random, relative_error
 
 BATCH, LENGTH, DIM = 2, 12, 8
 HEADS = [(4, 4), (6, 2)]              # query heads, key-value groups
+
+
+def chosen(dtype: torch.dtype) -> AttentionBlock:
+    """As a run on the CPU has it."""
+    block = choose(Place(torch.device("cpu"), dtype)).attention_block
+    assert block.forward is not block_forward_reference
+    return block
 
 
 def inputs(heads: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
@@ -44,7 +48,8 @@ def check(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 def test_a_block_equals_its_reference(kind: str, heads: int, groups: int, dtype: torch.dtype) -> None:
     q, k, v, grad = inputs(heads, groups, dtype)
     seen = {"causal": kind == "causal", "mask": some_mask() if kind == "mask" else None}
-    out, lse = block_forward(q, k, v, **seen)
+    block = chosen(dtype)
+    out, lse = block.forward(q, k, v, **seen)
     want_out, want_lse = block_forward_reference(q, k, v, **seen)
     assert out.dtype == dtype and lse.dtype == torch.float32
     check(out, want_out, dtype)
@@ -52,7 +57,7 @@ def test_a_block_equals_its_reference(kind: str, heads: int, groups: int, dtype:
     # the final output and log-sum-exp of these queries include other keys
     final_lse = torch.logaddexp(want_lse, torch.zeros(()))
     final_out = want_out * (want_lse - final_lse).exp().unsqueeze(-1).to(dtype)
-    got = block_backward(grad, q, k, v, final_out, final_lse, **seen)
+    got = block.backward(grad, q, k, v, final_out, final_lse, **seen)
     for mine, theirs in zip(got, block_backward_reference(grad, q, k, v, final_out, final_lse, **seen), strict=True):
         check(mine, theirs, dtype)
 
@@ -70,11 +75,12 @@ def test_merged_blocks_are_attention(heads: int, groups: int) -> None:
     query, upstream = q[:, :, LENGTH // 2 :], grad[:, :, LENGTH // 2 :]
     halves = [(k[:, :, part], v[:, :, part], causal)
               for part, causal in ((slice(0, LENGTH // 2), False), (slice(LENGTH // 2, None), True))]
-    parts = [block_forward(query, key, value, causal=causal) for key, value, causal in halves]
+    block = chosen(torch.float32)
+    parts = [block.forward(query, key, value, causal=causal) for key, value, causal in halves]
     lse = torch.logaddexp(parts[0][1], parts[1][1])
     out = sum(part * (own - lse).exp().unsqueeze(-1) for part, own in parts)
     check(out, whole.detach(), torch.float32)
-    grads = [block_backward(upstream, query, key, value, out, lse, causal=causal) for key, value, causal in halves]
+    grads = [block.backward(upstream, query, key, value, out, lse, causal=causal) for key, value, causal in halves]
     check(grads[0][0] + grads[1][0], want[0][:, :, LENGTH // 2 :], torch.float32)
     for which in (1, 2):
         check(torch.cat((grads[0][which], grads[1][which]), dim=2), want[which], torch.float32)

@@ -2,69 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import matmul as kernel
-from tests.kit.compare import random, relative_error
+from engine.kernels.matmul import LINEAR, WEIGHT_GRADIENT
+from engine.kernels.operation import Operation
+from tests.kit.compare import found, random, relative_error
 
-LIBRARIES = pytest.mark.parametrize("library", [
-    "torch", pytest.param("onednn", marks=pytest.mark.skipif(
-        not kernel.has_onednn(), reason="MKL is not slower on this processor"))])
 # m, k, n: below and above the size from which oneDNN is used, and not multiples of anything
 SIZES = [(3, 5, 7), (1, 640, 3300), (150, 130, 170), (257, 129, 65)]
 
 
-@pytest.fixture(autouse=True)
-def chosen(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the library that the test asks for."""
-    monkeypatch.setattr(kernel, "has_onednn", lambda: library == "onednn")
+def every(operation: Operation) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [entry.name for entry in operation.implementations])
 
 
 def close(got: Tensor, want: Tensor) -> None:
     """fp32 all the way: a product in tf32 or bf16 would miss this by orders of magnitude."""
-    assert got.shape == want.shape and relative_error(got, want) < 3e-6
+    assert got.shape == want.shape and relative_error(got.cpu(), want) < 3e-6
 
 
-@LIBRARIES
+@every(LINEAR)
 @pytest.mark.parametrize(("m", "k", "n"), SIZES)
-def test_products(m: int, k: int, n: int, library: str) -> None:
+def test_products(m: int, k: int, n: int, name: str, device: torch.device) -> None:
+    linear = found(LINEAR, name, device, torch.float32)
     a, b, bias = random(m, k, seed=1), random(k, n, seed=2), random(n, seed=3)
-    x, y = a.float(), b.float()
-    close(kernel.matmul(x, y), a @ b)
-    close(kernel.matmul(x.T.contiguous().T, y), a @ b)
-    close(kernel.matmul(x, y.T.contiguous().T), a @ b)
-    close(kernel.linear(x, y.T.contiguous(), bias.float()), a @ b + bias)
-    close(kernel.linear(x.view(m, 1, k), y.T), (a @ b).unsqueeze(1))
+    x, y = a.float().to(device), b.float().to(device)
+    for transposed in (y.T, y.T.contiguous()):
+        close(linear(x, transposed), a @ b)
+        close(linear(x.T.contiguous().T, transposed), a @ b)
+        close(linear(x, transposed, bias.float().to(device)), a @ b + bias)
+        close(linear(x.view(m, 1, k), transposed), (a @ b).unsqueeze(1))
 
 
-@LIBRARIES
+def added(name: str, device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
+    return found(WEIGHT_GRADIENT, name, device, dtype)
+
+
+@every(WEIGHT_GRADIENT)
 @pytest.mark.parametrize(("m", "k", "n"), SIZES)
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float64], ids=str)
-def test_products_into_an_accumulator(m: int, k: int, n: int, out_dtype: torch.dtype, library: str) -> None:
-    a, b, first = random(k, m, seed=4), random(k, n, seed=5), random(m, n, seed=6)
-    out = torch.full((m, n), float("nan"), dtype=out_dtype)      # what is in a fresh accumulator does not matter
-    kernel.matmul_into(out, a.float().T, b.float(), accumulate=False)
-    close(out, a.T @ b)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_into_an_accumulator(m: int, k: int, n: int, dtype: torch.dtype, name: str,
+                                      device: torch.device) -> None:
+    """Products of bf16 matrices too keep all of fp32 on their way into it."""
+    add = added(name, device, dtype)
+    a, b, first = random(k, m, seed=4, dtype=dtype), random(k, n, seed=5, dtype=dtype), random(m, n, seed=6)
+    out = torch.full((m, n), float("nan"), device=device)      # what is in a fresh accumulator does not matter
+    add(out, a.to(device).T, b.to(device), accumulate=False)
+    close(out, a.double().T @ b.double())
     out.copy_(first)
-    kernel.matmul_into(out, a.float().T, b.float(), accumulate=True)
-    close(out, first + a.T @ b)
+    add(out, a.to(device).T, b.to(device), accumulate=True)
+    close(out, first + a.double().T @ b.double())
 
 
-@LIBRARIES
-def test_bf16_products_go_into_fp32_accumulators(library: str) -> None:
-    a, b = random(130, 140, seed=7, dtype=torch.bfloat16), random(140, 150, seed=8, dtype=torch.bfloat16)
-    out = torch.ones(130, 150)
-    kernel.matmul_into(out, a, b, accumulate=True)
-    assert relative_error(out, 1 + a.double() @ b.double()) < 1e-2
-    assert kernel.matmul(a, b).dtype == torch.bfloat16
+@every(WEIGHT_GRADIENT)
+def test_many_microbatches_add_up_like_one(name: str, device: torch.device) -> None:
+    """A sum over 64 microbatches in bf16 is as good as one over all their tokens."""
+    add = added(name, device, torch.bfloat16)
+    grad, x = random(64 * 40, 150, seed=7, dtype=torch.bfloat16), random(64 * 40, 130, seed=8, dtype=torch.bfloat16)
+    out = torch.zeros(150, 130, device=device)
+    for some_grad, some_x in zip(grad.split(40), x.split(40), strict=True):
+        add(out, some_grad.to(device).T, some_x.to(device), accumulate=True)
+    want = grad.double().T @ x.double()
+    assert (out.cpu() - want).norm() < 1e-6 * want.norm()
+    pairs = zip(grad.split(40), x.split(40), strict=True)
+    rounded = sum((some_grad.T @ some_x).double() for some_grad, some_x in pairs)
+    assert (rounded - want).norm() > 1e-3 * want.norm(), "products rounded to bf16 would not pass"
 
 
-@LIBRARIES
-def test_the_library_asked_for_is_the_one_that_computes(library: str) -> None:
-    large, small, half = torch.ones(150, 150), torch.ones(20, 20), torch.ones(150, 150, dtype=torch.bfloat16)
-    for x, onednn in ((large, library == "onednn"), (small, False), (half, False)):
+@every(LINEAR)
+def test_what_was_chosen_is_what_computes(name: str) -> None:
+    linear = found(LINEAR, name, torch.device("cpu"), torch.float32)
+    large, small = torch.ones(150, 150), torch.ones(20, 20)
+    for x, onednn in ((large, name == "onednn"), (small, False)):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            kernel.matmul(x, x)
+            linear(x, x)
         assert ("mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}) == onednn

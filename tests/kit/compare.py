@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from engine.kernels.operation import Operation, Place, Unavailable
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -18,6 +22,15 @@ DTYPES = tuple(TOLERANCE)
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Normal numbers, the same for every dtype up to rounding."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def found(operation: Operation, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The implementation of this name; the test is skipped where it is not available."""
+    entry = next(entry for entry in operation.implementations if entry.name == name)
+    try:
+        return entry.find(Place(device, dtype))
+    except Unavailable as reason:
+        pytest.skip(f"{operation.name}: {name} is not available ({reason})")
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -81,7 +81,7 @@ def train_layout(config: Config, num_steps: int) -> Result:
     mesh = mesh_for(Topology.of(config.parallel))
     model = parallelize(config, mesh, bucket_elements=6000)
     model.initialise(config.run.seed)
-    optimizer = AdamW(model.buckets, config.optim)
+    optimizer = AdamW(model.buckets, config.optim, model.operations)
     out = Result(initial=shards(model.buckets, "master"))
     for step in range(1, num_steps + 1):
         batch = global_batch(config, step)

@@ -18,18 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import engine.parallel.context.ring as ring
-import engine.parallel.gradients as gradients
 import engine.parallel.pipeline.executor as executor
 import engine.parallel.pipeline.p2p as p2p
-import engine.parallel.tensor.layers as layers
 from engine.config import Config
 from engine.distributed import collectives
 from engine.distributed.mesh import Mesh
 from engine.distributed.topology import Topology
+from engine.kernels.attention_block import AttentionBlock
 from engine.optim.adamw import AdamW
 from engine.optim.gradients import sum_over_world
+from engine.parallel.context.ring import RingAttention
 from engine.parallel.parallelize import ParallelModel, parallelize
+from engine.parallel.tensor.gemms import PlainGemms
 from tests.kit.distributed import mesh_for, run_distributed
 from tests.kit.layouts import microbatches
 from tests.kit.reference import global_batch
@@ -99,7 +99,7 @@ class _Noted:
 
 
 @contextmanager
-def recorded(mesh: Mesh) -> Iterator[Recording]:
+def recorded(mesh: Mesh, model: ParallelModel) -> Iterator[Recording]:
     """Notes what this process does inside; of axes with the same ranks the first in `AXES` is named."""
     out = Recording()
 
@@ -146,11 +146,13 @@ def recorded(mesh: Mesh) -> Iterator[Recording]:
         messages = SimpleNamespace(isend=collective("send", lambda x, *_: x)(dist.isend),
                                    irecv=collective("receive", lambda x, *_: x)(dist.irecv))
         patch.setattr(p2p, "dist", messages)
-        replace(layers, "linear", note("product", "forward"))
-        replace(layers, "matmul", note("product", "input gradient"))
-        replace(gradients, "matmul_into", note("product", "weight gradient"))
-        replace(ring, "block_forward", note("product", "forward"))
-        replace(ring, "block_backward", note("product", "input gradient"))
+        replace(PlainGemms, "forward", note("product", "forward"))
+        replace(PlainGemms, "input_gradient", note("product", "input gradient"))
+        replace(PlainGemms, "weight_gradient", note("product", "weight gradient"))
+        for block in (block for chunk in model.chunks.values() for block in chunk.layers.values()):
+            if isinstance(ring := block.self_attention.core_attention, RingAttention):
+                patch.setattr(ring, "block", AttentionBlock(note("product", "forward")(ring.block.forward),
+                                                            note("product", "input gradient")(ring.block.backward)))
         replace(executor, "record_function", note("action", ""))
         yield out
 
@@ -160,14 +162,14 @@ def build(config: Config, bucket_elements: int) -> tuple[ParallelModel, AdamW, M
     mesh = mesh_for(Topology.of(config.parallel))
     model = parallelize(config, mesh, bucket_elements=bucket_elements)
     model.initialise(config.run.seed)
-    return model, AdamW(model.buckets, config.optim), mesh
+    return model, AdamW(model.buckets, config.optim, model.operations), mesh
 
 
 def record_step(config: Config, bucket_elements: int) -> Recording:
     """Runs on one rank: a step from its first action to the published weights."""
     model, optimizer, mesh = build(config, bucket_elements)
     batches = microbatches(config, global_batch(config, 1), mesh)
-    with recorded(mesh) as out:
+    with recorded(mesh, model) as out:
         losses = model.forward_backward(batches, 1e-3)
         sum_over_world(losses, model.buckets, mesh)
         optimizer.step(1e-3, torch.ones(()), torch.zeros(()))

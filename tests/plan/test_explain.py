@@ -29,7 +29,7 @@ def built(config: Config) -> tuple[Explanation, StateBytes, dict[str, tuple[int,
     """On one rank: what `parallelize` really builds, the bytes of its living storages, and its groups."""
     mesh = mesh_for(Topology.of(config.parallel))
     model = parallelize(config, mesh)
-    optimizer = AdamW(model.buckets, config.optim)
+    optimizer = AdamW(model.buckets, config.optim, model.operations)
     parameters = [tensor for bucket in model.buckets for tensor in (bucket.param_buffer, bucket.param_shard)]
     owned = {tensor.untyped_storage().data_ptr() for tensor in parameters}
     masters = [bucket.master for bucket in model.buckets if bucket.master.untyped_storage().data_ptr() not in owned]

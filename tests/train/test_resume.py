@@ -74,7 +74,7 @@ def load_here(config: Config, paths: list[Path]) -> list[Shards]:
     """In a worker: what this rank holds after loading each checkpoint over a state of NaNs."""
     mesh = mesh_for(Topology.of(config.parallel))
     model = parallelize(config, mesh, bucket_elements=6000)
-    state = TrainState(model, AdamW(model.buckets, config.optim))
+    state = TrainState(model, AdamW(model.buckets, config.optim, model.operations))
     found = []
     for path in paths:
         for piece in state.pieces():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.distributed.collectives import RingShift, start_ring_shift
 from engine.distributed.mesh import Axis
-from engine.kernels.attention_block import block_backward, block_forward
+from engine.kernels.attention_block import AttentionBlock
 from engine.parallel.context.zigzag import positions_of
 
 
@@ -46,7 +46,7 @@ class _RingAttention(torch.autograd.Function):
     """q [B, H, S, D], kv [2, B, G, S, D] of this rank → output [B, H, S, D]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, kv: Tensor, mask: Tensor | None, axis: Axis) -> Tensor:
+    def forward(ctx: Any, q: Tensor, kv: Tensor, mask: Tensor | None, axis: Axis, block: AttentionBlock) -> Tensor:
         length = q.shape[2]
         out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
@@ -55,14 +55,14 @@ class _RingAttention(torch.autograd.Function):
             source = (axis.index - step) % axis.size
             arriving = start_ring_shift(visiting, axis) if step + 1 < axis.size else None
             part = visit(axis.index, source, length)
-            block, block_lse = block_forward(q[:, :, part.queries], *visiting[:, :, :, part.keys].unbind(0),
-                                             **_masking(mask, part, source, axis, length))
-            _merge(out[:, :, part.queries], lse[:, :, part.queries], block, block_lse)
+            piece = block.forward(q[:, :, part.queries], *visiting[:, :, :, part.keys].unbind(0),
+                                  **_masking(mask, part, source, axis, length))
+            _merge(out[:, :, part.queries], lse[:, :, part.queries], *piece)
             if arriving is not None:
                 visiting = arriving.wait()
         result = out.to(q.dtype)
         ctx.save_for_backward(q, kv, result, lse, mask)
-        ctx.axis = axis
+        ctx.axis, ctx.block = axis, block
         return result
 
     @staticmethod
@@ -78,9 +78,9 @@ class _RingAttention(torch.autograd.Function):
             arriving = start_ring_shift(visiting, axis) if step + 1 < axis.size else None
             part = visit(axis.index, source, length)
             rows = part.queries
-            pieces = block_backward(grad[:, :, rows], q[:, :, rows], *visiting[:, :, :, part.keys].unbind(0),
-                                    out[:, :, rows], lse[:, :, rows].contiguous(),
-                                    **_masking(mask, part, source, axis, length))
+            pieces = ctx.block.backward(grad[:, :, rows], q[:, :, rows], *visiting[:, :, :, part.keys].unbind(0),
+                                        out[:, :, rows], lse[:, :, rows].contiguous(),
+                                        **_masking(mask, part, source, axis, length))
             grad_q[:, :, rows] += pieces[0]
             if travelling is not None:
                 grad_kv = travelling.wait()
@@ -91,7 +91,7 @@ class _RingAttention(torch.autograd.Function):
                 visiting = arriving.wait()
         if travelling is not None:
             grad_kv = travelling.wait()
-        return grad_q.to(q.dtype), grad_kv.to(kv.dtype), None, None
+        return grad_q.to(q.dtype), grad_kv.to(kv.dtype), None, None, None
 
 
 def _masking(mask: Tensor | None, part: Visit, source: int, axis: Axis, length: int) -> dict[str, Any]:
@@ -112,12 +112,12 @@ def _merge(out: Tensor, lse: Tensor, block: Tensor, block_lse: Tensor) -> None:
 class RingAttention:
     """Takes the place of `kernels.attention.attention` in a layer whose sequence is spread over `axis`."""
 
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+    def __init__(self, axis: Axis, block: AttentionBlock) -> None:
+        self.axis, self.block = axis, block
 
     def __call__(self, q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, mask: Tensor | None = None) -> Tensor:
         """As `attention`, on this rank's tokens; `mask` is [B or 1, 1, S, C·S], its keys in their true order."""
         q = q_SBGQD.flatten(2, 3).permute(1, 2, 0, 3)
         kv = torch.stack((k_SBGD, v_SBGD)).permute(0, 2, 3, 1, 4).contiguous()
-        out: Tensor = _RingAttention.apply(q, kv, mask, self.axis)
+        out: Tensor = _RingAttention.apply(q, kv, mask, self.axis, self.block)
         return out.permute(2, 0, 1, 3).flatten(2)

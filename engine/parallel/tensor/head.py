@@ -14,7 +14,6 @@ from torch import Tensor
 
 from engine.distributed.collectives import all_gather, all_reduce, my_part
 from engine.distributed.mesh import Axis
-from engine.kernels.cross_entropy import cross_entropy
 from engine.kernels.log_probs import log_probs_and_entropy
 from engine.model.spec import spec_of
 from engine.model.transformer import Transformer
@@ -28,7 +27,8 @@ class ParallelHead:
         self._chunk, self._tensor, self._context = chunk, tensor, context
 
     def token_losses(self, x_SBH: Tensor, labels_SB: Tensor) -> Tensor:
-        return cross_entropy(self._chunk.logits(x_SBH), labels_SB, **self._columns())
+        losses = self._tensor.operations.cross_entropy(self._chunk.logits(x_SBH), labels_SB, **self._columns())
+        return losses
 
     def token_log_probs_and_entropy(self, x_SBH: Tensor, labels_SB: Tensor,
                                     temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -33,18 +33,21 @@ from engine.distributed.collectives import (
     start_reduce_scatter,
 )
 from engine.distributed.mesh import Axis
-from engine.kernels.matmul import linear, matmul
+from engine.kernels.table import Operations
 from engine.model.spec import spec_of
 from engine.parallel.gradients import WeightGradQueue, slot_of
+from engine.parallel.tensor.gemms import Gemms, GemmsFactory
 
 
 @dataclass(frozen=True)
 class TensorContext:
-    """What a cut layer needs to know about its peers."""
+    """What a cut layer needs to know about its peers, and what it computes with."""
 
     axis: Axis
     sequence: bool
     weight_grads: WeightGradQueue
+    operations: Operations
+    gemms: GemmsFactory
 
 
 def sum_over_ranks(x: Tensor, context: TensorContext) -> Tensor:
@@ -76,47 +79,58 @@ class _Linear(torch.autograd.Function):
     """x [S', B, in] → y [S'', B, out]; which of the two sequence lengths is the short one depends on `kind`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, context: TensorContext) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: ParallelLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.kind, ctx.context, ctx.bias_shape = kind, context, None if bias is None else bias.shape
-        matrix = weight.flatten(0, -2)
-        if kind == "column":
-            return linear(full_sequence(x, context), matrix, None if bias is None else bias.flatten())
-        out = sum_over_ranks(linear(x, matrix), context)
+        ctx.layer, ctx.bias_shape = layer, None if bias is None else bias.shape
+        matrix, context = weight.flatten(0, -2), layer.context
+        if layer.kind == "column":
+            x = full_sequence(x, context)
+            return layer.gemms.forward(x, matrix, None if bias is None else bias.flatten())
+        out = sum_over_ranks(layer.gemms.forward(x, matrix, None), context)
         return out if bias is None else out.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        context: TensorContext = ctx.context
-        matrix = weight.flatten(0, -2)
-        if ctx.kind == "column":
+        layer: ParallelLinear = ctx.layer
+        matrix, context, gemms = weight.flatten(0, -2), layer.context, layer.gemms
+        if layer.kind == "column":
             grad_out = grads[0]
             x_full, gathering = start_full_sequence(x, context) if ctx.needs_input_grad[1] else (x, DONE)
-            grad_x, summing = start_sum_over_ranks(matmul(grad_out, matrix), context)
+            grad_x, summing = start_sum_over_ranks(gemms.input_gradient(grad_out, matrix), context)
         else:
             grad_out = full_sequence(grads[0], context)
             x_full, gathering = x, DONE
-            grad_x, summing = matmul(grad_out, matrix), DONE
+            grad_x, summing = gemms.input_gradient(grad_out, matrix), DONE
         grad_bias = None
         if ctx.bias_shape is not None and ctx.needs_input_grad[2]:
-            own = grad_out if ctx.kind == "column" else grads[0]      # a row's bias is added behind the sum
-            grad_bias = own.flatten(0, -2).sum(0).view(ctx.bias_shape)
+            own = grad_out if layer.kind == "column" else grads[0]      # a row's bias is added behind the sum
+            grad_bias = sum_over_tokens(own).view(ctx.bias_shape)
         grad_weight = None
         if ctx.needs_input_grad[1]:
             gathering.wait()
-            grad_weight = _weight_grad(weight, grad_out.flatten(0, -2), x_full.flatten(0, -2), context.weight_grads)
+            grad_weight = _weight_grad(weight, grad_out.flatten(0, -2), x_full.flatten(0, -2), layer)
         summing.wait()
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None
 
 
-def _weight_grad(weight: Tensor, grad_out: Tensor, x: Tensor, queue: WeightGradQueue) -> Tensor | None:
+def _weight_grad(weight: Tensor, grad_out: Tensor, x: Tensor, layer: ParallelLinear) -> Tensor | None:
     """dW = dyᵀ·x, into the parameter's slot (now or at the `W` action), or returned to autograd if it has none."""
+    def write(out: Tensor, accumulate: bool) -> None:
+        layer.gemms.weight_gradient(out.flatten(0, -2), grad_out, x, accumulate=accumulate)
+
     slot = slot_of(weight)
     if slot is None:
-        return (grad_out.T @ x).view(weight.shape)
-    queue.submit(lambda: slot.add_matmul(grad_out.T, x))
+        grad = torch.empty_like(weight)
+        write(grad, False)
+        return grad
+    layer.context.weight_grads.submit(lambda: slot.contribute(write))
     return None
+
+
+def sum_over_tokens(x: Tensor) -> Tensor:
+    """[..., n] → [n], in fp32 (fp64 where that came in): autograd casts it to what the parameter takes."""
+    return x.flatten(0, -2).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 class ParallelLinear(nn.Module):
@@ -126,10 +140,11 @@ class ParallelLinear(nn.Module):
                  context: TensorContext) -> None:
         super().__init__()
         self.weight, self.bias, self.kind, self.context = weight, bias, kind, context
+        self.gemms: Gemms = context.gemms(spec_of(weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """[S or S/T, B, in] → [S or S/T, B, out]."""
-        return _Linear.apply(x, self.weight, self.bias, self.kind, self.context)
+        return _Linear.apply(x, self.weight, self.bias, self)
 
 
 class _VocabEmbedding(torch.autograd.Function):
