@@ -22,7 +22,7 @@ SHAPE_KEYS = frozenset(f"model.{name}" for name in (
     "tie_embeddings", "qkv_bias"))
 MEANING_KEYS = SHAPE_KEYS | {"model.rope_theta", "model.rope_scaling", "model.norm_eps"}
 TOKENIZER_PATH = "data.tokenizer"
-IRRELEVANT = ("run.dir", "run.name", "run.device", "checkpoint.", "log.", "eval.")
+IRRELEVANT = ("run.dir", "run.name", "run.device", "checkpoint.", "log.", "eval.", "reliability.")
 
 
 @dataclass(frozen=True)

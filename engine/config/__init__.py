@@ -21,6 +21,7 @@ from engine.config.schema import (
     OptimConfig,
     ParallelConfig,
     PrecisionConfig,
+    ReliabilityConfig,
     RopeScalingConfig,
     RunConfig,
     SourceConfig,
@@ -28,6 +29,6 @@ from engine.config.schema import (
 
 __all__ = [
     "BatchConfig", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LogConfig", "ModelConfig", "OptimConfig",
-    "ParallelConfig", "PrecisionConfig", "RopeScalingConfig", "RunConfig", "SourceConfig", "load_config",
-    "preset_names", "resolve_layout",
+    "ParallelConfig", "PrecisionConfig", "ReliabilityConfig", "RopeScalingConfig", "RunConfig", "SourceConfig",
+    "load_config", "preset_names", "resolve_layout",
 ]

@@ -213,6 +213,12 @@ class KernelsConfig(Section):
     adamw: str = "auto"
 
 
+class ReliabilityConfig(Section):
+    """What a run survives, and when it gives up."""
+
+    max_skips: NonNegative = 10                              # steps skipped in a row that end the run; 0: none do
+
+
 class Config(Section):
     """A whole job."""
 
@@ -228,6 +234,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    reliability: ReliabilityConfig = ReliabilityConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:

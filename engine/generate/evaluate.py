@@ -18,8 +18,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -29,19 +28,18 @@ from engine.config import Config, SourceConfig
 from engine.data.indexed import IndexedDataset
 from engine.data.tokenizer import Tokenizer
 from engine.data.tokenizer_identity import TokenizerInfo, recorded_tokenizer
-from engine.data.training_data import Sample, TrainingData
+from engine.data.training_data import TrainingData
 from engine.distributed.environment import LaunchEnvironment
-from engine.distributed.mesh import Mesh
 from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
 from engine.errors import DataError
 from engine.generate.load import Wanted, inference_config, load_model, load_tokenizer_of, open_shared
 from engine.generate.progress import progress
 from engine.generate.request import EvalRequest
-from engine.model.context import Batch
+from engine.model.objective import NEXT_TOKEN
 from engine.optim.gradients import sum_over_world
 from engine.parallel.parallelize import ParallelModel
-from engine.train.batches import collate, sample_indices
+from engine.train.batches import Loader, up_to
 
 
 @dataclass(frozen=True)
@@ -126,22 +124,13 @@ def sum_of_losses(model: ParallelModel, data: TrainingData, windows: int, shown:
     config, total = model.config, 0.0
     with progress("windows", windows, shown) as report:
         for first in range(0, windows, config.batch.global_):
-            loss = model.evaluate(list(_microbatches(data, first, windows, config, model.mesh)))
+            samples = data.sample if first + config.batch.global_ <= windows else up_to(data.sample, windows)
+            batches = Loader(samples, config, model.mesh, NEXT_TOKEN, uses=len(model.chunks)).step(first)
+            loss = model.evaluate(batches.microbatches)
             total += sum_over_world(loss, [], model.mesh).sums.item()
             done = min(windows, first + config.batch.global_)
             report(done, total / (done * config.data.seq_len))
     return total
-
-
-def _microbatches(data: TrainingData, first: int, windows: int, config: Config, mesh: Mesh) -> Iterator[Batch]:
-    """This rank's share of the step that begins at window `first`."""
-    for microbatch in range(config.num_microbatches):
-        indices = sample_indices(first, microbatch, config, mesh.data.index)
-        yield collate([data.sample(i) if i < windows else _uncounted(data.sample(0)) for i in indices], mesh.device)
-
-
-def _uncounted(sample: Sample) -> Sample:
-    return replace(sample, loss_mask=np.zeros(len(sample.tokens) - 1, dtype=bool))
 
 
 def text_bytes(corpus: IndexedDataset, num_tokens: int, tokenizer: Tokenizer) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -93,12 +94,20 @@ class ParallelModel:
         Returns:
             The objective's sums [microbatches, sums] of these microbatches on the last stage, None elsewhere.
         """
+        sums = self.accumulate(batches, scale)
+        self.finish_reduction()
+        return sums
+
+    def accumulate(self, batches: Sequence[Batch], scale: float | Tensor) -> Tensor | None:
+        """The first part of `forward_backward`: the schedule; reductions may still be under way."""
         for bucket in self.buckets:
             bucket.begin_step(len(batches))
-        sums = self.executor.run(self.program, batches, self.objective, scale)
+        return self.executor.run(self.program, batches, self.objective, scale)
+
+    def finish_reduction(self) -> None:
+        """The second part: waits until every bucket's `grad_shard` is final."""
         for bucket in self.buckets:
             bucket.finish_reduction()
-        return sums
 
     def publish(self) -> None:
         """Makes the masters, all shards of them, the weights that the layers use."""
@@ -112,9 +121,16 @@ class ParallelModel:
         That may be anything of one shape for all microbatches, such as a log-probability per token; see `Executor.run`.
         """
         parallel = self.config.parallel
-        schedule = build_schedule(parallel.schedule, parallel.pipeline, len(batches), parallel.virtual_stages)
-        program = lower(schedule).programs[self.mesh.pipeline.index]
-        return self.executor.run(hoist_receives(forward_only(program)), batches, measure or self.objective, 1.0)
+        program = forward_program(parallel.schedule, parallel.pipeline, len(batches), parallel.virtual_stages,
+                                  self.mesh.pipeline.index)
+        return self.executor.run(program, batches, measure or self.objective, 1.0)
+
+
+@cache
+def forward_program(schedule: str, stages: int, microbatches: int, chunks: int, stage: int) -> tuple[Action, ...]:
+    """What a stage does in an evaluation; lowering takes long enough not to be done for every batch."""
+    programs = lower(build_schedule(schedule, stages, microbatches, chunks)).programs
+    return hoist_receives(forward_only(programs[stage]))
 
 
 def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective: Objective = NEXT_TOKEN,

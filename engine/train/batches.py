@@ -6,31 +6,90 @@ A step consumes `global` samples, numbers [consumed, consumed + global).  Microb
 
 so the samples of a step are the same set in every layout, and one integer says where the run stands.  Every rank of a
 model replica reads its own copy: the corpora are memory-mapped, and reading costs less than sending.
+
+*On the host* a step is token ids and a few masks, kilobytes per microbatch.  It is read while the step before it is
+computed, and the objective's count, by which the loss is divided, is known before the first forward pass begins.
+*On the device* a microbatch is there from its first forward pass on this rank to its last: among what follows from it
+is an attention mask of S × S, and a step has hundreds of microbatches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.config import Config
-from engine.data.training_data import Sample, TrainingData
+from engine.data.training_data import Sample
 from engine.distributed.collectives import all_reduce
 from engine.distributed.mesh import Mesh
 from engine.model.context import Batch, document_mask, document_positions
 from engine.model.objective import Objective
 from engine.parallel.context.zigzag import context_part
 
+Samples = Callable[[int], Sample]          # by number
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """One microbatch of whole sequences on the host.
+
+    Attributes:
+        batch: as if there were no documents, in pinned memory where the device is a GPU.
+        document_ids_BS: what positions and attention mask follow from; None: no document mask.
+    """
+
+    batch: Batch
+    document_ids_BS: Tensor | None
+
+    def part(self, mesh: Mesh) -> Batch:
+        """This rank's part of it, on its device."""
+        batch = self.batch.map(lambda _, x: x.to(mesh.device, non_blocking=True))
+        if self.document_ids_BS is not None:
+            ids = self.document_ids_BS.to(mesh.device, non_blocking=True)
+            batch = replace(batch, positions_SB=document_positions(ids), attention_mask=document_mask(ids))
+        return context_part(batch, mesh.context)
+
+
+class Microbatches(Sequence[Batch]):
+    """The microbatches of a step, each put on the device when it is first asked for and forgotten after its last use.
+
+    Args:
+        uses: how often each is asked for: once for every chunk of the model on this rank.
+    """
+
+    def __init__(self, host: Sequence[HostBatch], mesh: Mesh, uses: int) -> None:
+        self._host, self._mesh, self._uses = host, mesh, uses
+        self._there: dict[int, tuple[Batch, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._host)
+
+    def __getitem__(self, index: int) -> Batch:                # type: ignore[override]     # no slices
+        there = self._there.pop(index) if index in self._there else None
+        batch, left = there or (self._host[index].part(self._mesh), self._uses)
+        if left > 1:
+            self._there[index] = batch, left - 1
+        return batch
+
+
+@dataclass(frozen=True)
+class HostStep:
+    """A data rank's samples of one step, and the objective's count of them (an int: of any rank's, by shapes alone)."""
+
+    microbatches: Sequence[HostBatch]
+    counts: Sequence[Tensor | int]
+
 
 @dataclass(frozen=True)
 class StepBatches:
     """This rank's microbatches of one step, and the objective's count of all of them on all ranks."""
 
-    microbatches: list[Batch]
+    microbatches: Microbatches
     divisor: Tensor | int
 
 
@@ -41,40 +100,89 @@ def sample_indices(first: int, microbatch: int, config: Config, data_index: int)
     return range(start, start + micro)
 
 
-def load_step(data: TrainingData, first: int, config: Config, mesh: Mesh, objective: Objective) -> StepBatches:
-    """The microbatches of the step that starts at consumed sample `first`."""
-    whole = [collate([data.sample(i) for i in sample_indices(first, m, config, mesh.data.index)], mesh.device)
-             for m in range(config.num_microbatches)]
-    return StepBatches([context_part(batch, mesh.context) for batch in whole], count_all(objective, whole, mesh))
+class Loader:
+    """Steps of a run on one rank; the next one is read in the background.
+
+    Args:
+        samples: asked from another thread.
+        uses: as of `Microbatches`.
+        ahead: read the step after the one that is asked for.
+    """
+
+    def __init__(self, samples: Samples, config: Config, mesh: Mesh, objective: Objective, *, uses: int = 1,
+                 ahead: bool = False) -> None:
+        self._samples, self._config, self._mesh, self._objective = samples, config, mesh, objective
+        self._uses = uses
+        self._reader = ThreadPoolExecutor(1, "read-ahead", _use_device, (mesh.device,)) if ahead else None
+        self._next: tuple[int, Future[HostStep]] | None = None
+
+    def step(self, first: int) -> StepBatches:
+        """The step that starts at sample `first`; every rank must ask for it.
+
+        Raises:
+            DataError: a sample cannot be read.
+        """
+        host = self._next[1].result() if self._next is not None and self._next[0] == first else self._read(first)
+        following = first + self._config.batch.global_
+        self._next = None
+        if self._reader is not None and following < self._config.steps * self._config.batch.global_:
+            self._next = following, self._reader.submit(self._read, following)
+        return StepBatches(Microbatches(host.microbatches, self._mesh, self._uses), self._count(host.counts))
+
+    def close(self) -> None:
+        """Reads no further."""
+        if self._reader is not None:
+            self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, first: int) -> HostStep:
+        config, pinned = self._config, self._mesh.device.type == "cuda"
+        microbatches = [collate([self._samples(i) for i in sample_indices(first, m, config, self._mesh.data.index)],
+                                pinned) for m in range(config.num_microbatches)]
+        return HostStep(microbatches, [self._objective.count(each.batch) for each in microbatches])
+
+    def _count(self, counts: Sequence[Tensor | int]) -> Tensor | int:
+        """Over all data ranks: arithmetic where it is, else a sum (fp32)."""
+        if all(isinstance(count, int) for count in counts):
+            return sum(map(int, counts)) * self._mesh.data.size
+        total = torch.full((), float(sum(map(float, counts))), device=self._mesh.device)
+        all_reduce(total, self._mesh.data)
+        return total
 
 
-def count_all(objective: Objective, whole: Sequence[Batch], mesh: Mesh) -> Tensor | int:
-    """The objective's count of the step; arithmetic where it is, else a sum over the data ranks (fp32)."""
-    counts = [objective.count(batch) for batch in whole]
-    if all(isinstance(count, int) for count in counts):
-        return sum(counts) * mesh.data.size
-    total = torch.stack([torch.as_tensor(count, device=mesh.device) for count in counts]).sum().float()
-    all_reduce(total, mesh.data)
-    return total
-
-
-def collate(rows: Sequence[Sample], device: torch.device) -> Batch:
+def collate(rows: Sequence[Sample], pinned: bool = False) -> HostBatch:
     """Samples → one microbatch, sequence first."""
-    tokens = _tensor(np.stack([row.tokens for row in rows], axis=1), device)
+    tokens = torch.from_numpy(np.stack([row.tokens for row in rows], axis=1))
     length = tokens.shape[0] - 1
-    positions, mask, loss_mask = torch.arange(length, device=device).unsqueeze(1), None, None
-    if rows[0].document_ids is not None:
-        ids = _tensor(np.stack([row.document_ids for row in rows if row.document_ids is not None]), device)
-        positions, mask = document_positions(ids), document_mask(ids)
+    loss_mask = ids = None
     if any(row.loss_mask is not None for row in rows):
         everywhere = np.ones(length, dtype=bool)
-        loss_mask = _tensor(np.stack([everywhere if row.loss_mask is None else row.loss_mask for row in rows], axis=1),
-                            device)
-    extra = {field: _tensor(np.stack([row.extra[field] for row in rows], axis=field.batch_dim), device)
+        loss_mask = torch.from_numpy(np.stack([everywhere if row.loss_mask is None else row.loss_mask for row in rows],
+                                              axis=1))
+    if rows[0].document_ids is not None:
+        ids = torch.from_numpy(np.stack([row.document_ids for row in rows if row.document_ids is not None]))
+    extra = {field: torch.from_numpy(np.stack([row.extra[field] for row in rows], axis=field.batch_dim))
              for field in rows[0].extra}
-    return Batch(tokens[:-1], positions, tokens[1:], loss_mask, mask, extra=extra)
+    batch = Batch(tokens[:-1], torch.arange(length).unsqueeze(1), tokens[1:], loss_mask, extra=extra)
+    if pinned:
+        batch, ids = batch.map(lambda _, x: x.pin_memory()), None if ids is None else ids.pin_memory()
+    return HostBatch(batch, ids)
 
 
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def up_to(samples: Samples, stop: int) -> Samples:
+    """The samples before number `stop`; those behind it stand in to fill a step, and count nothing.
+
+    Every sample has a mask then, so that all ranks count alike (`Objective.count`).
+    """
+    def sample(index: int) -> Sample:
+        real = samples(min(index, stop - 1))
+        everywhere = np.ones(len(real.tokens) - 1, dtype=bool)
+        mask = everywhere if real.loss_mask is None else real.loss_mask
+        return replace(real, loss_mask=mask if index < stop else np.zeros_like(mask))
+
+    return sample
+
+
+def _use_device(device: torch.device) -> None:
+    """What a thread allocates in pinned memory belongs to its device's context."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

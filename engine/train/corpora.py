@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config import Config
+from engine.config import Config, SourceConfig
 from engine.data.tokenizer import load_tokenizer
 from engine.data.tokenizer_identity import TOKENIZER, TokenizerInfo
 from engine.data.training_data import TrainingData
@@ -41,10 +41,39 @@ class Corpora:
         if there is not None and there < needed:
             raise DataError(f"{config.steps} steps of {config.batch.global_} sequences need {needed} samples, but with "
                             f"max_epochs the corpora give {there}: lower steps, raise max_epochs or add data")
-        valid = TrainingData.open(data.valid, data.seq_len, config.run.seed, vocab_size, shuffle=False,
-                                  document_mask=data.document_mask, tokenizer=info) if data.valid else None
-        return Corpora(train, valid, info)
+        valid = TrainingData.open([_once(source) for source in data.valid], data.seq_len, config.run.seed, vocab_size,
+                                  shuffle=False, document_mask=data.document_mask, tokenizer=info) \
+            if data.valid else None
+        corpora = Corpora(train, valid, info)
+        if valid is not None and config.eval.every and data.document_mask:
+            require_labels(valid, corpora.num_evaluated(config))
+        return corpora
+
+    def num_evaluated(self, config: Config) -> int:
+        """Held-out samples of an evaluation: `eval.batches` global batches, or all where there are fewer."""
+        wanted = config.eval.batches * config.batch.global_
+        if self.valid is None:
+            return 0
+        return wanted if self.valid.num_samples is None else min(wanted, self.valid.num_samples)
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data of a run, for its checkpoints."""
         return self.train.fingerprint() | (self.tokenizer.fingerprint() if self.tokenizer else {TOKENIZER: None})
+
+
+def require_labels(data: TrainingData, num_samples: int) -> None:
+    """Refuses an evaluation in which nothing would be predicted.
+
+    Raises:
+        DataError: of the first samples not one has a label that counts.
+    """
+    masks = (data.sample(index).loss_mask for index in range(num_samples))
+    if not any(mask is None or mask.any() for mask in masks):
+        raise DataError(f"{', '.join(data.source_names)}: not one label counts in the {num_samples} windows of an "
+                        "evaluation. With data.document_mask the first token of a document is no label: use longer "
+                        "documents, or set it to false")
+
+
+def _once(source: SourceConfig) -> SourceConfig:
+    """The corpus with each window at most once."""
+    return source.model_copy(update={"max_epochs": min(1.0, source.max_epochs or 1.0)})

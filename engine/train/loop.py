@@ -1,23 +1,26 @@
 """The loop.
 
     trainer = Trainer.start(config, mesh, corpora, stop_requested)    # model, and the checkpoint to go on from
-    trainer.run()                                                     # steps, evaluation, checkpoints, metrics
+    trainer.run()                                                     # steps, and whatever is due after each
 
 A step is: load this rank's microbatches; run the schedule; sum loss and gradient norm over everybody; clip and update;
-publish the new weights.  The host reads nothing of it back from the device except on steps that are logged; a request
-to stop is read one step late, when its value has long arrived.
+publish the new weights; hear what became of it.  The host reads nothing of it back from the device except on steps that
+are logged; a request to stop is read one step late, when its value has long arrived (`engine.train.tally`).
+
+What else there is to do is a table of hooks (`engine.train.hooks`), and every part of a step and every hook runs as a
+phase with a name (`engine.train.phases`).
+
+A step that cannot be taken, because its gradient is not finite or because not one label counts in it, is *skipped*: it
+uses up its samples and changes nothing else.  All ranks see the same all-reduced numbers, so all skip, and all give up
+after `reliability.max_skips` in a row.
 """
 
 from __future__ import annotations
 
-import contextlib
-import resource
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -26,23 +29,30 @@ from engine.checkpoint.folder import CHECKPOINTS
 from engine.checkpoint.write import CheckpointWriter, SaveReport
 from engine.config import Config
 from engine.distributed.mesh import Mesh
-from engine.errors import WorkerError
+from engine.errors import DataError, WorkerError
 from engine.metrics.console import Console
 from engine.metrics.peaks import peak_tflops
-from engine.metrics.sinks import Sink, open_sinks
+from engine.metrics.sinks import open_sinks
 from engine.metrics.throughput import throughput
 from engine.model.flops import flops_per_token
 from engine.optim.adamw import AdamW
-from engine.optim.gradients import StepSums, clip_divisor, sum_over_world
+from engine.optim.gradients import clip_divisor, sum_over_world
 from engine.optim.schedule import learning_rate
 from engine.parallel.parallelize import parallelize
 from engine.parallel.replicas import check_replicas
-from engine.train.batches import load_step
+from engine.train.batches import Loader
 from engine.train.corpora import Corpora
-from engine.train.late_flag import LateFlag
+from engine.train.evaluation import evaluate
+from engine.train.hooks import Hook
+from engine.train.journal import Journal, peak_memory_bytes
 from engine.train.objectives import objective_of
+from engine.train.phases import Phases, Taken
 from engine.train.start import take_over
 from engine.train.state import TrainState
+from engine.train.tally import UNLOGGED, Line, Tally, Verdict
+
+IN_STEP = ("load", "forward_backward", "reduce", "update", "publish", "read")          # the phases of every step
+BESIDES = ("check_replicas", "evaluate", "save")                                       # of hooks, those that take time
 
 
 @dataclass
@@ -50,8 +60,11 @@ class Trainer:
     """A run in progress on this rank.
 
     Attributes:
-        console, sinks: where progress goes; on rank 0 only.
+        journal: where progress goes; mute but on rank 0.
         stop_requested: asked in every step; when any rank says yes, all save and stop.
+        hooks: what is due after steps, in order.
+        row: the record of the step just done, as far as it is known.
+        verdict: what is known of the latest steps, the same on all ranks.
     """
 
     config: Config
@@ -59,10 +72,27 @@ class Trainer:
     corpora: Corpora
     state: TrainState
     writer: CheckpointWriter
-    console: Console | None
-    sinks: list[Sink]
+    journal: Journal
     stop_requested: Callable[[], bool]
+    loader: Loader
+    tally: Tally
+    phases: Phases
     saved_step: int = -1
+    verdict: Verdict = field(default_factory=Verdict)
+    row: dict[str, Any] = field(default_factory=dict)
+    hooks: tuple[Hook, ...] = ()
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.hooks = (
+            Hook("check_replicas", self._check_replicas, every=config.parallel.check_replicas_every),
+            Hook("evaluate", self._evaluate, every=config.eval.every if self.corpora.valid else 0),
+            Hook("log", self._log, when=lambda _: bool(self.row)),
+            Hook("give_up", self._give_up,
+                 when=lambda _: 0 < config.reliability.max_skips <= self.verdict.skips_in_a_row),
+            Hook("save", self._save, every=config.checkpoint.every),
+            Hook("save", lambda: self._report_saves(self.writer.poll()), every=1),
+        )
 
     @staticmethod
     def start(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: Callable[[], bool]) -> Trainer:
@@ -72,21 +102,24 @@ class Trainer:
             CheckpointError: a checkpoint was asked for, or is there, and none can be used.
             ConfigError: `run.objective` cannot be trained.
         """
+        phases = Phases(mesh.device)
         model = parallelize(config, mesh, objective=objective_of(config))
         model.initialise(config.run.seed)
         state = TrainState(model, AdamW(model.buckets, config.optim, model.operations))
         directory = Path(config.run.dir)
         group = dist.group.WORLD if mesh.world.size > 1 else None
-        notes = take_over(state, config, corpora, group)
+        tally = Tally(len(model.objective.sums), mesh.device)
+        notes = take_over(state, tally, config, corpora, group)
         writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_,
                                   group)
-        console, sinks = None, []
+        journal = Journal()
         if mesh.rank == 0:
             sinks = open_sinks(config.log, directory, state.step)
-            console = Console(config.steps, first_step=state.step)
+            journal = Journal(Console(config.steps, first_step=state.step), sinks)
             for note in notes:
-                console.note(note)
-        return Trainer(config, mesh, corpora, state, writer, console, sinks, stop_requested,
+                journal.note(note)
+        loader = Loader(corpora.train.sample, config, mesh, model.objective, uses=len(model.chunks), ahead=True)
+        return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, phases,
                        saved_step=state.step if state.step else -1)
 
     def run(self) -> bool:
@@ -95,132 +128,127 @@ class Trainer:
         The state at the end, whichever it is, has been saved.
 
         Raises:
-            WorkerError: on rank 0: it could not be saved.
+            WorkerError: too many steps in a row were skipped; on rank 0: the state could not be saved.
+            DataError: the same, because not one label counted in them.
         """
-        if self.state.step >= self.config.steps and self.console is not None:
-            self.console.note(f"nothing to do: step {self.state.step} of {self.config.steps} is done; raise `steps`")
-        every, stopped, asked = self.config.checkpoint.every, False, LateFlag(self.mesh.device)
-        check_every = self.config.parallel.check_replicas_every
-        seconds, steps = 0.0, 0                      # since the last logged step, evaluation and saving left out
-        while self.state.step < self.config.steps and not stopped:
-            start = time.perf_counter()
-            lr, divisor, sums = self._step()
-            done, steps = self.state.step, steps + 1
-            record: dict[str, Any] | None = None
-            if done % self.config.log.every == 0 or done == self.config.steps:
-                record, stopped = self._record(lr, divisor, sums)
-            else:
-                stopped = asked.exchange(sums.flag)
-            seconds += time.perf_counter() - start
-            if record is not None:
-                record |= self._speed(seconds / steps)
-                seconds, steps = 0.0, 0
-            if check_every and done % check_every == 0:
-                check_replicas(self.state.model, done)
-            evaluate = self.config.eval.every and self.corpora.valid and done % self.config.eval.every == 0
-            evaluation = self._evaluate() if evaluate else None
-            self._log(record, evaluation)
-            if every and done % every == 0 and done < self.config.steps:
-                self._save()
-            self._report_saves(self.writer.poll())
+        if self.state.step >= self.config.steps:
+            self.journal.note(f"nothing to do: step {self.state.step} of {self.config.steps} is done; raise `steps`")
+        while self.state.step < self.config.steps and not self.verdict.stop:
+            with self.phases.step(self.state.step + 1):
+                self._step()
+            for hook in self.hooks:
+                if hook.due(self.state.step):
+                    with self.phases(hook.phase):
+                        hook.run()
+        with self.phases("save"):
+            self._finish()
+        return self.state.step >= self.config.steps
+
+    def _step(self) -> None:
+        """One step, and what the host hears of it."""
+        config, state, model, phase = self.config, self.state, self.state.model, self.phases
+        with phase("load"):
+            batches = self.loader.step(state.consumed_samples)
+        divisor = batches.divisor
+        scale = 1 / (divisor if isinstance(divisor, int) else divisor.clamp(min=1))
+        with phase("forward_backward"):
+            own = model.accumulate(batches.microbatches, scale)
+        with phase("reduce"):
+            model.finish_reduction()
+            sums = sum_over_world(own, model.buckets, self.mesh, num_sums=len(model.objective.sums),
+                                  flag=self.stop_requested(), reproducible=config.parallel.reproducible)
+        with phase("update"):
+            lr = learning_rate(state.step + 1, config.steps, config.optim)
+            skipped = torch.isfinite(sums.grad_norm).logical_not()
+            if not isinstance(divisor, int):
+                skipped |= divisor == 0
+            state.optimizer.step(lr, clip_divisor(sums.grad_norm, config.optim.grad_clip), skipped.float())
+        with phase("publish"):
+            model.publish()
+        state.step += 1
+        state.consumed_samples += config.batch.global_
+        with phase("read"):
+            self.tally.add(sums, divisor, skipped.float())
+            self._hear(lr)
+
+    def _hear(self, lr: float) -> None:
+        """Reads what became of the step: all of it where it is logged, else one step late whether to go on."""
+        if self.state.step in (1, self.config.steps) or self.state.step % self.config.log.every == 0:
+            line, self.verdict = self.tally.read()
+            self.row = self._record(line, lr)
+        else:
+            self.verdict = self.tally.late()
+
+    def _finish(self) -> None:
+        """Saves the state at the end, unless it never changed."""
+        if self.state.step and self.state.optimizer.num_steps() == 0:
+            self.verdict = self.tally.read()[1]
+            self._give_up()
         if self.saved_step != self.state.step:
             self._save()
         self._report_saves(self.writer.wait(), last=True)
-        return self.state.step >= self.config.steps
 
-    def _step(self) -> tuple[float, float | torch.Tensor, StepSums]:
-        """One step; returns its learning rate, what its loss was divided by, and the totals on the device."""
-        config, state = self.config, self.state
-        objective = state.model.objective
-        batches = load_step(self.corpora.train, state.consumed_samples, config, self.mesh, objective)
-        own = state.model.forward_backward(batches.microbatches, 1 / batches.divisor)
-        sums = sum_over_world(own, state.model.buckets, self.mesh, num_sums=len(objective.sums),
-                              flag=self.stop_requested(), reproducible=config.parallel.reproducible)
-        lr = learning_rate(state.step + 1, config.steps, config.optim)
-        found_inf = torch.isfinite(sums.grad_norm).logical_not().float()
-        state.optimizer.step(lr, clip_divisor(sums.grad_norm, config.optim.grad_clip), found_inf)
-        state.model.publish()
-        state.step += 1
-        state.consumed_samples += config.batch.global_
-        return lr, batches.divisor, sums
+    def _record(self, line: Line, lr: float) -> dict[str, Any]:
+        """The metrics of the step just done, but for those of time."""
+        state, numbers = self.state, self.state.model.objective.numbers
+        known = numbers(line.totals, line.divisor) if line.divisor else numbers([float("nan")] * len(line.totals), 1.0)
+        return {"step": state.step, **known, "grad_norm": line.grad_norm, "lr": lr,
+                "tokens": state.consumed_samples * self.config.data.seq_len,
+                "consumed_samples": state.consumed_samples, "memory_bytes": peak_memory_bytes(self.mesh.device),
+                "skipped": state.step - state.optimizer.num_steps()}
 
-    def _record(self, lr: float, divisor: float | torch.Tensor, sums: StepSums) -> tuple[dict[str, Any], bool]:
-        """The metrics of the step just done, and whether anybody asked to stop; waits for the device."""
-        state, device = self.state, self.mesh.device
-        *totals, grad_norm, flag = torch.cat((sums.sums, torch.stack((sums.grad_norm, sums.flag)))).tolist()
-        numbers = state.model.objective.numbers(totals, float(divisor))
-        record = {"step": state.step, **numbers, "grad_norm": grad_norm, "lr": lr,
-                  "tokens": state.consumed_samples * self.config.data.seq_len,
-                  "consumed_samples": state.consumed_samples,
-                  "memory_bytes": peak_memory_bytes(device),
-                  "skipped": state.step - state.optimizer.num_steps()}
-        return record, flag > 0
+    def _log(self) -> None:
+        """Completes the record and hands it out."""
+        if "lr" in self.row:                             # of a step, not of an evaluation alone
+            self.row |= self._speed(self.phases.taken())
+        self.journal.log(self.row)
+        self.row = {}
 
-    def _speed(self, step_seconds: float) -> dict[str, Any]:
-        """The metrics that follow from the mean duration of the latest steps."""
-        config, device = self.config, self.mesh.device
+    def _speed(self, taken: Taken) -> dict[str, Any]:
+        """The metrics that follow from the time since the last line: means of a step, and sums of what came besides."""
+        config, device, seconds = self.config, self.mesh.device, taken.in_steps / taken.steps
         known = device.type == "cuda" and config.precision.compute == "bf16"        # peaks are those of bf16
         peak = peak_tflops(torch.cuda.get_device_name(device)) if known else None
-        speed = throughput(config.batch.global_ * config.data.seq_len, step_seconds,
+        speed = throughput(config.batch.global_ * config.data.seq_len, seconds,
                            flops_per_token(config.model, config.data.seq_len), self.mesh.world.size, peak)
-        return {"step_seconds": step_seconds, **speed.record()}
+        split = {f"timing_s/{phase}": taken.by_phase.get(phase, 0.0) / (taken.steps if phase in IN_STEP else 1)
+                 for phase in (*IN_STEP, *BESIDES)}
+        return {"step_seconds": seconds, **speed.record(), **split}
 
-    def _evaluate(self) -> dict[str, float]:
-        """The objective's numbers of `eval.batches` global batches of the held-out corpora, always the same ones."""
-        model, config = self.state.model, self.config
-        totals, divisor = torch.zeros(len(model.objective.sums), device=self.mesh.device), 0.0
+    def _check_replicas(self) -> None:
+        check_replicas(self.state.model, self.state.step)
+
+    def _evaluate(self) -> None:
         assert self.corpora.valid is not None
-        for batch in range(config.eval.batches):
-            batches = load_step(self.corpora.valid, batch * config.batch.global_, config, self.mesh, model.objective)
-            totals += sum_over_world(model.evaluate(batches.microbatches), [], self.mesh, num_sums=len(totals),
-                                     reproducible=config.parallel.reproducible).sums
-            divisor += float(batches.divisor)
-        numbers = model.objective.numbers(totals.tolist(), divisor)
-        return {f"valid_{name}": value for name, value in numbers.items()}
-
-    def _log(self, record: dict[str, Any] | None, evaluation: dict[str, float] | None) -> None:
-        if self.console is None or (record is None and evaluation is None):
-            return
-        if record is not None:
-            self.console.step(record)
-        if evaluation is not None:
-            self.console.evaluation(self.state.step, evaluation["valid_loss"])
-        row = (record or {"step": self.state.step}) | (evaluation or {})
-        for sink in self.sinks:
-            try:
-                sink.log(row)
-            except OSError as error:                 # a full disk: what it spoils is the log, not the training
-                self.console.warning(f"metrics of step {self.state.step} could not be written: {error}")
+        numbers = evaluate(self.state.model, self.corpora.valid, self.corpora.num_evaluated(self.config))
+        self.row = (self.row or {"step": self.state.step}) | {f"valid_{name}": x for name, x in numbers.items()}
 
     def _save(self) -> None:
-        metadata = self.state.metadata(self.config, self.corpora.fingerprint())
+        metadata = self.state.metadata(self.config, self.corpora.fingerprint()) | {UNLOGGED: self.tally.state()}
         self.writer.save(self.state.step, self.state.pieces(), metadata)
         self.saved_step = self.state.step
 
-    def _report_saves(self, reports: list[SaveReport], last: bool = False) -> None:
-        if self.console is None:
-            return
+    def _report_saves(self, reports: Sequence[SaveReport], last: bool = False) -> None:
         for report in reports:
-            if report.warning is not None:
-                self.console.warning(f"step {report.step} was saved, but {report.warning}")
-            if report.error is None:
-                self.console.checkpoint(report.step, report.path, report.stalled_seconds)
-            elif last and report.step == self.state.step:
+            if last and report.error is not None and report.step == self.state.step and self.mesh.rank == 0:
                 raise WorkerError(f"step {report.step}, the last one, was not saved: {report.error}")
-            else:
-                self.console.warning(f"step {report.step} was not saved: {report.error}")
+            self.journal.save(report)
+
+    def _give_up(self) -> NoReturn:
+        """Ends the run on every rank, with weights and checkpoints as they are."""
+        self._report_saves(self.writer.wait())
+        step, skips, updates = self.state.step, self.verdict.skips_in_a_row, self.state.optimizer.num_steps()
+        what = f"gave up after step {step}: {skips} step{'s' * (skips > 1)} in a row had "
+        if not self.verdict.counts:
+            raise DataError(f"{what}not one label that counts. With data.document_mask the first token of a document "
+                            "is no label: use longer documents, or set it to false")
+        remedy = "lower optim.lr, or go back to an earlier checkpoint and leave samples out (data.skip)" if updates \
+            else "no update was ever made: check the weights that the run began with, and its data"
+        raise WorkerError(f"{what}a gradient that is not finite and changed nothing (reliability.max_skips: "
+                          f"{self.config.reliability.max_skips}); {remedy}. Nothing was saved in place of the last "
+                          "good checkpoint")
 
     def close(self) -> None:
-        """Closes what writes to files."""
-        if self.console is not None:
-            self.console.close()
-        for sink in self.sinks:
-            with contextlib.suppress(OSError):       # what a full disk refused has been reported
-                sink.close()
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that tensors took on this rank's GPU; on a CPU, that the process took."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        """Closes what reads and writes files."""
+        self.loader.close()
+        self.journal.close()

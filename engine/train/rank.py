@@ -13,8 +13,8 @@ from engine.distributed.environment import LaunchEnvironment
 from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
 from engine.kernels.table import describe
-from engine.metrics.console import Console
 from engine.train.corpora import Corpora
+from engine.train.journal import Journal
 from engine.train.loop import Trainer
 from engine.train.run_folder import CONFIG_FILE, DOCTOR_FILE, locked
 
@@ -30,37 +30,37 @@ def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | N
                      checked=config.parallel.debug_collectives) as mesh:
             trainer = Trainer.start(config, mesh, corpora, stop_requested)
             try:
-                if trainer.console is not None:
+                if mesh.rank == 0:
                     (directory / CONFIG_FILE).write_text(config.dump(), encoding="utf-8")
                     report = [doctor_report, "\nOperations of this run", *describe(trainer.state.model.operations)]
                     (directory / DOCTOR_FILE).write_text("\n".join(report) + "\n", encoding="utf-8")
-                    _introduce(trainer.console, config, corpora, mesh.device, exclusive)
+                    _introduce(trainer.journal, config, corpora, mesh.device, exclusive)
                 finished = trainer.run()
-                if trainer.console is not None:
-                    _say_goodbye(trainer.console, config, finished)
+                if mesh.rank == 0:
+                    _say_goodbye(trainer.journal, config, finished)
             finally:
                 trainer.close()
     return finished
 
 
-def _introduce(console: Console, config: Config, corpora: Corpora, device: torch.device, exclusive: bool) -> None:
+def _introduce(journal: Journal, config: Config, corpora: Corpora, device: torch.device, exclusive: bool) -> None:
     """What is about to run, in a few lines."""
     parallel = config.parallel
-    console.note(f"{config.parallel.world_size} processes on {device.type}: tensor {parallel.tensor} × pipeline "
+    journal.note(f"{config.parallel.world_size} processes on {device.type}: tensor {parallel.tensor} × pipeline "
                  f"{parallel.pipeline} × context {parallel.context} × data {parallel.data_size}, schedule "
                  f"{parallel.schedule}, ZeRO {parallel.zero}, {config.num_microbatches} microbatches of "
                  f"{config.batch.micro} × {config.data.seq_len} tokens")
     for share in corpora.train.report(config.steps * config.batch.global_):
-        console.note(f"corpus {share.name}: {share.source_tokens:,} tokens, {share.share:.1%} of the samples, "
+        journal.note(f"corpus {share.name}: {share.source_tokens:,} tokens, {share.share:.1%} of the samples, "
                      f"{share.epochs:.2f} epochs by the last step")
     if not exclusive:
-        console.warning(f"the file system of {config.run.dir} has no locks: see to it that no other run uses it")
+        journal.warning(f"the file system of {config.run.dir} has no locks: see to it that no other run uses it")
 
 
-def _say_goodbye(console: Console, config: Config, finished: bool) -> None:
+def _say_goodbye(journal: Journal, config: Config, finished: bool) -> None:
     directory, resume = config.run.dir, config.checkpoint.resume
     if finished:
-        console.note(f'next: octant generate {directory} --prompt "…"   or   octant report {directory}')
+        journal.note(f'next: octant generate {directory} --prompt "…"   or   octant report {directory}')
     else:
         how = "the same command" if resume == "auto" else f"checkpoint.resume=auto (it is {resume})"
-        console.note(f"stopped on request at a saved step; {how} goes on from there ({directory})")
+        journal.note(f"stopped on request at a saved step; {how} goes on from there ({directory})")

@@ -23,9 +23,10 @@ from engine.errors import CheckpointError
 from engine.train.corpora import Corpora
 from engine.train.run_folder import begin_another_line
 from engine.train.state import TrainState
+from engine.train.tally import UNLOGGED, Tally
 
 
-def take_over(state: TrainState, config: Config, corpora: Corpora, group: Group) -> list[str]:
+def take_over(state: TrainState, tally: Tally, config: Config, corpora: Corpora, group: Group) -> list[str]:
     """Loads what `checkpoint.resume` and `checkpoint.load` ask for; every rank must call this.
 
     Returns:
@@ -45,6 +46,8 @@ def take_over(state: TrainState, config: Config, corpora: Corpora, group: Group)
         reader = open_checkpoint(Path(asked.resume), group=group)
     if reader is not None:
         notes += _resume(state, config, corpora, reader)
+        if UNLOGGED in reader.metadata:
+            tally.restore(reader.metadata[UNLOGGED])
     elif asked.load is not None:
         notes += _load_weights(state, config, corpora, open_checkpoint(Path(asked.load), group=group))
     if asked.resume != "auto" and rank_in(group) == 0:

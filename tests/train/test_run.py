@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,22 +21,35 @@ from engine.checkpoint.pieces import Piece
 from engine.checkpoint.resume import open_checkpoint
 from engine.checkpoint.write import save
 from engine.config import Config, load_config
+from engine.data.indexed import IndexedWriter
 from engine.distributed.boxes import Box
 from engine.distributed.mesh import single_mesh
 from engine.launching.local import STOP_SIGNALS
 from engine.metrics.sinks import JsonlSink
+from engine.model.context import Batch
 from engine.model.flops import flops_per_token
 from engine.model.objective import NEXT_TOKEN
 from engine.model.spec import spec_of
 from engine.model.transformer import Transformer
 from engine.optim.schedule import learning_rate
-from engine.train.batches import load_step
+from engine.train.batches import Loader
 from engine.train.corpora import Corpora
+from engine.train.loop import BESIDES, IN_STEP
 from engine.train.run_folder import locked
-from tests.kit.runs import metrics, run_config, saved_steps, trained, write_config
+from tests.kit.runs import (
+    metrics,
+    run_config,
+    saved_steps,
+    train,
+    train_here,
+    trained,
+    write_config,
+    write_corpus,
+)
 
 KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "consumed_samples", "step_seconds", "tokens_per_second",
-        "tflops_per_device", "mfu", "memory_bytes", "skipped"}
+        "tflops_per_device", "mfu", "memory_bytes", "skipped",
+        *(f"timing_s/{phase}" for phase in (*IN_STEP, *BESIDES))}
 
 
 @pytest.fixture(autouse=True)
@@ -80,9 +94,11 @@ def test_everything_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert row["lr"] == learning_rate(row["step"], 5, config.optim)
         assert (row["mfu"], row["skipped"]) == (None, 0)
         assert 0 < row["loss"] < 6 and row["grad_norm"] > 0 and row["memory_bytes"] > 50e6
+        assert 0 < sum(row[f"timing_s/{phase}"] for phase in IN_STEP) <= row["step_seconds"]
         assert row["tokens_per_second"] == pytest.approx(64 / row["step_seconds"])
         assert row["tflops_per_device"] == pytest.approx(
             row["tokens_per_second"] * flops_per_token(config.model, config.data.seq_len) / 1e12)
+    assert [row["step"] for row in rows if row["timing_s/evaluate"] > 0] == [3]
     assert rows[-1]["loss"] < rows[0]["loss"]
     printed = capsys.readouterr()
     assert printed.err == "" and printed.out.splitlines()[-1].startswith("next: octant generate")
@@ -114,10 +130,47 @@ def test_the_validation_loss_is_that_of_the_held_out_samples(tmp_path: Path) -> 
         valid, losses = Corpora.open(config).valid, []
         assert valid is not None
         for first in (0, 4, 8):
-            for batch in load_step(valid, first, config, single_mesh(), NEXT_TOKEN).microbatches:
+            for batch in Loader(valid.sample, config, single_mesh(), NEXT_TOKEN).step(first).microbatches:
                 assert batch.labels_SB is not None
                 losses.append(F.cross_entropy(model(batch.tokens_SB, batch).flatten(0, 1), batch.labels_SB.flatten()))
     assert metrics(config)[-1]["valid_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"data": 2}], ids=str)
+def test_an_evaluation_takes_each_window_once(tmp_path: Path, parallel: dict[str, Any]) -> None:
+    """7 windows, of which a global batch takes 4: as many batches as the data fill, and the last is smaller."""
+    write_corpus(tmp_path / "held", num_tokens=7 * 16 + 5, seed=9)
+    sections: dict[str, Any] = {"parallel": parallel, "data": {"valid": [{"path": str(tmp_path / "held")}],
+                                                               "train": [{"path": str(tmp_path / "train")}]}}
+    small = run_config(tmp_path, "all", steps=1, eval={"every": 1, "batches": 2}, **sections)
+    many = run_config(tmp_path, "more", steps=1, eval={"every": 1, "batches": 20}, **sections)
+    train(small)
+    train(many)
+    valid = Corpora.open(many).valid
+    assert valid is not None and valid.num_samples == 7
+    assert metrics(many)[-1]["valid_loss"] == metrics(small)[-1]["valid_loss"]
+    one = run_config(tmp_path, "one", steps=1, batch={"micro": 1, "global": 4}, eval={"every": 0})
+    train(one)
+    model = Transformer(one.model)
+    weights = tensors(one, 1, "model.")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(weights["model." + spec_of(parameter).name])
+        rows = torch.from_numpy(np.stack([valid.sample(i).tokens for i in range(7)], axis=1))
+        logits = model(rows[:-1], Batch(rows[:-1], torch.arange(16).unsqueeze(1)))
+        want = F.cross_entropy(logits.flatten(0, 1), rows[1:].flatten()).item()
+    assert metrics(many)[-1]["valid_loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_held_out_data_without_a_label_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with IndexedWriter(tmp_path / "ones", np.uint16) as writer:
+        for token in range(90):
+            writer.add_document(np.array([token]))
+    config = run_config(tmp_path, "run", data={"document_mask": True, "train": [{"path": str(tmp_path / "train")}],
+                                               "valid": [{"path": str(tmp_path / "ones")}]})
+    assert octant_train(config) == 2
+    assert capsys.readouterr().err.startswith("octant train: ones: not one label counts in the 4 windows of an eval")
+    assert octant_train(config, "eval.every=0") == 0
 
 
 def test_a_finished_run_goes_on_when_steps_is_raised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,19 +188,32 @@ def test_a_finished_run_goes_on_when_steps_is_raised(tmp_path: Path, capsys: pyt
     assert load_config(Path(config.run.dir) / "config.yaml").steps == 6
 
 
-def test_fewer_lines_are_the_same_lines(tmp_path: Path) -> None:
-    """Logged every third step and at the end; an evaluation between them has a line of its own."""
+def test_fewer_lines_sum_up_the_steps_between_them(tmp_path: Path) -> None:
+    """The first step, every third and the last; an evaluation between them has a line of its own."""
     whole = run_config(tmp_path, "whole", steps=8, eval={"every": 4, "batches": 1})
     sparse = run_config(tmp_path, "sparse", steps=8, eval={"every": 4, "batches": 1}, log={"every": 3})
     octant_train(whole)
     octant_train(sparse)
     every, some = ({row["step"]: row for row in metrics(config)} for config in (whole, sparse))
-    assert list(some) == [3, 4, 6, 8]
+    assert list(some) == [1, 3, 4, 6, 8]
     assert some[4] == {"step": 4, "valid_loss": every[4]["valid_loss"]}
-    for step in (3, 6, 8):
+    for step, before in ((1, 0), (3, 1), (6, 3), (8, 6)):
         assert some[step].keys() == every[step].keys()
-        assert all(some[step][key] == every[step][key] for key in ("loss", "grad_norm", "lr", "tokens"))
+        assert all(some[step][key] == every[step][key] for key in ("grad_norm", "lr", "tokens"))
+        losses = [every[each]["loss"] for each in range(before + 1, step + 1)]
+        assert some[step]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-12)
     assert_equal_tensors(tensors(sparse, 8), tensors(whole, 8))
+
+
+def test_a_loss_summed_up_over_a_restart_is_the_same(tmp_path: Path) -> None:
+    """Stopped and saved between two lines: what the next line sums up is part of the state."""
+    whole = run_config(tmp_path, "whole", steps=7, log={"every": 3})
+    config = run_config(tmp_path, "run", steps=7, log={"every": 3})
+    octant_train(whole)
+    train_here(config, stop_at=4)
+    assert saved_steps(config)[-1] == 5
+    octant_train(config)
+    assert trained(config) == trained(whole) and [row["step"] for row in metrics(config)] == [1, 3, 6, 7]
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [7]), (2, [6, 7]), (0, [2, 4, 6, 7])])

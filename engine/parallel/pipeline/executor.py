@@ -46,11 +46,11 @@ class Executor:
             Kind.REDUCE_GRAD: self._reduce_grad,
         }
         self.peak_in_flight = 0      # activations held at once in the latest step: (chunk, microbatch), F to W
-        self._reset([], None, 0.0)
+        self._scale: Tensor | None = None
+        self._reset([], None)
 
-    def _reset(self, batches: Sequence[Batch], measure: Measure | None, scale: float | Tensor) -> None:
+    def _reset(self, batches: Sequence[Batch], measure: Measure | None) -> None:
         self._batches, self._measure = batches, measure
-        self._scale = torch.as_tensor(scale, dtype=torch.float32, device=self.messenger.device)
         self._arrived: dict[Key, tuple[Tensor, Work]] = {}        # inputs of F
         self._grads: dict[Key, tuple[Tensor, Work]] = {}          # gradients of outputs, for B
         self._outgoing: dict[Key, Tensor] = {}                    # to be sent
@@ -73,14 +73,17 @@ class Executor:
             What was measured of each microbatch, detached, [microbatches, tensors, …], on ranks that hold the last
             chunk; None elsewhere.
         """
-        self._reset(batches, measure, scale)
+        self._reset(batches, measure)
+        # Filled in on the device: a number that is copied there would make the host wait for all that was started.
+        self._scale = scale if isinstance(scale, Tensor) else \
+            torch.full((), scale, dtype=torch.float32, device=self.messenger.device)
         self.peak_in_flight = 0
         for action in program:
             with record_function(str(action)):
                 self._do[action.kind](action)
         self.messenger.wait_sent()
         measured = torch.stack(self._measured) if self._measured else None
-        self._reset([], None, 0.0)
+        self._reset([], None)
         return measured
 
     def _forward(self, action: Action) -> None:

@@ -1,0 +1,72 @@
+"""What a run tells: lines on the console and records in the sinks.  Mute on all ranks but 0."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from engine.checkpoint.write import SaveReport
+from engine.metrics.console import Console
+from engine.metrics.sinks import Sink
+
+
+class Journal:
+    """The console and the sinks of a run; None and nothing where others speak."""
+
+    def __init__(self, console: Console | None = None, sinks: Sequence[Sink] = ()) -> None:
+        self.console, self.sinks = console, list(sinks)
+
+    def note(self, text: str) -> None:
+        """A line of information."""
+        if self.console is not None:
+            self.console.note(text)
+
+    def warning(self, text: str) -> None:
+        """A line that should catch the eye."""
+        if self.console is not None:
+            self.console.warning(text)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One record: a logged step's if it has a learning rate, an evaluation's if it has a loss of held-out data."""
+        if self.console is None:
+            return
+        if "lr" in row:
+            self.console.step(row)
+        if "valid_loss" in row:
+            self.console.evaluation(row["step"], row["valid_loss"])
+        for sink in self.sinks:
+            try:
+                sink.log(row)
+            except OSError as error:                 # a full disk: what it spoils is the log, not the training
+                self.console.warning(f"metrics of step {row['step']} could not be written: {error}")
+
+    def save(self, report: SaveReport) -> None:
+        """How a save went."""
+        if self.console is None:
+            return
+        if report.warning is not None:
+            self.console.warning(f"step {report.step} was saved, but {report.warning}")
+        if report.error is None:
+            self.console.checkpoint(report.step, report.path, report.stalled_seconds)
+        else:
+            self.console.warning(f"step {report.step} was not saved: {report.error}")
+
+    def close(self) -> None:
+        """Closes what writes to files."""
+        if self.console is not None:
+            self.console.close()
+        for sink in self.sinks:
+            with contextlib.suppress(OSError):       # what a full disk refused has been reported
+                sink.close()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that tensors took on this rank's GPU; on a CPU, that the process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,114 @@
+"""What steps leave behind on the device, and how the host reads it without making the device wait.
+
+Reading a value that the device has just been told to compute makes the host wait for the whole step, and leaves the
+device idle while the host prepares the next.  So sums stay on the device until a line is logged; and what the host must
+know after every step it learns one step late: copied into pinned memory behind the step's work, it is there by the time
+the next step has been enqueued.  All ranks read the same all-reduced numbers, so they decide alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.optim.gradients import StepSums
+
+UNLOGGED = "unlogged"                      # where a checkpoint's metadata keep `Tally.state`
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is read when a line is logged.
+
+    Attributes:
+        totals: the objective's sums since the line before, over steps in which they were finite.
+        divisor: what those steps' losses were divided by, added up; 0 if no such step counted anything.
+        grad_norm: of the latest step.
+    """
+
+    totals: Sequence[float]
+    divisor: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks know after a step.
+
+    Attributes:
+        stop: somebody asked to stop.
+        skips_in_a_row: steps that changed nothing, up to and with this one.
+        counts: anything counted in this one.
+    """
+
+    stop: bool = False
+    skips_in_a_row: int = 0
+    counts: bool = True
+
+    @staticmethod
+    def of(numbers: Sequence[float]) -> Verdict:
+        """From the numbers as they lie on the device."""
+        stop, skips, divisor = numbers
+        return Verdict(stop > 0, int(skips), divisor > 0)
+
+
+class Tally:
+    """What has been added up since the last line, and how many steps in a row were skipped."""
+
+    def __init__(self, num_sums: int, device: torch.device) -> None:
+        self._sums = torch.zeros(num_sums + 1, dtype=torch.float64, device=device)          # the divisor is the last
+        self._verdict = torch.zeros(3, device=device)                # stop, skips in a row, divisor of the latest step
+        self._grad_norm = torch.zeros((), device=device)
+        self._late = LateRead(3, device)
+
+    def add(self, sums: StepSums, divisor: Tensor | int, skipped: Tensor) -> None:
+        """Takes a step's totals in; `skipped` is 1 where it changed nothing, else 0."""
+        counted = divisor if isinstance(divisor, Tensor) else torch.full_like(self._sums[0], divisor)
+        finite = torch.isfinite(sums.sums).all()
+        self._sums += torch.where(finite, torch.cat((sums.sums.double(), counted.double().view(1))), 0.0)
+        self._verdict = torch.stack((sums.flag, (self._verdict[1] + 1) * skipped, counted.float()))
+        self._grad_norm = sums.grad_norm
+
+    def late(self) -> Verdict:
+        """On the step before this one; nobody waits."""
+        return Verdict.of(self._late.exchange(self._verdict))
+
+    def read(self) -> tuple[Line, Verdict]:
+        """Everything up to this step; sums begin anew.  Waits for the device."""
+        values = torch.cat((self._sums, self._verdict.double(), self._grad_norm.double().view(1))).tolist()
+        *totals, divisor = values[: len(self._sums)]
+        self._sums.zero_()
+        self._late.exchange(self._verdict)               # what has been read now need not be read late
+        return Line(totals, divisor, values[-1]), Verdict.of(values[len(self._sums) : -1])
+
+    def state(self) -> list[float]:
+        """What a checkpoint must hold for the next line to be the same.  Waits for the device."""
+        return torch.cat((self._sums, self._verdict[1:2].double())).tolist()
+
+    def restore(self, state: Sequence[float]) -> None:
+        """Takes over what `state` returned."""
+        values = torch.tensor(state, dtype=torch.float64)
+        self._sums.copy_(values[:-1])
+        self._verdict[1:2].copy_(values[-1:])
+
+
+class LateRead:
+    """Hands a step's numbers to the host and gives back those of the step before; zeros at first."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._host = torch.zeros(count, pin_memory=on_gpu)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+
+    def exchange(self, numbers: Tensor) -> list[float]:
+        """`numbers` is an fp32 vector on the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()                  # returns at once before the first record
+        before: list[float] = self._host.tolist()
+        self._host.copy_(numbers, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+        return before
