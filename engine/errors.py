@@ -4,11 +4,23 @@ Every message says what was asked, shows the numbers, and names the remedy.  The
 without a traceback and exits with its `exit_code`; anything else is a bug and keeps its traceback.
 """
 
+import re
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with control characters and half surrogates escaped: what a file holds must not act on a terminal."""
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
+
 
 class OctantError(Exception):
-    """Base of every error a user can cause or mend."""
+    """Base of every error a user can cause or mend.  Messages may quote whatever a file holds; they print safely."""
 
     exit_code: int = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class RequestError(OctantError):

@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of: its base class, the kinds of numbers, and the nearest name."""
+"""What every section of the configuration is made of: its base class, the kinds of numbers and words, and the nearest name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from engine.errors import printable
 
 
 def _refuse_bool(value: object) -> object:
@@ -16,19 +18,39 @@ def _refuse_bool(value: object) -> object:
     return value
 
 
-def count_or_auto(value: object) -> object:
-    """For `PlainValidator`: a number of at least 1, or the word `auto`."""
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+def degree_or_auto(value: object) -> object:
+    """For `PlainValidator`: a number of processes, or the word `auto`."""
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_RANKS):
         return value
-    raise ValueError(f"must be a number of at least 1, or `auto`; it is {value!r}")
+    raise ValueError(f"must be a number from 1 to {MOST_RANKS:,}, or `auto`; it is {value!r:.60}")
 
 
-Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1)]
-NonNegative = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0, allow_inf_nan=False)]
-Number = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, lt=1)]
-ZeroLevel = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=3)]
+def _words(value: str) -> str:
+    """Something that can be the name of a file."""
+    if not value.strip():
+        raise ValueError("must not be empty")
+    if printable(value) != value or "\n" in value:
+        raise ValueError(f"holds a control character: {value!r:.60}")
+    return value
+
+
+# Every number has a bound: far above what anybody trains, far below where arithmetic or memory ends.
+MOST_RANKS, MOST_LAYERS, MOST = 1_000_000, 10_000, 10**12
+_NUMBER = BeforeValidator(_refuse_bool)
+Count = Annotated[int, _NUMBER, Field(ge=1, le=MOST)]
+Size = Annotated[int, _NUMBER, Field(ge=1, le=2**31 - 1)]                # of a dimension, of a batch
+Degree = Annotated[int, _NUMBER, Field(ge=1, le=MOST_RANKS)]
+Layers = Annotated[int, _NUMBER, Field(ge=1, le=MOST_LAYERS)]
+NonNegative = Annotated[int, _NUMBER, Field(ge=0, le=MOST)]
+Seed = Annotated[int, _NUMBER, Field(ge=0, le=2**64 - 1)]
+Sample = Annotated[int, _NUMBER, Field(ge=0, le=2**63 - 1)]
+Positive = Annotated[float, _NUMBER, Field(gt=0, le=MOST, allow_inf_nan=False)]
+Number = Annotated[float, _NUMBER, Field(ge=0, le=MOST, allow_inf_nan=False)]
+Rate = Annotated[float, _NUMBER, Field(gt=0, le=10, allow_inf_nan=False)]
+RateOrZero = Annotated[float, _NUMBER, Field(ge=0, le=10, allow_inf_nan=False)]
+Fraction = Annotated[float, _NUMBER, Field(ge=0, lt=1)]
+ZeroLevel = Annotated[int, _NUMBER, Field(ge=0, le=3)]
+Words = Annotated[str, AfterValidator(_words), Field(max_length=4096)]
 
 
 class Section(BaseModel):

@@ -9,6 +9,8 @@ from engine.config.support import unsupported
 from engine.errors import ConfigError
 from engine.schedules.table import chunk_problem, recipe
 
+MOST_ACTIONS = 1 << 18            # stages × chunks × microbatches; every rank builds the schedule of all stages
+
 
 def resolve_layout(config: Config, world_size: int) -> Config:
     """The configuration of a job of `world_size` processes: `parallel.data` is a number, and everything divides.
@@ -25,7 +27,7 @@ def resolve_layout(config: Config, world_size: int) -> Config:
             f"data({parallel.data}) does not make world size {world_size}: " + _world_remedy(config, world_size))
     else:
         config = config.with_changes(parallel={"data": data})
-        problems += _batch_problems(config, data)
+        problems += [*_batch_problems(config, data), *_schedule_problems(config)]
     problems += [*_shard_problems(config, data), *_reproducible_problems(config), *_tensor_problems(config),
                  *_pipeline_problems(config), *_sequence_problems(config)]
     if problems:
@@ -45,6 +47,16 @@ def _batch_problems(config: Config, data: int) -> Iterator[str]:
     if batch.global_ % (batch.micro * data):
         yield (f"batch.global({batch.global_}) is not batch.micro({batch.micro}) × data({data}) × a whole number of "
                f"microbatches: make it a multiple of {batch.micro * data}")
+
+
+def _schedule_problems(config: Config) -> Iterator[str]:
+    parallel, num_microbatches = config.parallel, config.num_microbatches
+    actions = parallel.pipeline * parallel.virtual_stages * num_microbatches
+    if actions > MOST_ACTIONS:
+        yield (f"batch.global({config.batch.global_:,}) is {num_microbatches:,} microbatches for each pipeline; × "
+               f"pipeline({parallel.pipeline}) × virtual_stages({parallel.virtual_stages}) that is {actions:,} forward "
+               f"passes in one step, and {MOST_ACTIONS:,} is the most: raise batch.micro or parallel.data, or lower "
+               "batch.global")
 
 
 def _shard_problems(config: Config, data: int) -> Iterator[str]:

@@ -7,41 +7,23 @@ merging, the origin of every key (`file:line` or `command line`) is kept, so tha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from engine.config.fields import nearest
 from engine.config.schema import Config
 from engine.config.vocabulary import tokenizer_vocab_size
+from engine.config.yaml_values import MAX_DEPTH, KeyPath, Origins, parse_yaml, read_text
 from engine.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
 
-KeyPath = tuple[str | int, ...]
-Origins = dict[KeyPath, str]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `3e-4` is a number, `off` and `no` are words."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool",
-                                                                       "tag:yaml.org,2002:float",
-                                                                       "tag:yaml.org,2002:timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"),
-                              list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(
-    r"^[-+]?(?:(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
-    list("-+0123456789."))
+MOST_PROBLEMS = 20                                           # shown at once
+MOST_BASES = 16
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -63,8 +45,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         lines = [_explain(problem, origins) for problem in error.errors()
                  if problem["type"] != "default_factory_not_called"]        # follows from another problem
-        raise ConfigError(f"{path}: {len(lines)} problem{'s' * (len(lines) > 1)} in the configuration\n"
-                          + "\n".join(f"  - {line}" for line in lines)) from None
+        more = [f"… and {len(lines) - MOST_PROBLEMS:,} more"] if len(lines) > MOST_PROBLEMS else []
+        raise ConfigError(f"{path}: {len(lines):,} problem{'s' * (len(lines) > 1)} in the configuration\n"
+                          + "\n".join(f"  - {line}" for line in lines[:MOST_PROBLEMS] + more)) from None
 
 
 def preset_names() -> list[str]:
@@ -73,67 +56,40 @@ def preset_names() -> list[str]:
 
 
 def _read_with_bases(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
-    resolved = path.resolve()
-    if resolved in children:
+    resolved = _resolve(path)
+    if resolved in children or len(children) == MOST_BASES:
         chain = " -> ".join(str(file) for file in (*children, resolved))
-        raise ConfigError(f"`base:` goes round in a circle: {chain}")
+        what = "goes round in a circle" if resolved in children else f"leads through more than {MOST_BASES} files"
+        raise ConfigError(f"`base:` {what}: {chain}")
     values, origins = _read_yaml(path)
     base = values.pop("base", None)
     if base is None:
         return values, origins
-    if not isinstance(base, str):
+    if not isinstance(base, str) or not base:
         raise ConfigError(f"{origins['base',]}: `base:` must name one file, not {base!r}")
     below, below_origins = _read_with_bases(path.parent / base, (*children, resolved))
     _merge(below, below_origins, values, origins)
     return below, below_origins
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], Origins]:
+def _resolve(path: Path) -> Path:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:     # a NUL, or links that lead round in a circle
         raise ConfigError(f"cannot read the configuration {path}: {error}") from None
-    values, origins = _parse(text, str(path))
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], Origins]:
+    values, origins = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict | None):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, not {values!r:.60}")
     return values or {}, origins
 
 
-def _parse(text: str, name: str) -> tuple[Any, Origins]:
-    """The YAML document as plain values, and `name:line` of every key."""
-    loader = _Loader(text)
-    origins: Origins = {}
-    try:
-        node = loader.get_single_node()
-        return (None if node is None else _build(loader, node, (), name, origins)), origins
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
-
-
-def _build(loader: _Loader, node: yaml.Node, path: KeyPath, name: str, origins: Origins) -> Any:
-    if isinstance(node, yaml.SequenceNode):
-        return [_build(loader, item, (*path, i), name, origins) for i, item in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
-    loader.flatten_mapping(node)                             # `<<: *anchor`
-    values: dict[str, Any] = {}
-    own_start = node.start_mark.index
-    for key_node, value_node in node.value:
-        key = str(loader.construct_object(key_node))
-        where = f"{name}:{key_node.start_mark.line + 1}"
-        if key in values and key_node.start_mark.index >= own_start:
-            raise ConfigError(f"{where}: the key `{key}` is given twice")
-        origins[(*path, key)] = where
-        values[key] = _build(loader, value_node, (*path, key), name, origins)
-    return values
-
-
 def _merge(values: dict[str, Any], origins: Origins, over: dict[str, Any], over_origins: Origins) -> None:
     """Put `over` on top of `values`, key by key; lists and scalars are replaced whole, and so are their origins."""
-    replaced = [*_put(values, over, ())]
-    for stale in [key for key in origins if any(key[:len(path)] == path for path in replaced)]:
+    replaced = {*_put(values, over, ())}
+    for stale in [key for key in origins if any(key[:depth] in replaced for depth in range(1, len(key) + 1))]:
         del origins[stale]
     origins.update(over_origins)
 
@@ -152,9 +108,9 @@ def _parse_override(override: str) -> tuple[dict[str, Any], Origins]:
     """`a.b=c` as the nested mapping {a: {b: c}}; the value is YAML."""
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"override {override!r}: expected key=value, such as optim.lr=3e-4")
-    value, _ = _parse(text, f"override {override!r}")
+    if not equals or not all(keys) or len(keys) > MAX_DEPTH:
+        raise ConfigError(f"override {override!r:.200}: expected key=value, such as optim.lr=3e-4")
+    value, _ = parse_yaml(text, f"override {override!r:.200}")
     origins: Origins = {}
     for depth in range(len(keys), 0, -1):
         origins[tuple(keys[:depth])] = "command line"
@@ -169,7 +125,8 @@ def _preset(model: dict[str, Any], origin: str) -> dict[str, Any]:
     if name is None:
         return {}
     if name not in preset_names():
-        raise ConfigError(f"{origin}: model.preset {name!r} does not exist; {nearest(str(name), preset_names())}")
+        raise ConfigError(f"{origin}: model.preset {name!r:.60} does not exist; "
+                          + nearest(str(name)[:60], preset_names()))
     return _read_yaml(PRESETS / f"{name}.yaml")[0]
 
 
@@ -187,17 +144,25 @@ def _explain(problem: Any, origins: Origins) -> str:
     path = _as_written(problem["loc"]) if problem["type"] != "extra_forbidden" else problem["loc"]
     kind, given = problem["type"], f"{problem['input']!r:.60}"
     if kind == "extra_forbidden":
-        text = f"unknown key; {nearest(str(path[-1]), list(_keys_at(Config, path[:-1])))}"
+        text = f"unknown key; {nearest(_short(path[-1]), list(_keys_at(Config, path[:-1])))}"
     elif kind == "missing":
         text = "is missing" + ("; give it, or a model.preset" if path[0] == "model" and len(path) <= 2 else "")
     elif kind == "model_type":
         text = f"must be a mapping, not {given}"
     elif kind == "value_error":
-        text = problem["msg"].removeprefix("Value error, ")
+        text = f"{problem['msg'].removeprefix('Value error, '):.300}"
     else:
         text = problem["msg"].replace("Input should be", "must be") + f" (it is {given})"
+        for bound in ("le", "ge"):                           # pydantic rounds them to a float's digits
+            if bound in problem.get("ctx", {}):
+                text = f"must be at {'most' if bound == 'le' else 'least'} {problem['ctx'][bound]:,} (it is {given})"
     where = next((origins[path[:depth]] for depth in range(len(path), 0, -1) if path[:depth] in origins), None)
-    return ".".join(map(str, path)) + ": " * bool(path) + text + (f"  [{where}]" if where else "")
+    return ".".join(map(_short, path)) + ": " * bool(path) + text + (f"  [{where}]" if where else "")
+
+
+def _short(part: str | int) -> str:
+    """A key as it is shown: somebody's whole essay may have become one."""
+    return f"{part:.40}" if isinstance(part, str) else str(part)
 
 
 def _as_written(path: KeyPath) -> KeyPath:

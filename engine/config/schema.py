@@ -12,11 +12,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
 from engine.config.decay import Cosine, Decay
-from engine.config.fields import Count, Fraction, NonNegative, Number, Positive, Section, ZeroLevel, count_or_auto
+from engine.config.fields import (
+    Count,
+    Degree,
+    Fraction,
+    Layers,
+    NonNegative,
+    Number,
+    Positive,
+    Rate,
+    RateOrZero,
+    Sample,
+    Section,
+    Seed,
+    Size,
+    Words,
+    ZeroLevel,
+    degree_or_auto,
+)
+from engine.config.yaml_values import dump_yaml
 from engine.errors import ConfigError
 from engine.schedules.table import recipe, schedule_names
 
@@ -36,10 +53,10 @@ ScheduleName = Annotated[str, AfterValidator(_known_schedule),
 class RunConfig(Section):
     """Where the run lives, and what it does."""
 
-    dir: str = "runs/default"
-    seed: NonNegative = 1234
+    dir: Words = "runs/default"
+    seed: Seed = 1234
     objective: Literal["pretrain", "sft", "reward", "dpo", "ppo"] = "pretrain"
-    name: str | None = None                                  # a label for logs and reports; default: the folder's name
+    name: Words | None = None                                # a label for logs and reports; default: the folder's name
     device: Literal["auto", "cpu", "cuda"] = "auto"          # auto: cuda where there is one
 
 
@@ -50,23 +67,23 @@ class RopeScalingConfig(Section):
     factor: Positive
     low_freq_factor: Positive
     high_freq_factor: Positive
-    original_max_seq_len: Count
+    original_max_seq_len: Size
 
 
 class ModelConfig(Section):
     """The transformer's shape.  `num_heads` need not times `head_dim` equal `hidden_size`."""
 
-    num_layers: Count
-    hidden_size: Count
-    num_heads: Count
-    num_kv_heads: Count = Field(default_factory=lambda values: values["num_heads"])
-    head_dim: Count = Field(default_factory=lambda values: values["hidden_size"] // values["num_heads"])
-    ffn_hidden_size: Count
-    vocab_size: Count                                        # the true one; padding for tensor parallelism is local
-    max_seq_len: Count = 2048                                # tokens
+    num_layers: Layers
+    hidden_size: Size
+    num_heads: Size
+    num_kv_heads: Size = Field(default_factory=lambda values: values["num_heads"])
+    head_dim: Size = Field(default_factory=lambda values: values["hidden_size"] // values["num_heads"])
+    ffn_hidden_size: Size
+    vocab_size: Size                                         # the true one; padding for tensor parallelism is local
+    max_seq_len: Size = 2048                                 # tokens
     rope_theta: Positive = 10000.0
     rope_scaling: RopeScalingConfig | None = None
-    norm_eps: Positive = 1e-5
+    norm_eps: Rate = 1e-5
     tie_embeddings: bool = False
     qkv_bias: bool = False
     head: Literal["language_model", "score"] = "language_model"      # score: one number per token (reward, critic)
@@ -130,7 +147,7 @@ class PrecisionConfig(Section):
 class SourceConfig(Section):
     """One corpus: `path` is the prefix of its `.bin` and `.idx`."""
 
-    path: str
+    path: Words
     weight: Positive = 1.0                                   # relative to the other sources
     epochs: Positive | None = None                           # instead of `weight`: in proportion to epochs × size
     max_epochs: Positive | None = None                       # leave the mixture after so many
@@ -145,32 +162,32 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """What is read.  Paths are relative to the working directory."""
 
-    tokenizer: str | None = None                             # a .model, a tokenizer.json or its folder, or `bytes`
-    seq_len: Count = 2048                                    # tokens per sequence
+    tokenizer: Words | None = None                           # a .model, a tokenizer.json or its folder, or `bytes`
+    seq_len: Size = 2048                                     # tokens per sequence
     train: tuple[SourceConfig, ...] = ()
     valid: tuple[SourceConfig, ...] = ()
     document_mask: bool = False                              # attention does not cross documents
-    skip: tuple[tuple[NonNegative, NonNegative], ...] = ()   # ranges [a, b) of samples to leave out
+    skip: tuple[tuple[Sample, Sample], ...] = ()             # ranges [a, b) of samples to leave out
 
 
 class BatchConfig(Section):
     """Sizes in sequences.  global = micro × data × microbatches."""
 
-    micro: Count = 1
-    global_: Count = Field(default_factory=lambda values: values["micro"], validation_alias="global",
+    micro: Size = 1
+    global_: Size = Field(default_factory=lambda values: values["micro"], validation_alias="global",
                            serialization_alias="global")
 
 
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
-    lr: Positive = 1.5e-4
+    lr: Rate = 1.5e-4
     warmup_steps: NonNegative = 0
     decay: Decay = Cosine()                                  # a name of `engine.config.decay`, or {shape: NAME, …}
-    min_lr: Number = Field(default_factory=lambda values: values["decay"].floor(values["lr"]))
+    min_lr: RateOrZero = Field(default_factory=lambda values: values["decay"].floor(values["lr"]))
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    weight_decay: Number = 0.1
+    eps: Rate = 1e-8
+    weight_decay: RateOrZero = 0.1
     grad_clip: Number = 1.0                                  # largest global gradient norm; 0: no clipping
 
 
@@ -180,8 +197,8 @@ class CheckpointConfig(Section):
     every: NonNegative = 500
     keep: NonNegative = 3
     async_: bool = Field(default=True, validation_alias="async", serialization_alias="async")
-    resume: str = "auto"                                     # auto | never | path of a checkpoint
-    load: str | None = None                                  # weights only, step 0
+    resume: Words = "auto"                                   # auto | never | path of a checkpoint
+    load: Words | None = None                                # weights only, step 0
 
 
 class EvalConfig(Section):
@@ -196,21 +213,21 @@ class LogConfig(Section):
 
     every: Count = 1
     tensorboard: bool = False
-    wandb: str | None = None
+    wandb: Words | None = None
 
 
 class KernelsConfig(Section):
     """Who computes each operation: `auto`, or the name of an implementation that `octant doctor` lists."""
 
-    attention: str = "auto"
-    attention_block: str = "auto"                            # of ring attention (context > 1)
-    rms_norm: str = "auto"
-    rope: str = "auto"
-    swiglu: str = "auto"
-    cross_entropy: str = "auto"
-    linear: str = "auto"
-    weight_gradient: str = "auto"
-    adamw: str = "auto"
+    attention: Words = "auto"
+    attention_block: Words = "auto"                          # of ring attention (context > 1)
+    rms_norm: Words = "auto"
+    rope: Words = "auto"
+    swiglu: Words = "auto"
+    cross_entropy: Words = "auto"
+    linear: Words = "auto"
+    weight_gradient: Words = "auto"
+    adamw: Words = "auto"
 
 
 class ReliabilityConfig(Section):
@@ -242,6 +259,9 @@ class Config(Section):
         if self.data.seq_len > self.model.max_seq_len:
             problems.append(f"data.seq_len({self.data.seq_len}) > model.max_seq_len({self.model.max_seq_len}): "
                             "shorten the sequences or raise the model's maximum")
+        if (tokens := self.steps * self.batch.global_ * self.data.seq_len) >= 2**63:
+            problems.append(f"steps({self.steps:,}) × batch.global({self.batch.global_:,}) × data.seq_len("
+                            f"{self.data.seq_len:,}) = {tokens:.1e} tokens, more than can be counted")
         if self.optim.min_lr > self.optim.lr:
             problems.append(f"optim.min_lr({self.optim.min_lr}) > optim.lr({self.optim.lr})")
         problems += self.optim.decay.problems(self.steps, self.optim)
@@ -260,7 +280,7 @@ class Config(Section):
 
     def dump(self) -> str:
         """YAML of the resolved configuration, enough to run it again."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
+        return dump_yaml(self.to_dict())
 
     def with_changes(self, **sections: dict[str, Any]) -> Config:
         """A copy with some keys of some sections replaced, checked again: `with_changes(optim={"lr": 1e-3})`."""

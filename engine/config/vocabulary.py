@@ -21,14 +21,16 @@ def tokenizer_vocab_size(spec: str) -> int | None:
     if spec == "bytes":
         return BYTE_VOCABULARY
     path = Path(spec)
-    if path.is_dir():
-        path = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()), path)
-    if not path.is_file():
-        return None
     try:
+        if path.is_dir():
+            path = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()), path)
+        if not path.is_file():
+            return None
         return _json_size(path) if path.suffix == ".json" else _sentencepiece_size(path)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"data.tokenizer {spec} cannot be read as a tokenizer: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"data.tokenizer {spec} cannot be read as a tokenizer: nested too deeply") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise ConfigError(f"data.tokenizer {spec} cannot be read as a tokenizer: {error!s:.300}") from None
 
 
 def _sentencepiece_size(path: Path) -> int:

@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (["optim.lrr=1"], "optim.lrr: unknown key; did you mean `lr`?"),
     (["optm.lr=1"], "optm: unknown key; did you mean `optim`?"),
     (["steps=soon"], "steps: must be a valid integer"),
-    (["steps=0"], "steps: must be greater than or equal to 1"),
+    (["steps=0"], "steps: must be at least 1"),
     (["optim.lr=-1"], "optim.lr: must be greater than 0"),
     (["steps"], "override 'steps': expected key=value"),
     (["model.preset=llama-8b"], "model.preset 'llama-8b' does not exist; did you mean `llama3-8b`?"),

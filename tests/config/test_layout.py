@@ -45,6 +45,7 @@ def test_data_takes_what_is_left(parallel: dict[str, Any], world_size: int, data
     (make({"pipeline": 4, "schedule": "interleaved", "virtual_stages": 3}), 4,
      "model.num_layers(8) < pipeline(4) × virtual_stages(3) = 12"),
     (make({"tensor": 4}, seq_len=63), 4, "data.seq_len(63) is not divisible by tensor(4)"),
+    (make({"pipeline": 4}, {"global": 100_000}), 4, "400,000 forward passes in one step, and 262,144 is the most"),
     (make({"context": 2}, seq_len=62), 2, "data.seq_len(62) is not divisible by 2 × context(2) = 4"),
 ])
 def test_impossible_layouts_are_refused_with_the_equation(config: Config, world_size: int, expected: str) -> None:

@@ -281,10 +281,11 @@ def damaged(draw: st.DrawFn, good: bytes | list[bytes], edits: int = 4) -> bytes
 def hostile() -> st.SearchStrategy[bytes]:
     """Files that have nothing to do with what is expected."""
     text = st.text(max_size=200).map(lambda words: words.encode("utf-8", "surrogatepass"))
-    return st.one_of(st.binary(max_size=300), text, st.sampled_from((
-        b"", b"\0" * 4096, b"[" * 100_000, b"{" * 100_000, b"a" * 1_000_000, b"9" * 100_000,
-        '{"a": 1}'.encode("utf-16"), b"version https://git-lfs.github.com/spec/v1\n", b"<!doctype html><html></html>",
-        b"\x1f\x8b\x08\0", b"PK\x03\x04", b"\x80\x02}q\0.")))
+    one = st.sampled_from((b"\0", b"[", b"{", b"a", b"9"))
+    many = st.builds(bytes.__mul__, one, st.sampled_from((5000, 500_000)))
+    return st.one_of(st.binary(max_size=300), text, many, st.sampled_from((
+        b"", '{"a": 1}'.encode("utf-16"), b"version https://git-lfs.github.com/spec/v1\n",
+        b"<!doctype html><html></html>", b"\x1f\x8b\x08\0", b"PK\x03\x04", b"\x80\x02}q\0.")))
 
 
 def _nested(tens: int) -> object:

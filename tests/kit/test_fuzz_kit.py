@@ -14,6 +14,11 @@ from engine.errors import DataError, WorkerError
 from tests.kit.fuzz import TOTALS, Box, Reader, bent, damaged, fuzz, hostile
 
 
+class Raw(DataError):
+    def __str__(self) -> str:
+        return super().__str__() + "\x1b[2J"
+
+
 def read(folder: Path) -> None:
     """A reader with every fault there is, chosen by its file."""
     word = (folder / "file").read_bytes()
@@ -22,7 +27,7 @@ def read(folder: Path) -> None:
     if word == b"silent":
         raise DataError("something is wrong")
     if word == b"raw":
-        raise DataError(f"{folder}/file: holds \x1b[2J")
+        raise Raw(f"{folder}/file: holds an escape")
     if word == b"endless":
         raise DataError(f"{folder}/file: " + "a" * 10_000)
     if word == b"ours":
