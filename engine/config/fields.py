@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of: its base class, the kinds of numbers and words, and the nearest name."""
+"""What every section of the configuration is made of: its base class, kinds of numbers and words, the nearest name."""
 
 from __future__ import annotations
 

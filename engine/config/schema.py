@@ -102,13 +102,13 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """How the job is cut.  tensor × context × pipeline × data = number of processes."""
 
-    tensor: Count = 1
-    pipeline: Count = 1
-    context: Count = 1
-    data: Annotated[int | Literal["auto"], PlainValidator(count_or_auto)] = "auto"      # auto: what processes are left
+    tensor: Degree = 1
+    pipeline: Degree = 1
+    context: Degree = 1
+    data: Annotated[int | Literal["auto"], PlainValidator(degree_or_auto)] = "auto"     # auto: what processes are left
     sequence: bool = True                                    # sequence parallelism wherever tensor > 1
     schedule: ScheduleName = "1f1b"                          # a row of engine.schedules.table
-    virtual_stages: Count = 1                                # model chunks per pipeline stage
+    virtual_stages: Layers = 1                               # model chunks per pipeline stage
     zero: ZeroLevel = 1
     zero_shard: NonNegative = 0                              # ranks that share one copy of the ZeRO state; 0: all
     recompute: Literal["none", "selective", "full"] = "none"
