@@ -136,18 +136,31 @@ class TrainingData:
         return self.window(source, window)
 
     def window(self, source: int, window: int) -> Sample:
-        """One window of one source, read and checked."""
-        start = window * self.seq_len
-        raw = self._datasets[source].tokens(start, start + self.seq_len + 1)
+        """One window of one source, read and checked.
+
+        Training takes the whole windows; there may be one more (`windows_and_rest`), which is shorter and is filled up
+        with tokens that do not count.
+        """
+        start, stop = window * self.seq_len, (window + 1) * self.seq_len + 1
+        raw = self._datasets[source].tokens(start, min(stop, self._datasets[source].num_tokens))
         if raw.max() >= self.vocab_size or (raw.dtype.kind == "i" and raw.min() < 0):
             self._refuse_tokens(source, start, raw)
         loss_mask, document_ids = self._document_masks(source, start) if self.document_mask else (None, None)
+        if (missing := stop - start - len(raw)) > 0:
+            raw = np.pad(raw, (0, missing), mode="edge")
+            loss_mask = np.ones(self.seq_len, bool) if loss_mask is None else loss_mask
+            loss_mask[-missing:] = False
         return Sample(raw.astype(np.int64), loss_mask, document_ids, source, window)
+
+    def windows_and_rest(self, source: int) -> int:
+        """Windows that hold every token of a source, the shorter one at the end included."""
+        return -(-(self._datasets[source].num_tokens - 1) // self.seq_len)
 
     def _document_masks(self, source: int, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents numbered within the window, and no loss where the target belongs to the next one."""
         begins = np.zeros(self.seq_len + 1, bool)
-        begins[self._datasets[source].document_starts(start, start + self.seq_len + 1) - start] = True
+        stop = min(start + self.seq_len + 1, self._datasets[source].num_tokens)
+        begins[self._datasets[source].document_starts(start, stop) - start] = True
         return ~begins[1:], np.cumsum(begins[:-1], dtype=np.int32)
 
     def _refuse_tokens(self, source: int, start: int, tokens: np.ndarray) -> None:

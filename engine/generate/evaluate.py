@@ -1,7 +1,9 @@
 """`octant eval` on one rank: how well a model predicts a corpus.
 
 The corpus is a stream of tokens t₀ t₁ …, read in the same windows as in training, one after the other: window w
-predicts t_{ws+1} … t_{ws+s}, each from what comes before it in the window, t_{ws} on.
+predicts t_{ws+1} … t_{ws+s}, each from what comes before it in the window, t_{ws} on.  The last window may be shorter:
+every token but the first is predicted once.  A model that was trained with `data.document_mask` is evaluated with it:
+then nothing is predicted across documents, and the first token of a document not at all.
 
     loss            mean of −ln p(token)                             nats per token; depends on the tokenizer
     perplexity      e^loss
@@ -14,6 +16,7 @@ document is predicted, and has no bytes.  The forward pass is that of the evalua
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -28,7 +31,7 @@ from engine.config import Config, SourceConfig
 from engine.data.indexed import IndexedDataset
 from engine.data.tokenizer import Tokenizer
 from engine.data.tokenizer_identity import TokenizerInfo, recorded_tokenizer
-from engine.data.training_data import TrainingData
+from engine.data.training_data import Sample, TrainingData
 from engine.distributed.environment import LaunchEnvironment
 from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
@@ -40,6 +43,15 @@ from engine.model.objective import NEXT_TOKEN
 from engine.optim.gradients import sum_over_world
 from engine.parallel.parallelize import ParallelModel
 from engine.train.batches import Loader, up_to
+from engine.train.corpora import require_labels
+
+
+@dataclass(frozen=True)
+class Summed:
+    """Summed loss in nats, and of how many predicted tokens."""
+
+    loss: float
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ class Scores:
         loss: nats per token.
         bits_per_byte, text_bytes: None without a tokenizer.
         num_tokens: predicted ones.
-        windows: of `seq_len` tokens each; `of_windows` are in the corpus.
+        windows: of `seq_len` tokens each, the last may have fewer; `of_windows` are in the corpus.
     """
 
     loss: float
@@ -64,12 +76,12 @@ class Scores:
     seconds: float
 
     @staticmethod
-    def of(loss_sum: float, windows: int, of_windows: int, seq_len: int, text_bytes: int | None,
+    def of(summed: Summed, windows: int, of_windows: int, seq_len: int, text_bytes: int | None,
            seconds: float) -> Scores:
         """From the summed loss, in nats."""
-        loss = loss_sum / (windows * seq_len)
+        loss = summed.loss / summed.num_tokens
         return Scores(loss, math.exp(loss) if loss < 700 else math.inf,
-                      loss_sum / math.log(2) / text_bytes if text_bytes else None, windows * seq_len, text_bytes,
+                      summed.loss / math.log(2) / text_bytes if text_bytes else None, summed.num_tokens, text_bytes,
                       windows, of_windows, seq_len, seconds)
 
     def lines(self) -> str:
@@ -92,57 +104,79 @@ def evaluate_corpus(request: EvalRequest, topology: Topology, launched: LaunchEn
         fill = 1 if topology.pipeline == 1 else 2 * topology.pipeline          # microbatches that keep the stages busy
         config = inference_config(reader, topology, Wanted(request.dtype, request.seq_len, request.batch_size, fill))
         tokenizer, reason = _tokenizer(reader, request)
+        config = fitted(config, request.data)
         data = open_corpus(request.data, config, recorded_tokenizer(reader.metadata.get("data") or {}))
-        of_windows = data.sources[0].num_windows
+        of_windows = data.windows_and_rest(0)
         windows = min(of_windows, (request.batches or of_windows) * request.batch_size)
+        if config.data.document_mask:
+            require_labels(data, (data.window(0, index) for index in range(windows)), windows)
         model = load_model(reader, config, mesh)
         start = time.perf_counter()
-        loss_sum = sum_of_losses(model, data, windows, shown=mesh.rank == 0)
+        summed = sum_of_losses(model, data, windows, shown=mesh.rank == 0)
         seconds = time.perf_counter() - start
         if mesh.rank != 0:
             return
         seq_len, corpus = config.data.seq_len, data.sources[0].dataset
-        num_bytes = None if tokenizer is None else text_bytes(corpus, windows * seq_len, tokenizer)
-        scores = Scores.of(loss_sum, windows, of_windows, seq_len, num_bytes, seconds)
+        read = min(windows * seq_len, corpus.num_tokens - 1)
+        num_bytes = None if tokenizer is None else text_bytes(corpus, read, tokenizer, config.data.document_mask)
+        scores = Scores.of(summed, windows, of_windows, seq_len, num_bytes, seconds)
         print(json.dumps(asdict(scores)) if request.as_json else scores.lines(), flush=True)
         if reason:
             print(f"bits per byte: n/a, for {reason}", file=sys.stderr)
         print(f'{reader.path}\nnext: octant generate {request.checkpoint} --prompt "…"', file=sys.stderr)
 
 
+def fitted(config: Config, prefix: str) -> Config:
+    """With windows as long as the corpus where that is shorter."""
+    with contextlib.closing(IndexedDataset(prefix)) as corpus:
+        length = corpus.num_tokens - 1
+    return config.with_changes(data={"seq_len": length}) if 0 < length < config.data.seq_len else config
+
+
 def open_corpus(prefix: str, config: Config, tokenizer: TokenizerInfo | None) -> TrainingData:
     """One corpus, in its own order."""
     return TrainingData.open([SourceConfig(path=prefix)], config.data.seq_len, 0, config.model.vocab_size,
-                             shuffle=False, tokenizer=tokenizer)
+                             shuffle=False, document_mask=config.data.document_mask, tokenizer=tokenizer)
 
 
-def sum_of_losses(model: ParallelModel, data: TrainingData, windows: int, shown: bool = False) -> float:
-    """Summed loss over the first so many windows, in nats, the same on every rank.
+def sum_of_losses(model: ParallelModel, data: TrainingData, windows: int, shown: bool = False) -> Summed:
+    """The loss over the first so many windows, the same on every rank.
 
     The last step is filled up with windows that do not count.
     """
-    config, total = model.config, 0.0
+    config, total, num_tokens, whole = model.config, 0.0, 0, data.sources[0].num_windows
+
+    def window(index: int) -> Sample:
+        return data.window(0, index)
+
     with progress("windows", windows, shown) as report:
         for first in range(0, windows, config.batch.global_):
-            samples = data.sample if first + config.batch.global_ <= windows else up_to(data.sample, windows)
+            stop = first + config.batch.global_
+            samples = window if stop <= min(windows, whole) else up_to(window, windows)
             batches = Loader(samples, config, model.mesh, NEXT_TOKEN, uses=len(model.chunks)).step(first)
-            loss = model.evaluate(batches.microbatches)
-            total += sum_over_world(loss, [], model.mesh).sums.item()
-            done = min(windows, first + config.batch.global_)
-            report(done, total / (done * config.data.seq_len))
-    return total
+            total += sum_over_world(model.evaluate(batches.microbatches), [], model.mesh).sums.item()
+            num_tokens += int(batches.divisor)
+            report(min(windows, stop), total / max(1, num_tokens))
+    return Summed(total, num_tokens)
 
 
-def text_bytes(corpus: IndexedDataset, num_tokens: int, tokenizer: Tokenizer) -> int:
-    """Bytes of UTF-8 that tokens 1 … num_tokens of the corpus stand for.
+def text_bytes(corpus: IndexedDataset, num_tokens: int, tokenizer: Tokenizer, document_mask: bool = False) -> int:
+    """Bytes of UTF-8 that the predicted ones of tokens 1 … num_tokens of the corpus stand for.
 
-    Document by document, as they were encoded; the corpus's first token is taken off, nothing predicts it.
+    Document by document, as they were encoded; the tokens that nothing predicts are taken off: the corpus's first, and
+    with a document mask that of every document.
     """
     def count(ids: np.ndarray) -> int:
         return len(tokenizer.decode(ids.tolist()).encode(errors="replace"))
 
+    def count_first(ids: np.ndarray) -> int:
+        """A token may be a byte of a character, which decodes to a replacement of three."""
+        return len(tokenizer.decode(ids.tolist()).replace("\ufffd", "?").encode(errors="replace"))
+
     edges = [0, *corpus.document_starts(0, num_tokens + 1).tolist(), num_tokens + 1]
-    return sum(count(corpus.tokens(a, b)) for a, b in pairwise(edges)) - count(corpus.tokens(0, 1))
+    unpredicted = edges[:-1] if document_mask else edges[:1]
+    return sum(count(corpus.tokens(a, b)) for a, b in pairwise(edges)) - \
+        sum(count_first(corpus.tokens(first, first + 1)) for first in unpredicted)
 
 
 def _tokenizer(reader: CheckpointReader, request: EvalRequest) -> tuple[Tokenizer | None, str]:

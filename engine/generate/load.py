@@ -77,7 +77,8 @@ def inference_config(reader: CheckpointReader, topology: Topology, wanted: Wante
             "precision": {"compute": wanted.dtype or trained or stored},
             "parallel": {"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data, "zero": 0,
                          "sequence": False},
-            "data": {"tokenizer": data.get("tokenizer"), "seq_len": seq_len},
+            "data": {"tokenizer": data.get("tokenizer"), "seq_len": seq_len,
+                     "document_mask": data.get("document_mask", False)},
         })
     except ValidationError as error:
         problems = "; ".join(str(problem["msg"]).removeprefix("Value error, ") for problem in error.errors())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from engine.config import Config, SourceConfig
 from engine.data.tokenizer import load_tokenizer
 from engine.data.tokenizer_identity import TOKENIZER, TokenizerInfo
-from engine.data.training_data import TrainingData
+from engine.data.training_data import Sample, TrainingData
 from engine.errors import DataError
 
 
@@ -46,7 +47,8 @@ class Corpora:
             if data.valid else None
         corpora = Corpora(train, valid, info)
         if valid is not None and config.eval.every and data.document_mask:
-            require_labels(valid, corpora.num_evaluated(config))
+            num = corpora.num_evaluated(config)
+            require_labels(valid, map(valid.sample, range(num)), num)
         return corpora
 
     def num_evaluated(self, config: Config) -> int:
@@ -61,13 +63,13 @@ class Corpora:
         return self.train.fingerprint() | (self.tokenizer.fingerprint() if self.tokenizer else {TOKENIZER: None})
 
 
-def require_labels(data: TrainingData, num_samples: int) -> None:
+def require_labels(data: TrainingData, samples: Iterable[Sample], num_samples: int) -> None:
     """Refuses an evaluation in which nothing would be predicted.
 
     Raises:
-        DataError: of the first samples not one has a label that counts.
+        DataError: of the samples, `num_samples` of `data`, not one has a label that counts.
     """
-    masks = (data.sample(index).loss_mask for index in range(num_samples))
+    masks = (sample.loss_mask for sample in samples)
     if not any(mask is None or mask.any() for mask in masks):
         raise DataError(f"{', '.join(data.source_names)}: not one label counts in the {num_samples} windows of an "
                         "evaluation. With data.document_mask the first token of a document is no label: use longer "

@@ -61,12 +61,23 @@ def _resume(state: TrainState, config: Config, corpora: Corpora, reader: Checkpo
     if "state" not in reader.metadata:
         raise CheckpointError(f"{reader.path} holds weights only: start a run from it with checkpoint.load")
     differing = require_compatible(reader.metadata, state.metadata(config, corpora.fingerprint()))
+    _require_same_windows(reader, config)
     saved_skip = reader.metadata.get("data", {}).get("skip")
     if saved_skip is not None:
         require_same_past(saved_skip, corpora.train.skip, reader.metadata["state"]["consumed_samples"])
     state.load(reader)
     return [*(f"changed since the checkpoint: {difference}" for difference in differing),
             f"resumed from {reader.path} (step {state.step}, {state.consumed_samples} samples consumed)"]
+
+
+def _require_same_windows(reader: CheckpointReader, config: Config) -> None:
+    """Samples are numbered in windows of `seq_len`: with another one the position in the data means something else."""
+    before = reader.metadata.get("config", {}).get("data", {}).get("seq_len", config.data.seq_len)
+    if before != config.data.seq_len:
+        raise CheckpointError(
+            f"{reader.path} was trained with data.seq_len {before}, now it is {config.data.seq_len}. Samples are "
+            f"windows of that length, so the data would begin anew in another order and `tokens` would be wrong: go on "
+            f"with {before}, or begin another run with these weights (checkpoint.load, another run.dir)")
 
 
 def _load_weights(state: TrainState, config: Config, corpora: Corpora, reader: CheckpointReader) -> list[str]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from engine.config import Config
-from engine.data.indexed import IndexedDataset
+from engine.data.indexed import IndexedDataset, IndexedWriter
 from engine.data.tokenizer import ByteTokenizer
+from engine.data.training_data import Sample
 from engine.distributed.topology import Topology
-from engine.generate.evaluate import Scores, open_corpus, sum_of_losses, text_bytes
+from engine.generate.evaluate import Scores, Summed, fitted, open_corpus, sum_of_losses, text_bytes
 from engine.generate.load import Wanted, inference_config, load_model, open_shared
 from engine.model.context import Batch
 from tests.kit.distributed import mesh_for, run_distributed
@@ -34,17 +37,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def losses(config: Config, corpus: str) -> torch.Tensor:
-    """Of every predicted token in all windows, by a plain forward pass: [windows, SEQ_LEN]."""
+    """Of every predicted token, one window after the other, each by a plain forward pass."""
     stream = IndexedDataset(corpus)
     tokens = torch.tensor(stream.tokens(0, stream.num_tokens).astype(int))
-    windows = (len(tokens) - 1) // SEQ_LEN
-    x, y = (tokens[shift : windows * SEQ_LEN + shift].view(windows, SEQ_LEN).T for shift in (0, 1))
+    model, found = whole_model(config), []
     with torch.no_grad():
-        logits = whole_model(config)(x, Batch(x, torch.arange(SEQ_LEN).unsqueeze(1)))
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y).T
+        for start in range(0, len(tokens) - 1, SEQ_LEN):
+            window = tokens[start : start + SEQ_LEN + 1].unsqueeze(1)
+            logits = model(window[:-1], Batch(window[:-1], torch.arange(len(window) - 1).unsqueeze(1)))
+            found.append(F.cross_entropy(logits.flatten(0, 1), window[1:].flatten(), reduction="none"))
+    return torch.cat(found)
 
 
-def evaluated(run: Path, corpus: str, topology: Topology, windows: int) -> float:
+def evaluated(run: Path, corpus: str, topology: Topology, windows: int) -> Summed:
     """Runs on one rank: the checkpoint into this layout, then its loss."""
     mesh = mesh_for(topology)
     reader = open_shared(run, mesh)
@@ -59,11 +64,58 @@ TOPOLOGIES = (Topology(), Topology(tensor=2), Topology(pipeline=2), Topology(dat
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda t: f"pp{t.pipeline}-dp{t.data}-tp{t.tensor}")
 def test_loss_is_that_of_a_plain_forward_pass(run: Path, corpus: str, topology: Topology) -> None:
     want = losses(run_config(), corpus)
-    assert len(want) % 8 and len(want) > 16, "there should be several steps, the last one not full"
-    for windows in (len(want), 4):
-        expected = want[:windows].sum().item()
+    assert len(want) % SEQ_LEN and len(want) > 16 * SEQ_LEN, "there should be several steps, the last window not full"
+    for windows in (len(want) // SEQ_LEN + 1, 4):
+        expected = want[: windows * SEQ_LEN]
         for got in run_distributed(evaluated, topology.world_size, run, corpus, topology, windows):
-            assert got == pytest.approx(expected, rel=1e-6)
+            assert got.loss == pytest.approx(expected.sum().item(), rel=1e-6)
+            assert got.num_tokens == len(expected)
+
+
+def test_every_token_but_the_first_is_scored_once(run: Path, corpus: str) -> None:
+    """Whatever the length of the windows; a corpus shorter than one is one window."""
+    reader = open_shared(run, mesh_for(Topology()))
+    num_tokens = IndexedDataset(corpus).num_tokens
+    for seq_len in (1, 7, 16, 48):
+        config = inference_config(reader, Topology(), Wanted(seq_len=seq_len, micro=4))
+        data = open_corpus(corpus, config, None)
+        labels = [label for index in range(data.windows_and_rest(0)) for label in labels_of(data.window(0, index))]
+        assert labels == data.sources[0].dataset.tokens(1, num_tokens).tolist()
+    short = inference_config(reader, Topology(), Wanted(seq_len=60))
+    with IndexedWriter(Path(corpus).with_name("short"), np.uint16) as writer:
+        writer.add_document(np.arange(40))
+    assert fitted(short, str(Path(corpus).with_name("short"))).data.seq_len == 39
+    assert fitted(short, corpus) == short
+
+
+def labels_of(sample: Sample) -> list[int]:
+    counted = sample.tokens[1:] if sample.loss_mask is None else sample.tokens[1:][sample.loss_mask]
+    return [int(label) for label in counted]
+
+
+@pytest.mark.parametrize("topology", [Topology(), Topology(pipeline=2), Topology(data=2)], ids=str)
+def test_a_model_trained_with_a_document_mask_is_evaluated_with_it(tmp_path: Path, corpus: str,
+                                                                   topology: Topology) -> None:
+    """Each document alone gives the same losses: those of all its tokens but the first of every window and document."""
+    config = run_config().with_changes(data={"document_mask": True})
+    run = make_run(tmp_path, config)
+    stream, model, want = IndexedDataset(corpus), whole_model(config), []
+    edges = stream.document_starts(0, stream.num_tokens).tolist()
+    cuts = sorted({0, stream.num_tokens, *edges, *range(SEQ_LEN, stream.num_tokens, SEQ_LEN)})
+    with torch.no_grad():
+        for start, stop in pairwise(cuts):
+            last = stop + (stop % SEQ_LEN == 0 and stop not in edges and stop < stream.num_tokens)
+            piece = torch.tensor(stream.tokens(start, last).astype(int)).unsqueeze(1)
+            if len(piece) > 1:
+                logits = model(piece[:-1], Batch(piece[:-1], torch.arange(len(piece) - 1).unsqueeze(1)))
+                want.append(F.cross_entropy(logits.flatten(0, 1), piece[1:].flatten(), reduction="sum").item())
+    windows = -(-(stream.num_tokens - 1) // SEQ_LEN)
+    for got in run_distributed(evaluated, topology.world_size, run, corpus, topology, windows):
+        assert got.num_tokens == stream.num_tokens - len(DOCUMENTS)
+        assert got.loss == pytest.approx(sum(want), rel=1e-6)
+    tokenizer = ByteTokenizer()
+    assert text_bytes(stream, stream.num_tokens - 1, tokenizer, document_mask=True) == \
+        sum(len(text.encode()[1:]) for text in DOCUMENTS)
 
 
 def test_bytes_are_those_of_the_text(corpus: str) -> None:
@@ -76,8 +128,9 @@ def test_bytes_are_those_of_the_text(corpus: str) -> None:
 
 
 def test_scores() -> None:
-    scores = Scores.of(2 * 16 * math.log(8), windows=2, of_windows=5, seq_len=16, text_bytes=64, seconds=0.5)
+    summed = Summed(2 * 16 * math.log(8), 2 * 16)
+    scores = Scores.of(summed, windows=2, of_windows=5, seq_len=16, text_bytes=64, seconds=0.5)
     assert (scores.loss, scores.perplexity) == pytest.approx((math.log(8), 8))
     assert scores.bits_per_byte == pytest.approx(2 * 16 * 3 / 64)
     assert "bits per byte 1.5000" in scores.lines() and "the first 2 of 5 windows of 16" in scores.lines()
-    assert "bits per byte n/a" in Scores.of(1.0, 1, 1, 16, None, 1.0).lines()
+    assert "bits per byte n/a" in Scores.of(Summed(1.0, 16), 1, 1, 16, None, 1.0).lines()

@@ -295,6 +295,19 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, capsys: pytest
     assert contents(Path(config.run.dir)) == before
 
 
+def test_another_length_of_sequences_is_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(tmp_path, "run", steps=2)
+    octant_train(config)
+    before = contents(Path(config.run.dir))
+    capsys.readouterr()
+    assert octant_train(config, "data.seq_len=32", "steps=3") == 2
+    error = capsys.readouterr().err
+    assert "was trained with data.seq_len 16, now it is 32" in error and error.count("\n") == 1
+    assert contents(Path(config.run.dir)) == before
+    step = Path(config.run.dir) / "checkpoints" / "step-00000002"
+    assert octant_train(config, "data.seq_len=32", f"checkpoint.load={step}", f"run.dir={tmp_path}/longer") == 0
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
             if path.is_file() and path.name != ".lock"}
