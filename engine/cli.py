@@ -13,30 +13,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from engine import __version__
+from engine.commands._parser import Parser
 from engine.errors import OctantError
 from engine.schedules.table import schedule_names
 
 TEXT_FILES = ".txt .jsonl .json .parquet, each also .gz or .zst"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with the nearest name where a word is not known."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is None or value in action.choices:
-            return
-        known = [str(choice) for choice in action.choices]
-        close = get_close_matches(str(value), known, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else "known: " + ", ".join(known)
-        raise argparse.ArgumentError(action, f"unknown: {value!r}; {hint}")
 
 
 @dataclass(frozen=True)
@@ -298,7 +283,13 @@ def run(argv: Sequence[str] | None = None) -> int:
     `args.argv` keeps the words themselves: the processes of a layout are started with them.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(words, argparse.Namespace(argv=words))
+    parser = build_parser()
+    if not words:
+        print(parser.format_help(), file=sys.stderr)
+        print("octant: say what to do: octant VERB …", file=sys.stderr)
+        return 2
+    asked = [*words[1:], "--help"] if words[0] == "help" else words
+    args = parser.parse_args(asked, argparse.Namespace(argv=words))
     try:
         code = int(import_module(f"engine.commands.{args.verb}").run(args))
         sys.stdout.flush()                                   # a closed pipe shows here, not at interpreter exit

@@ -51,13 +51,44 @@ def test_every_module_has_a_verb() -> None:
     (["data", "inspec"], "did you mean `inspect`?"),
     (["schedule", "1f1", "--stages", "2", "--microbatches", "4"], "did you mean `1f1b`?"),
     (["train"], "the following arguments are required: CONFIG.yaml"),
-    ([], "the following arguments are required: VERB"),
+    (["train", "--steps", "1", "a.yaml"], "unknown option --steps; configuration keys are written key=value: steps=1"),
+    (["train", "a.yaml", "--lr=3e-4"], "key=value: optim.lr=3e-4"),
+    (["train", "a.yaml", "--tensor-model-parallel-size", "2"], "key=value: parallel.tensor=2"),
+    (["train", "a.yaml", "--bf16"], "key=value: precision.compute=…"),
+    (["plan", "--config", "a.yaml"], "the configuration is given as it is: octant plan a.yaml"),
+    (["prepare", "--tokeniser", "bytes", "a.txt"], "unknown option --tokeniser; did you mean --tokenizer?"),
 ])
 def test_mistakes_get_a_hint(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.run(arguments)
     assert caught.value.code == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    ("plan --gpus 8 a.yaml parallel.zero=3 --explain-rank 7 steps=1",
+     {"gpus": 8, "explain_rank": 7, "config": "a.yaml", "overrides": ["parallel.zero=3", "steps=1"]}),
+    ("prepare --workers 2 a.txt --tokenizer bytes b.txt --output=x", {"workers": 2, "files": ["a.txt", "b.txt"]}),
+    ("data clean --decontaminate e.jsonl f.jsonl --output o a.txt", {"decontaminate": ["e.jsonl", "f.jsonl"],
+                                                                     "files": ["a.txt"]}),
+    ("generate --prompt -x -- -run", {"prompt": ["-x"], "checkpoint": "-run"}),
+    ("schedule --stages 2 zb-v --microbatches 4", {"name": "zb-v", "stages": 2}),
+    ("bench matmul --sizes 4 --help", {"rest": ["--sizes", "4", "--help"]}),
+])
+def test_options_may_stand_anywhere(arguments: str, expected: dict[str, object]) -> None:
+    parsed = vars(cli.build_parser().parse_args(arguments.split()))
+    assert {name: parsed[name] for name in expected} == expected
+
+
+def test_alone_and_help_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([]) == 2
+    said = capsys.readouterr().err
+    assert "octant demo" in said and "train" in said and said.endswith("octant: say what to do: octant VERB …\n")
+    for words, shown in ((["help"], "usage: octant VERB"), (["help", "train"], "usage: octant train"),
+                         (["help", "data", "clean"], "usage: octant data clean")):
+        with pytest.raises(SystemExit) as caught:
+            cli.run(words)
+        assert caught.value.code == 0 and shown in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("error", "code", "message"), [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.config.problems import listed
 from engine.config.schema import Config
 from engine.config.support import unsupported
 from engine.errors import ConfigError
@@ -19,7 +20,7 @@ def resolve_layout(config: Config, world_size: int) -> Config:
         ConfigError: with every equation that does not hold, one per line.
     """
     parallel = config.parallel
-    problems = unsupported(config)
+    problems: list[str] = []
     data = parallel.data if isinstance(parallel.data, int) else world_size // parallel.model_parallel_size
     if data < 1 or parallel.model_parallel_size * data != world_size:
         problems.append(
@@ -30,8 +31,9 @@ def resolve_layout(config: Config, world_size: int) -> Config:
         problems += [*_batch_problems(config, data), *_schedule_problems(config)]
     problems += [*_shard_problems(config, data), *_reproducible_problems(config), *_tensor_problems(config),
                  *_pipeline_problems(config), *_sequence_problems(config)]
-    if problems:
-        raise ConfigError("this layout cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    found = {"this version cannot do that:": unsupported(config), "this layout cannot work:": problems}
+    if any(found.values()):
+        raise ConfigError("\n".join(f"{title}\n{listed(lines)}" for title, lines in found.items() if lines))
     return config
 
 

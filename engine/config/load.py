@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
 from engine.config.fields import nearest
+from engine.config.problems import explain, listed
 from engine.config.schema import Config
 from engine.config.vocabulary import tokenizer_vocab_size
 from engine.config.yaml_values import MAX_DEPTH, KeyPath, Origins, parse_yaml, read_text
@@ -22,7 +22,6 @@ from engine.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
 
-MOST_PROBLEMS = 20                                           # shown at once
 MOST_BASES = 16
 
 
@@ -43,11 +42,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem, origins) for problem in error.errors()
-                 if problem["type"] != "default_factory_not_called"]        # follows from another problem
-        more = [f"… and {len(lines) - MOST_PROBLEMS:,} more"] if len(lines) > MOST_PROBLEMS else []
+        lines = explain(error, origins)
         raise ConfigError(f"{path}: {len(lines):,} problem{'s' * (len(lines) > 1)} in the configuration\n"
-                          + "\n".join(f"  - {line}" for line in lines[:MOST_PROBLEMS] + more)) from None
+                          + listed(lines)) from None
 
 
 def preset_names() -> list[str]:
@@ -137,65 +134,3 @@ def _vocabulary(model: dict[str, Any], preset: dict[str, Any], data: Any) -> dic
         return {}
     size = tokenizer_vocab_size(tokenizer)
     return {} if size is None else {"vocab_size": max(size, preset.get("vocab_size", 0))}
-
-
-def _explain(problem: Any, origins: Origins) -> str:
-    """One line for one of pydantic's errors: the key, what is wrong, and where it was written."""
-    path = _as_written(problem["loc"]) if problem["type"] != "extra_forbidden" else problem["loc"]
-    kind, given = problem["type"], f"{problem['input']!r:.60}"
-    if kind == "extra_forbidden":
-        text = f"unknown key; {nearest(_short(path[-1]), list(_keys_at(Config, path[:-1])))}"
-    elif kind == "missing":
-        text = "is missing" + ("; give it, or a model.preset" if path[0] == "model" and len(path) <= 2 else "")
-    elif kind == "model_type":
-        text = f"must be a mapping, not {given}"
-    elif kind == "value_error":
-        text = f"{problem['msg'].removeprefix('Value error, '):.300}"
-    else:
-        text = problem["msg"].replace("Input should be", "must be") + f" (it is {given})"
-        for bound in ("le", "ge"):                           # pydantic rounds them to a float's digits
-            if bound in problem.get("ctx", {}):
-                text = f"must be at {'most' if bound == 'le' else 'least'} {problem['ctx'][bound]:,} (it is {given})"
-    where = next((origins[path[:depth]] for depth in range(len(path), 0, -1) if path[:depth] in origins), None)
-    return ".".join(map(_short, path)) + ": " * bool(path) + text + (f"  [{where}]" if where else "")
-
-
-def _short(part: str | int) -> str:
-    """A key as it is shown: somebody's whole essay may have become one."""
-    return f"{part:.40}" if isinstance(part, str) else str(part)
-
-
-def _as_written(path: KeyPath) -> KeyPath:
-    """The part of pydantic's path that is keys; behind it stands which branch of a union was tried."""
-    model: type[BaseModel] | None = Config
-    for depth, part in enumerate(path):
-        if isinstance(part, int):
-            continue
-        if model is None or (field := _field(model, part)) is None:
-            return path[:depth]
-        model = next(_models_in(field.annotation), None)
-    return path
-
-
-def _keys_at(model: type[BaseModel], path: KeyPath) -> Iterator[str]:
-    """YAML keys of the section at `path`."""
-    for part in path:
-        if isinstance(part, str) and (field := _field(model, part)) is not None:
-            model = next(_models_in(field.annotation))
-    yield from (str(field.validation_alias or name) for name, field in model.model_fields.items())
-    if model.__name__ == "ModelConfig":
-        yield "preset"
-    if model is Config:
-        yield "base"
-
-
-def _field(model: type[BaseModel], key: str) -> FieldInfo | None:
-    return next((field for name, field in model.model_fields.items() if key in (name, field.validation_alias)), None)
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Models inside an annotation such as `tuple[Source, ...]` or `Scaling | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _models_in(part)

@@ -10,9 +10,7 @@ well, so that no file takes more than seconds, and each refusal says where.
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import yaml
 
 from engine.errors import ConfigError, printable
+from engine.reading import read_bytes
 
 MAX_BYTES = 1 << 20                                          # a configuration is some kilobytes
 MAX_VALUES = 100_000
@@ -96,17 +95,10 @@ def read_text(path: Path) -> str:
         ConfigError: it is no readable file, a pipe or a device, too large, or not UTF-8.
     """
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
-            raise ConfigError(f"cannot read the configuration {path}: it is {what}; give a YAML file")
-        if found.st_size > MAX_BYTES:
-            raise ConfigError(f"cannot read the configuration {path}: {found.st_size:,} bytes; a configuration has at "
-                              f"most {MAX_BYTES:,}. Is it another kind of file?")
-        return path.read_bytes()[:MAX_BYTES].decode("utf-8-sig")
+        return read_bytes(path, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read the configuration {path}: byte {error.start} is not UTF-8 text") from None
-    except ValueError as error:                              # a NUL in the path
+    except ValueError as error:                              # also a NUL in the path
         raise ConfigError(f"cannot read the configuration {path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None

@@ -70,5 +70,13 @@ def test_sequence_parallelism_off_needs_no_division() -> None:
     assert resolve_layout(make({"tensor": 4, "sequence": False}, seq_len=63), 4).parallel.data == 1
 
 
+def test_what_is_not_there_yet_is_no_matter_of_the_layout() -> None:
+    config = Config.model_validate({**make({}).to_dict(), "precision": {"fp8": "rowwise"}})
+    with pytest.raises(ConfigError, match=r"^this version cannot do that:\n  - FP8 is not available"):
+        resolve_layout(config, 1)
+    with pytest.raises(ConfigError, match=r"cannot do that:\n  - FP8 .*\nthis layout cannot work:\n  - batch.global"):
+        resolve_layout(config, 3)
+
+
 def test_a_plain_config_asks_for_nothing_that_is_missing() -> None:
     assert not [what for asks, what, _ in UNSUPPORTED if asks(make({}))]

@@ -153,16 +153,16 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_said_at_once(tmp_path: Path) -> None:
     """A pipe would wait for ever, a device never end."""
     os.mkfifo(tmp_path / "pipe")
-    assert "pipe: it is a pipe or a device" in problem(tmp_path / "pipe")
-    assert "/dev/zero: it is a pipe or a device" in problem(Path("/dev/zero"))
+    assert "pipe: it is a pipe" in problem(tmp_path / "pipe")
+    assert "/dev/zero: it is a device" in problem(Path("/dev/zero"))
     assert "it is a folder" in problem(tmp_path)
     with (tmp_path / "huge.yaml").open("wb") as file:
         file.truncate(1 << 40)
-    assert "huge.yaml: 1,099,511,627,776 bytes; a configuration has at most" in problem(tmp_path / "huge.yaml")
+    assert "huge.yaml: it has 1,099,511,627,776 bytes, and no more than" in problem(tmp_path / "huge.yaml")
     (tmp_path / "round.yaml").symlink_to("round.yaml")
     assert "cannot read the configuration" in problem(tmp_path / "round.yaml")
     assert "cannot read the configuration a\\x00b" in problem(Path("a\0b"))
-    assert "it is a pipe or a device" in problem(write(tmp_path, "a.yaml", "base: pipe"))
+    assert "it is a pipe" in problem(write(tmp_path, "a.yaml", "base: pipe"))
     for index in range(20):
         write(tmp_path, f"{index}.yaml", f"base: {index + 1}.yaml")
     assert "`base:` leads through more than 16 files" in problem(tmp_path / "0.yaml")
@@ -200,6 +200,25 @@ def test_numbers_and_anchors_that_are_meant(tmp_path: Path) -> None:
             "checkpoint: {<<: [*e, *e]}")
     config = load_config(write(tmp_path, "a.yaml", MODEL + text))
     assert (config.steps, config.run.seed, config.log.every, config.checkpoint.every) == (10, 2**64 - 1, 3, 3)
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("learning_rate=3e-4", "learning_rate: unknown key; here it is `optim.lr`  [command line]"),
+    ("tp=2", "here it is `parallel.tensor`"), ("micro_batch_size=4", "here it is `batch.micro`"),
+    ("optim.learning-rate=1", "here it is `optim.lr`"), ("lr=1", "here it is `optim.lr`"),
+    ("parallelism.tensor_parallel_degree=2", "here its `tensor_parallel_degree` is `parallel.tensor`"),
+    ("train.max_norm=1", "here its `max_norm` is `optim.grad_clip`"),
+    ("tensor=2", "tensor: unknown key; it is `parallel.tensor`"), ("optim.seq_len=3", "it is `data.seq_len`"),
+    ("every=3", "it is `checkpoint.every` or `eval.every` or `log.every`"),
+    ("resume=true", "here it is `checkpoint.resume` (auto (the newest that verifies), never, or the path of one)"),
+    ("checkpoint.resume=true", "checkpoint.resume: is `auto` (the newest that verifies), `never`, or the path of a"),
+    ("data.train=data/tiny", "data.train: is a list of sources: write [{path: data/tiny}] (it is 'data/tiny')"),
+    ("data.train=[data/tiny]", "data.train.0: is a list of sources: write [{path: data/tiny}]"),
+    ("model=llama-7b", "model: is a mapping: write {preset: llama-7b}"),
+    ("log.wandb=true", "log.wandb: is the name of a project"),
+])
+def test_other_words_for_our_keys_are_translated(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in problem(write(tmp_path, "a.yaml", MODEL + "steps: 10"), override)
 
 
 def test_preset_fields_give_way_to_explicit_ones(tmp_path: Path) -> None:
