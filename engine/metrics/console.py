@@ -1,9 +1,11 @@
 """What a person watching a run sees: one line per logged step.
 
-    step   120/1000 │ loss 3.2145 │ grad norm 1.02 │ lr 3.00e-04 │ 12.3k tokens/s │ MFU n/a (causal) │ ETA 0:04:10
+    step    120  loss 3.2145  norm 1.023  lr 3.0e-4  12.3k tok/s  MFU 48.5%  0:04:10
 
-On a terminal a live bar stays below the lines; in a log file there are only lines.  Where nothing can be written any
-more (a closed pipe, a terminal that has gone) the console falls silent and the run goes on: `metrics.jsonl` has it all.
+Every number has a column of fixed width, and all columns fit into 80.  What never changes is said once, before the
+first of these lines: which FLOPs the MFU counts, or that there is none.  On a terminal a live bar stays below the
+lines; in a log file there are only lines, on a cluster with the time of day.  Where nothing can be written any more (a
+closed pipe, a terminal that has gone) the console falls silent and the run goes on: `metrics.jsonl` has it all.
 
 The time left is (steps left) × (seconds per step), where seconds per step is the wall-clock time between the first and
 the latest line of *this* process: evaluation and saving count, the steps done before a resume do not, and the first
@@ -19,7 +21,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from datetime import timedelta
+from datetime import datetime
 from types import TracebackType
 from typing import IO, Any, Self, TextIO, cast
 
@@ -28,6 +30,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 ETA_WINDOW = 100            # logged steps over which the speed is averaged
+MFU_KNOWN = "MFU counts causal attention"
+MFU_UNKNOWN = "MFU n/a: the peak of this device and arithmetic is not known"
 
 
 class Console:
@@ -38,12 +42,13 @@ class Console:
         stream: where to print; standard output unless given.
         is_terminal: draw a live bar; asked of the stream unless given.
         first_step: the step the run resumed after, 0 for a fresh start.
+        stamped: begin every line with the time of day.
         clock: seconds; for tests.
     """
 
     def __init__(self, total_steps: int, stream: TextIO | None = None, is_terminal: bool | None = None,
-                 first_step: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        self.total_steps = total_steps
+                 first_step: int = 0, stamped: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total_steps, self._stamped = total_steps, stamped
         self._stream = _Voice(stream if stream is not None else sys.stdout)
         self._clock = clock
         self._times: deque[tuple[int, float]] = deque(maxlen=ETA_WINDOW + 1)
@@ -55,26 +60,28 @@ class Console:
 
     def step(self, record: Mapping[str, Any]) -> None:
         """One line for one record of `metrics.jsonl`."""
+        if not self._times:
+            self.note(MFU_UNKNOWN if record.get("mfu") is None else MFU_KNOWN)
         self._times.append((record["step"], self._clock()))
-        line = step_line(record, self.total_steps, self.seconds_left())
+        self._print(step_line(record, self.total_steps, self.seconds_left()))
         skipped = record.get("skipped") or 0
-        if self._skipped is not None and skipped > self._skipped:
-            line += f" │ SKIPPED {skipped - self._skipped}: not finite, weights unchanged"
+        if self._skipped is not None and (more := skipped - self._skipped) > 0:
+            self.warning(f"skipped {more} step{'s' * (more > 1)}, weights unchanged: the gradient was not finite, or "
+                         "no label counted")
         self._skipped = skipped
-        self._print(line)
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"])
 
     def evaluation(self, step: int, valid_loss: float) -> None:
         """One line for an evaluation."""
         perplexity = math.inf if valid_loss > 700 else math.exp(valid_loss)
-        self._print(f"{_position(step, self.total_steps)} │ validation loss {valid_loss:.4f} │ "
-                    f"perplexity {perplexity:.4g}", style="cyan")
+        self._print(f"{_position(step, self.total_steps)}  valid loss {_loss(valid_loss)}  perplexity {perplexity:.4g}",
+                    style="cyan")
 
     def checkpoint(self, step: int, path: object, seconds: float | None = None) -> None:
         """One line for a checkpoint; `seconds` is how long training waited for it."""
-        waited = "" if seconds is None else f" │ training waited {seconds:.2f} s"
-        self._print(f"{_position(step, self.total_steps)} │ saved {path}{waited}", style="green")
+        waited = "" if seconds is None else f" (training waited {seconds:.2f} s)"
+        self._print(f"{_position(step, self.total_steps)}  saved{waited} {path}", style="green")
 
     def note(self, text: str) -> None:
         """A line of information."""
@@ -114,6 +121,8 @@ class Console:
         self._bar.start()
 
     def _print(self, line: str, style: str = "") -> None:
+        if self._stamped:
+            line = f"{datetime.now():%H:%M:%S} {line}"
         encoding = self._stream.encoding
         line = line.encode(encoding, "replace").decode(encoding)          # a log in ASCII must not end the run
         if self._bar is not None:
@@ -153,11 +162,14 @@ class _Voice:
 
 def step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float | None) -> str:
     """The console line of one record; what the record lacks is left out or said to be unknown."""
-    parts = [_position(record["step"], total_steps), f"loss {_number(record.get('loss'), '.4f')}",
-             f"grad norm {_number(record.get('grad_norm'), '.3g')}", f"lr {_number(record.get('lr'), '.2e')}",
-             f"{_thousands(record.get('tokens_per_second'))} tokens/s", mfu_text(record.get("mfu")),
-             f"ETA {duration(seconds_left)}"]
-    return " │ ".join(parts)
+    parts = [_position(record["step"], total_steps), f"loss {_loss(record.get('loss')):>6}",
+             f"norm {_norm(record.get('grad_norm')):>5}", f"lr {_short(record.get('lr')):>6}",
+             f"{_thousands(record.get('tokens_per_second')):>5} tok/s"]
+    if (mfu := record.get("mfu")) is not None:
+        parts.append(f"MFU {100 * mfu:4.1f}%")
+    if seconds_left is not None:
+        parts.append(f"{duration(seconds_left):>7}")
+    return "  ".join(parts)
 
 
 def mfu_text(mfu: float | None) -> str:
@@ -165,24 +177,56 @@ def mfu_text(mfu: float | None) -> str:
     return "MFU n/a (causal)" if mfu is None else f"MFU {100 * mfu:.1f} % (causal)"
 
 
-def duration(seconds: float | None) -> str:
-    """`0:04:10`, `3 days, 2:00:00`; `–` where it isn't known yet."""
-    return "–" if seconds is None else str(timedelta(seconds=round(seconds)))
+def duration(seconds: float) -> str:
+    """`0:04:10`, `23h 59m`, `20d 19h`, `120d`: at most seven characters up to a hundred years."""
+    minutes, left = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours < 10:
+        return f"{hours}:{minute:02}:{left:02}"
+    if hours < 100:
+        return f"{hours}h {minute:02}m"
+    days, hour = divmod(hours, 24)
+    return f"{days}d {hour:02}h" if days < 100 else f"{days}d"
 
 
 def _position(step: int, total_steps: int) -> str:
-    return f"step {step:>{len(str(total_steps))}}/{total_steps}"
+    return f"step {step:>{len(str(total_steps))}}"
 
 
-def _number(value: float | None, form: str) -> str:
-    return "n/a" if value is None else format(value, form)
+def _loss(value: float | None) -> str:
+    """Six characters: `3.2145`, `10.988`, `123.46`, `2.5e7`."""
+    return _rounded(value, 4)
+
+
+def _norm(value: float | None) -> str:
+    """Five characters: `0.012`, `1.023`, `12.35`, `123.5`, `1.2e4`, `2e-7`."""
+    return _short(value, 0) if value is not None and 0 < value < 0.9995e-3 else _rounded(value, 3)
+
+
+def _rounded(value: float | None, digits: int) -> str:
+    """As many digits behind the point below ten, one less for each digit in front of it; exponents from 1,000 on."""
+    if value is None or not math.isfinite(value):
+        return "n/a" if value is None else str(value)
+    for limit, places in ((10, digits), (100, digits - 1), (1000, digits - 2)):
+        if round(abs(value), places) < limit:
+            return f"{value:.{places}f}"
+    return _short(value)
+
+
+def _short(value: float | None, digits: int = 1) -> str:
+    """`3.0e-4`: few digits, and an exponent without zeros."""
+    if value is None:
+        return "n/a"
+    number, e, exponent = f"{value:.{digits}e}".partition("e")
+    return f"{number}e{int(exponent)}" if e else number
 
 
 def _thousands(value: float | None) -> str:
+    """`812`, `9999`, `12.3k`, `778k`, `1.50M`."""
     if value is None:
         return "n/a"
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for divisor, limit, unit in ((1e9, 999.5e6, "G"), (1e6, 999.5e3, "M"), (1e3, 9999.5, "k")):
         if value >= limit:
-            divisor = {"G": 1e9, "M": 1e6, "k": 1e3}[unit]
-            return f"{value / divisor:.3g}{unit}"
+            number = value / divisor
+            return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f}{unit}"
     return f"{value:.0f}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -24,13 +26,49 @@ class Clock:
 
 def test_line_of_a_step() -> None:
     assert step_line(RECORD, 1000, 250.0) == (
-        "step  120/1000 │ loss 3.2145 │ grad norm 1.02 │ lr 3.00e-04 │ 12.3k tokens/s │ MFU 48.5 % (causal) │ "
-        "ETA 0:04:10")
+        "step  120  loss 3.2145  norm 1.023  lr 3.0e-4  12.3k tok/s  MFU 48.5%  0:04:10")
 
 
-def test_what_is_unknown_is_said_to_be() -> None:
+def test_what_is_unknown_is_said_to_be_or_left_out() -> None:
     line = step_line(RECORD | {"mfu": None, "loss": None}, 1000, None)
-    assert "MFU n/a (causal)" in line and "loss n/a" in line and line.endswith("ETA –")
+    assert "MFU" not in line and "loss    n/a" in line and line.endswith("12.3k tok/s")
+
+
+LOSSES = [0.0123, 9.99996, 3.2145, 10.98765, 123.456, 1234.5, 2.5e7, float("nan"), float("inf"), None]
+NORMS = [0.0, 2.4e-7, 0.00098, 0.0123, 0.9996, 9.9994, 9.9996, 56.78, 99.996, 678.91, 999.96, 12_345.6, 3e9,
+         float("inf"), None]
+SPEEDS = [0.4, 812.4, 9_999.4, 12_345.0, 99_960.0, 778_240.0, 999_700.0, 1.5e6, 25.04e6, 1.2e9, None]
+
+
+def test_columns_stay_where_they_are_and_fit_into_80() -> None:
+    """Whatever the numbers, with six digits of steps, an MFU and weeks to go."""
+    record = RECORD | {"step": 300_000, "lr": 1.5e-4}
+    lines = [step_line(record | change, 350_000, left) for change, left in [
+        *(({"loss": loss}, 1e5) for loss in LOSSES), *(({"grad_norm": norm}, 2e3) for norm in NORMS),
+        *(({"tokens_per_second": speed}, 3e6) for speed in SPEEDS),
+        *(({"lr": lr}, 9e6) for lr in (0.0, 1e-9, 1.0, 2.3e-6)), *(({"mfu": mfu}, 36_000.0) for mfu in (0.02, 0.6))]]
+    assert {len(line) for line in lines} == {80}
+    for word in ("loss", "norm", "lr", "tok/s", "MFU"):
+        assert len({line.index(word) for line in lines}) == 1, word
+
+
+def test_what_never_changes_is_said_once() -> None:
+    for mfu, said in ((None, "MFU n/a: the peak of this device and arithmetic is not known"),
+                      (0.48, "MFU counts causal attention")):
+        stream = io.StringIO()
+        console = Console(1000, stream)
+        for step in (1, 2, 3):
+            console.step(RECORD | {"step": step, "mfu": mfu})
+        lines = stream.getvalue().splitlines()
+        assert len(lines) == 4 and lines[0] == said
+
+
+def test_lines_of_a_cluster_carry_the_time_of_day() -> None:
+    stream = io.StringIO()
+    console = Console(1000, stream, stamped=True)
+    console.step(RECORD)
+    console.warning("slow")
+    assert all(re.match(r"\d\d:\d\d:\d\d \S", line) for line in stream.getvalue().splitlines())
 
 
 @pytest.mark.parametrize(("first_step", "flagged"),
@@ -41,19 +79,22 @@ def test_updates_skipped_since_the_last_line_are_visible(first_step: int, flagge
     for step, skipped in enumerate([0, 1, 1, 3] if first_step == 0 else [1, 1, 1, 3], first_step + 1):
         console.step(RECORD | {"step": step, "skipped": skipped})
     lines = stream.getvalue().splitlines()
-    assert ["SKIPPED" in line for line in lines] == flagged
-    assert "SKIPPED 2" in lines[3]
+    steps = [line for line in lines if line.startswith("step")]
+    after = dict(pairwise([*lines, ""]))
+    assert ["skipped" in after[line] for line in steps] == flagged
+    assert lines[-1] == "warning: skipped 2 steps, weights unchanged: the gradient was not finite, or no label counted"
 
 
 @pytest.mark.parametrize(("tokens_per_second", "text"), [
-    (812.4, " 812 tokens/s"), (9999.0, " 9999 tokens/s"), (778_240.0, " 778k tokens/s"), (1.5e6, " 1.5M tokens/s"),
+    (812.4, "   812 tok/s"), (9999.0, "  9999 tok/s"), (778_240.0, "  778k tok/s"), (1.5e6, " 1.50M tok/s"),
 ])
 def test_tokens_per_second(tokens_per_second: float, text: str) -> None:
     assert text in step_line(RECORD | {"tokens_per_second": tokens_per_second}, 1000, None)
 
 
 def test_durations() -> None:
-    assert (duration(59.6), duration(3 * 86400 + 7200)) == ("0:01:00", "3 days, 2:00:00")
+    texts = [duration(seconds) for seconds in (59.6, 35_999, 36_000, 3 * 86400, 5 * 86400 + 7200, 123 * 86400)]
+    assert texts == ["0:01:00", "9:59:59", "10h 00m", "72h 00m", "5d 02h", "123d"]
 
 
 @pytest.mark.parametrize("first_step", [0, 900])
@@ -92,10 +133,10 @@ def test_plain_lines_in_a_file() -> None:
     with Console(1000, stream) as console:
         print_all(console)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 5
-    assert "validation loss 3.0000 │ perplexity 20.09" in lines[1]
-    assert "saved runs/x/checkpoints/step-00000120" in lines[2] and "0.25 s" in lines[2]
-    assert lines[3] == "warning: validation data ran out"
+    assert len(lines) == 6
+    assert lines[2] == "step  120  valid loss 3.0000  perplexity 20.09"
+    assert lines[3] == "step  120  saved (training waited 0.25 s) runs/x/checkpoints/step-00000120"
+    assert lines[4] == "warning: validation data ran out"
     assert "\x1b" not in stream.getvalue()
 
 
@@ -120,7 +161,7 @@ def test_every_step_is_printed_however_fast() -> None:
     console = Console(500, stream, is_terminal=False)
     for step in range(1, 501):
         console.step(RECORD | {"step": step})
-    assert len(stream.getvalue().splitlines()) == 500
+    assert len(stream.getvalue().splitlines()) == 501
 
 
 def test_diverged_validation_loss_does_not_stop_the_run() -> None:

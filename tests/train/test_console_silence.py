@@ -19,7 +19,7 @@ def test_a_closed_pipe_makes_it_silent(capfd: pytest.CaptureFixture[str]) -> Non
     with os.fdopen(writing, "w") as stream:
         console = Console(10, stream)
         console.step(RECORD)
-        assert os.read(reading, 1000).startswith(b"step  1/10")
+        assert b"step  1  loss" in os.read(reading, 1000)
         os.close(reading)
         for step in range(2, 5):
             console.step(RECORD | {"step": step})

@@ -102,7 +102,7 @@ def test_everything_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert rows[-1]["loss"] < rows[0]["loss"]
     printed = capsys.readouterr()
     assert printed.err == "" and printed.out.splitlines()[-1].startswith("next: octant generate")
-    assert sum(line.startswith("step") and "│ loss " in line for line in printed.out.splitlines()) == 5
+    assert sum(line.startswith("step") and "  loss " in line for line in printed.out.splitlines()) == 5
 
 
 def test_its_config_runs_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
