@@ -13,8 +13,11 @@ from engine.distributed.environment import LaunchEnvironment, launch_environment
 from engine.distributed.topology import Topology
 from engine.errors import CheckpointError
 from engine.launching.local import run_as_rank
+from engine.metrics.console import Console
 from engine.metrics.sinks import require_packages
+from engine.plan.estimate import gib, mean_state_bytes
 from engine.train.corpora import Corpora
+from engine.train.introduction import introduction
 from engine.train.run_folder import locked
 from engine.train.stop import StopRequest
 
@@ -28,9 +31,16 @@ def run(args: argparse.Namespace) -> int:
         return _start_plainly(args, load_config(args.config, args.overrides))
     stop = StopRequest()
     config = resolve_layout(load_config(args.config, args.overrides), launched.world_size)
-    code = run_as_rank(launched, Path(config.run.dir), lambda: _run_rank(config, launched, stop))
+    code = run_as_rank(launched, Path(config.run.dir), lambda: _run_launched(config, launched, stop))
     stop.shut_out()
     return code
+
+
+def _run_launched(config: Config, launched: LaunchEnvironment, stop: StopRequest) -> int:
+    """One rank of several; of local ones the parent has introduced the job."""
+    if launched.rank == 0 and launched.launcher != "octant":
+        _introduce(config, Corpora.open(config), stamped=True)
+    return _run_rank(config, launched, stop)
 
 
 def _start_plainly(args: argparse.Namespace, config: Config) -> int:
@@ -40,7 +50,7 @@ def _start_plainly(args: argparse.Namespace, config: Config) -> int:
         resolve_layout(config, parallel.model_parallel_size)       # what no number of replicas mends: before torch
     data = parallel.data if isinstance(parallel.data, int) else _local_replicas(config)
     config = resolve_layout(config, data * parallel.model_parallel_size)
-    _refuse_early(config)
+    _introduce(config, _refuse_early(config))
     if config.parallel.world_size == 1:
         return _run_rank(config, None, StopRequest())
     with locked(Path(config.run.dir)):
@@ -48,8 +58,15 @@ def _start_plainly(args: argparse.Namespace, config: Config) -> int:
     return start_ranks(args, config.parallel.world_size, Path(config.run.dir), graceful=True)
 
 
-def _refuse_early(config: Config) -> None:
-    """What can be seen without torch, before any process is started.
+def _introduce(config: Config, corpora: Corpora, stamped: bool = False) -> None:
+    console = Console(config.steps, is_terminal=False, stamped=stamped)
+    for line in introduction(config, corpora):
+        console.note(line)
+    console.note(f"about {gib(mean_state_bytes(config))} of weights, gradients and optimizer state per process")
+
+
+def _refuse_early(config: Config) -> Corpora:
+    """What can be seen without torch, before any process is started; the corpora, where they are all right.
 
     Raises:
         RequestError: data, checkpoints or packages that the configuration names cannot be used.
@@ -58,7 +75,7 @@ def _refuse_early(config: Config) -> None:
         if path not in (None, "auto", "never") and not any(found.is_dir() for found in checkpoints_at(Path(path))):
             raise CheckpointError(f"{path}: no checkpoint there; give the folder of one, or of a run that has one")
     require_packages(config.log)
-    Corpora.open(config)
+    return Corpora.open(config)
 
 
 def _local_replicas(config: Config) -> int:
@@ -70,7 +87,21 @@ def _local_replicas(config: Config) -> int:
 
 def _run_rank(config: Config, launched: LaunchEnvironment | None, stop: StopRequest) -> int:
     rank_module = import_module("engine.train.rank")      # torch is needed from here on
+    notes = _memory(config, launched)
     report = import_module("engine.commands.doctor").doctor_report(operations=False) \
         if launched is None or launched.rank == 0 else ""
-    finished = rank_module.run_rank(config, Topology.of(config.parallel), launched, report, stop)
+    finished = rank_module.run_rank(config, Topology.of(config.parallel), launched, report, stop, notes)
     return 0 if finished else STOPPED
+
+
+def _memory(config: Config, launched: LaunchEnvironment | None) -> list[str]:
+    """What there is to say of this rank's memory.
+
+    Raises:
+        RequestError: it does not suffice, or the device is not there.
+    """
+    rank, local_rank, on_host = (launched.rank, launched.local_rank, launched.ranks_on_host) if launched \
+        else (0, 0, range(1))
+    device = import_module("engine.distributed.process").pick_device(config.run.device, local_rank)
+    lines: list[str] = import_module("engine.plan.memory").require_room(config, rank, on_host, device)
+    return lines

@@ -33,6 +33,7 @@ class LaunchEnvironment:
     Attributes:
         store: the file in which the ranks meet; None: at `master_addr` and `master_port`.
         logs: the folder whose `logs/` takes this rank's output; None: the launcher's business.
+        local_world_size: ranks on this host, as far as the launcher says.
     """
 
     launcher: Literal["torchrun", "slurm", "octant"]
@@ -43,6 +44,13 @@ class LaunchEnvironment:
     master_port: int
     store: str | None = None
     logs: Path | None = None
+    local_world_size: int = 1
+
+    @property
+    def ranks_on_host(self) -> range:
+        """This host's ranks; launchers number them one behind the other."""
+        first = self.rank - self.local_rank
+        return range(first, min(first + self.local_world_size, self.world_size))
 
     @property
     def init_method(self) -> str:
@@ -72,16 +80,18 @@ def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnviron
     if "OCTANT_STORE" in environ:
         return LaunchEnvironment("octant", _number(environ, "RANK"), _number(environ, "WORLD_SIZE"),
                                  _number(environ, "LOCAL_RANK"), "127.0.0.1", 0, environ["OCTANT_STORE"],
-                                 Path(environ["OCTANT_LOGS"]))
+                                 Path(environ["OCTANT_LOGS"]), _number(environ, "LOCAL_WORLD_SIZE", "1"))
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return LaunchEnvironment(
             "torchrun", _number(environ, "RANK"), _number(environ, "WORLD_SIZE"), _number(environ, "LOCAL_RANK", "0"),
-            environ.get("MASTER_ADDR", "127.0.0.1"), _number(environ, "MASTER_PORT"))
+            environ.get("MASTER_ADDR", "127.0.0.1"), _number(environ, "MASTER_PORT"),
+            local_world_size=_number(environ, "LOCAL_WORLD_SIZE", "1"))
     if "SLURM_PROCID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", "1") > 1:
         return LaunchEnvironment(
             "slurm", _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_STEP_NUM_TASKS"),
             _number(environ, "SLURM_LOCALID"), environ.get("MASTER_ADDR") or first_host(_slurm_nodes(environ)),
-            _number(environ, "MASTER_PORT", str(_slurm_port(environ))))
+            _number(environ, "MASTER_PORT", str(_slurm_port(environ))),
+            local_world_size=int((re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "")) or ["1"])[0]))
     return None
 
 

@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from signal import (
     SIG_BLOCK,
@@ -123,7 +124,7 @@ def _tell(launched: LaunchEnvironment, text: str) -> None:
     with contextlib.suppress(OSError):
         if launched.logs is not None:
             with log_path(launched.logs, launched.rank).open("a", encoding="utf-8") as log:
-                log.write(text)
+                log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} rank {launched.rank} failed\n{text}")
         else:
             print(text, end="", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):

@@ -47,6 +47,7 @@ from engine.train.hooks import Hook
 from engine.train.journal import Journal, peak_memory_bytes
 from engine.train.objectives import objective_of
 from engine.train.phases import Phases, Taken
+from engine.train.run_folder import writing
 from engine.train.start import take_over
 from engine.train.state import TrainState
 from engine.train.tally import UNLOGGED, Line, Tally, Verdict
@@ -95,10 +96,14 @@ class Trainer:
         )
 
     @staticmethod
-    def start(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: Callable[[], bool]) -> Trainer:
+    def start(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: Callable[[], bool],
+              stamped: bool = False) -> Trainer:
         """Builds this rank's part of the run and takes over the checkpoint it goes on from, if there is one.
 
+        `stamped`: lines carry the time of day.
+
         Raises:
+            RequestError: the run's folder cannot be written, or a place for metrics cannot be used.
             CheckpointError: a checkpoint was asked for, or is there, and none can be used.
             ConfigError: `run.objective` cannot be trained.
         """
@@ -114,8 +119,9 @@ class Trainer:
                                   group)
         journal = Journal()
         if mesh.rank == 0:
-            sinks = open_sinks(config.log, directory, state.step)
-            journal = Journal(Console(config.steps, first_step=state.step), sinks)
+            with writing(directory):
+                sinks = open_sinks(config.log, directory, state.step)
+            journal = Journal(Console(config.steps, first_step=state.step, stamped=stamped), sinks)
             for note in notes:
                 journal.note(note)
         loader = Loader(corpora.train.sample, config, mesh, model.objective, uses=len(model.chunks), ahead=True)

@@ -2,59 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from engine.config import Config
 from engine.distributed.environment import LaunchEnvironment
+from engine.distributed.mesh import Mesh
 from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
 from engine.kernels.table import describe
 from engine.train.corpora import Corpora
 from engine.train.journal import Journal
 from engine.train.loop import Trainer
-from engine.train.run_folder import CONFIG_FILE, DOCTOR_FILE, locked
+from engine.train.run_folder import CONFIG_FILE, DOCTOR_FILE, locked, write_whole, writing
 
 
 def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | None, doctor_report: str,
-             stop_requested: Callable[[], bool]) -> bool:
-    """Trains; False when it was stopped by a request, after saving."""
+             stop_requested: Callable[[], bool], notes: Sequence[str] = ()) -> bool:
+    """Trains; False when it was stopped by a request, after saving.
+
+    Args:
+        doctor_report: for the run's folder; rank 0's counts, as do its notes.
+        notes: what else a person should know at the start.
+
+    Raises:
+        RequestError: the run's folder cannot be written, or what the configuration asks for cannot be done.
+    """
     directory = Path(config.run.dir)
     first = launched is None or launched.rank == 0
     with locked(directory) if first else nullcontext(True) as exclusive:
         corpora = Corpora.open(config)
         with joined_mesh(launched, topology, config.run.device,
                      checked=config.parallel.debug_collectives) as mesh:
-            trainer = Trainer.start(config, mesh, corpora, stop_requested)
+            stamped = launched is not None and launched.launcher != "octant"
+            trainer = Trainer.start(config, mesh, corpora, stop_requested, stamped)
             try:
                 if mesh.rank == 0:
-                    (directory / CONFIG_FILE).write_text(config.dump(), encoding="utf-8")
-                    report = [doctor_report, "\nOperations of this run", *describe(trainer.state.model.operations)]
-                    (directory / DOCTOR_FILE).write_text("\n".join(report) + "\n", encoding="utf-8")
-                    _introduce(trainer.journal, config, corpora, mesh.device, exclusive)
+                    with writing(directory):
+                        write_whole(directory / CONFIG_FILE, config.dump())
+                        report = [doctor_report, "\nOperations of this run", *describe(trainer.state.model.operations)]
+                        write_whole(directory / DOCTOR_FILE, "\n".join(report) + "\n")
+                    for note in (_about(mesh.device, config), *notes):
+                        trainer.journal.note(note)
+                    if not exclusive:
+                        trainer.journal.warning(f"the file system of {directory} has no locks: see to it that no other "
+                                                "run uses it")
+                elif not stamped:
+                    _sign(mesh, "begins")
                 finished = trainer.run()
                 if mesh.rank == 0:
                     _say_goodbye(trainer.journal, config, finished)
+                elif not stamped:
+                    _sign(mesh, f"ends at step {trainer.state.step}")
             finally:
                 trainer.close()
     return finished
 
 
-def _introduce(journal: Journal, config: Config, corpora: Corpora, device: torch.device, exclusive: bool) -> None:
-    """What is about to run, in a few lines."""
-    parallel = config.parallel
-    journal.note(f"{config.parallel.world_size} processes on {device.type}: tensor {parallel.tensor} × pipeline "
-                 f"{parallel.pipeline} × context {parallel.context} × data {parallel.data_size}, schedule "
-                 f"{parallel.schedule}, ZeRO {parallel.zero}, {config.num_microbatches} microbatches of "
-                 f"{config.batch.micro} × {config.data.seq_len} tokens")
-    for share in corpora.train.report(config.steps * config.batch.global_):
-        journal.note(f"corpus {share.name}: {share.source_tokens:,} tokens, {share.share:.1%} of the samples, "
-                     f"{share.epochs:.2f} epochs by the last step")
-    if not exclusive:
-        journal.warning(f"the file system of {config.run.dir} has no locks: see to it that no other run uses it")
+def _about(device: torch.device, config: Config) -> str:
+    """What is known once the job has come together."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"training on {device.type} ({name}), {config.precision.compute}"
+
+
+def _sign(mesh: Mesh, what: str) -> None:
+    """A line in the log of a rank that has nothing to tell otherwise."""
+    where = ", ".join(f"{axis} {index}" for axis, index in mesh.topology.coordinates(mesh.rank).items())
+    print(f"{datetime.now():%Y-%m-%d %H:%M:%S} rank {mesh.rank} ({where}) on {mesh.device} {what}", flush=True)
 
 
 def _say_goodbye(journal: Journal, config: Config, finished: bool) -> None:

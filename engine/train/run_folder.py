@@ -35,17 +35,40 @@ def locked(run_dir: Path) -> Iterator[bool]:
     Raises:
         RequestError: another run holds it, or it cannot be written.
     """
-    try:
+    with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / LOCK_FILE, "a+", encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"run.dir {run_dir} cannot be written ({error.strerror}): choose another") from None
+        file = open(run_dir / LOCK_FILE, "ab+", buffering=0)
     with file:
         exclusive = _take(file.fileno(), run_dir)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with writing(run_dir):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield exclusive
+
+
+@contextlib.contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """For what a run writes as it starts: a folder that takes nothing (read-only, a full disk) is a wrong request.
+
+    Raises:
+        RequestError: something could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"run.dir {run_dir} cannot be written ({error.strerror or error}): make room, or choose "
+                           "another") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is complete or, where the disk is full, as it was before."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _take(descriptor: int, run_dir: Path) -> bool:

@@ -59,7 +59,7 @@ def test_every_command_it_shows_parses(demo: Demo) -> None:
 
 
 def test_the_model_learns_in_tensor_2_pipeline_2(demo: Demo) -> None:
-    assert "4 processes on cpu: tensor 2 × pipeline 2 × context 1 × data 1" in demo.output
+    assert "4 processes: tensor 2 × pipeline 2 × context 1 × data 1" in demo.output
     [(first, last)] = re.findall(r"^demo: tensor 2 × pipeline 2, loss ([\d.]+) → ([\d.]+) in 160 steps", demo.output,
                                  re.MULTILINE)
     assert 7.4 < float(first) < 8.0                                    # ln 2048 = 7.62: it knows nothing

@@ -111,7 +111,7 @@ def test_ctrl_c_then_torchrun_goes_on_and_nobody_listens(tmp_path: Path, running
     running.append(start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "engine",
                          "train", path, module=False))
     output, _ = finish(running[-1], 0)
-    assert "resumed from" in output and "2 processes on cpu: tensor 1 × pipeline 2" in output
+    assert "resumed from" in output and "2 processes: tensor 1 × pipeline 2" in output
     train(whole)
     assert trained(config) == trained(whole)
 

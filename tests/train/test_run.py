@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -40,6 +41,7 @@ from tests.kit.runs import (
     metrics,
     run_config,
     saved_steps,
+    start,
     train,
     train_here,
     trained,
@@ -383,7 +385,34 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     for overrides in ([], ["parallel.data=2"]):
         assert octant_train(run_config(tmp_path, "run"), f"run.dir={tmp_path}/file/run", *overrides) == 2
         assert capsys.readouterr().err == (f"octant train: run.dir {tmp_path}/file/run cannot be written (Not a "
-                                           "directory): choose another\n")
+                                           "directory): make room, or choose another\n")
+
+
+def test_a_full_disk_at_the_start_is_one_sentence(tmp_path: Path) -> None:
+    """Stood in for by a limit on the size of files; what was there stays as it was."""
+    config = run_config(tmp_path, "run", steps=2)
+    octant_train(config)
+    folder, path = Path(config.run.dir), tmp_path / "run.yaml"
+    for name, before in (("run", contents(folder)), ("new", {})):
+        process = start("train", path, f"run.dir={tmp_path / name}", "steps=3",
+                        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 2
+        assert error == (f"octant train: run.dir {tmp_path / name} cannot be written (File too large): make room, or "
+                         "choose another\n")
+        assert contents(tmp_path / name) == before
+
+
+def test_a_job_that_cannot_fit_is_refused_before_anything_is_built(tmp_path: Path,
+                                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(tmp_path, "run")
+    assert octant_train(config, "model.num_layers=80", "model.hidden_size=65536", "model.num_heads=512",
+                        "model.num_kv_heads=512", "model.head_dim=128", "model.ffn_hidden_size=262144") == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("octant train: this job does not fit: this process would hold ")
+    assert "on this machine" in printed.err or "within the limit of" in printed.err
+    assert "parallel.zero, now 1" in printed.err and printed.err.count("\n") == 1
+    assert "T parameters" in printed.out and "GiB of weights, gradients and optimizer state per process" in printed.out
 
 
 def test_saves_that_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,37 @@
+"""What is about to run, in plain numbers and without torch: said before the seconds that importing it takes."""
+
+from __future__ import annotations
+
+from engine.config import Config
+from engine.model.flops import count_parameters
+from engine.train.corpora import Corpora
+
+
+def introduction(config: Config, corpora: Corpora) -> list[str]:
+    """Lines about the job of `config` (resolved), each of at most 80 characters but for long names."""
+    parallel, batch = config.parallel, config.batch
+    step_tokens = batch.global_ * config.data.seq_len
+    size = parallel.world_size
+    lines = [
+        f"{config.run.name or config.run.dir}: a model of {short(count_parameters(config.model).total)} parameters",
+        f"{config.steps:,} steps of {short(step_tokens)} tokens, {short(config.steps * step_tokens)} tokens in all",
+        f"{size} process{'es' * (size > 1)}: tensor {parallel.tensor} × pipeline {parallel.pipeline} × "
+        f"context {parallel.context} × data {parallel.data_size}, {parallel.schedule}, ZeRO {parallel.zero}",
+        f"a step: {batch.global_:,} sequences of {config.data.seq_len:,} tokens, {batch.micro} at a time",
+    ]
+    for share in corpora.train.report(config.steps * batch.global_):
+        lines.append(f"corpus {share.name}: {short(share.source_tokens)} tokens, {share.share:.1%} of the samples, "
+                     f"{share.epochs:.2f} epochs")
+    wanted, held_out = config.eval.batches * batch.global_, corpora.num_evaluated(config)
+    if corpora.valid is not None and config.eval.every and held_out < wanted:
+        lines.append(f"evaluation: all {held_out:,} held-out windows (eval.batches asks for {wanted:,})")
+    return lines
+
+
+def short(number: float) -> str:
+    """`1.24 B`, `310 M`, `98.3 k`, `512`: three digits."""
+    for limit, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= limit * 0.9995:
+            value = number / limit
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{unit}"
+    return f"{number:.0f}"
