@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from importlib import import_module
 from pathlib import Path
 
@@ -13,21 +14,24 @@ from engine.report.schedule_picture import schedule_svg, title
 
 
 def run(args: argparse.Namespace) -> int:
-    """Explain a rank, draw the schedule, or both.
+    """Explain a rank, draw the schedule, or without either print the summary.
 
     Raises:
-        RequestError: neither was asked for, there is no such rank, or the picture cannot be written.
+        RequestError: there is no such rank, or the picture cannot be written.
         ConfigError: the configuration is wrong, or impossible on so many processes.
     """
-    if args.explain_rank is None and args.schedule_svg is None:
-        raise RequestError("say what to plan: --explain-rank R, --schedule-svg FILE")
-    config = resolved(load_config(args.config, args.overrides), args.gpus)
+    loaded = load_config(args.config, args.overrides)
+    config = resolved(loaded, args.gpus)
     if args.schedule_svg is not None:
         _draw(config, Path(args.schedule_svg))
     if args.explain_rank is not None:
         explanation = import_module("engine.plan.explain").explain(config, args.explain_rank)      # torch from here on
         print(import_module("engine.plan.words").in_words(explanation) + "\n")
-    print(f"next: {_next(args, config)}")
+    if args.schedule_svg is None and args.explain_rank is None:
+        print(import_module("engine.plan.summary").summary(config) + "\n")
+        if loaded.parallel.data == "auto" and args.gpus is None:
+            print("parallel.data is auto, so this is one copy of the model; --gpus N plans for more\n")
+    print(f"next: octant {_next(args, config)}")
     return 0
 
 
@@ -50,10 +54,11 @@ def _draw(config: Config, path: Path) -> None:
 
 
 def _next(args: argparse.Namespace, config: Config) -> str:
-    """What has not been looked at yet: the picture, the last rank; then training."""
+    """What has not been looked at yet, of the same job: the picture, the last rank; then training."""
     last = config.parallel.world_size - 1
+    same = [args.config, *args.overrides, *(["--gpus", str(args.gpus)] if args.gpus is not None else [])]
     if args.schedule_svg is None and config.parallel.pipeline > 1:
-        return f"octant plan {args.config} --schedule-svg schedule.svg"
+        return shlex.join(["plan", *same, "--schedule-svg", "schedule.svg"])
     if args.explain_rank != last:
-        return f"octant plan {args.config} --explain-rank {last}"
-    return f"octant train {args.config}"
+        return shlex.join(["plan", *same, "--explain-rank", str(last)])
+    return shlex.join(["train", args.config, *args.overrides])

@@ -43,7 +43,7 @@ def _slices(it: Explanation) -> Iterator[str]:
         yield f"chunk {chunk} of {last + 1}: " + ", ".join(["the embedding"] * (chunk == 0) + [span]
                                                            + ["final norm and output layer"] * (chunk == last))
     yield f"{it.elements:,} parameters, in slices [first:stop, …] of the whole"
-    yield from _table([(str(len(parts)), name, _box(parts[0].slice, parts[0].shape), "of",
+    yield from table([(str(len(parts)), name, _box(parts[0].slice, parts[0].shape), "of",
                         " × ".join(map(str, parts[0].shape))) for name, parts in _kinds(it).items()], right=(0,))
 
 
@@ -53,7 +53,7 @@ def _state(it: Explanation) -> Iterator[str]:
         yield "all of it"
         return
     yield f"its share of the {it.num_buckets} buckets, in boxes of the whole parameters"
-    yield from _table([(name, *_boxes(parts)) for name, parts in _kinds(it).items()], right=(1,))
+    yield from table([(name, *_boxes(parts)) for name, parts in _kinds(it).items()], right=(1,))
 
 
 def _boxes(parts: Sequence[Part]) -> tuple[str, str, str]:
@@ -75,7 +75,7 @@ def _memory(it: Explanation) -> Iterator[str]:
         _size("gradients", "4·n" + share * (parallel.zero >= 2), it.bytes.gradients),
         _size("masters, moments" if bf16 else "moments", f"{12 if bf16 else 8}·n" + share, it.bytes.optimizer),
         _size("together", "", it.bytes.total)]
-    yield from _table(rows, right=(2, 3))
+    yield from table(rows, right=(2, 3))
     held = timeline(it.config).peak_in_flight[it.coordinates["pipeline"]]
     yield (f"and within a step: activations of at most {held} microbatch{'es' * (held > 1)}"
            + (" of one chunk" if parallel.virtual_stages > 1 else "") + ", buckets on their way"
@@ -83,8 +83,21 @@ def _memory(it: Explanation) -> Iterator[str]:
 
 
 def _size(name: str, formula: str, num_bytes: int) -> tuple[str, ...]:
+    return name, formula, f"{num_bytes:,} bytes", memory_size(num_bytes)
+
+
+def memory_size(num_bytes: int) -> str:
+    """`6.01 GiB`, or `361.93 MiB` where that is less than half of one."""
     unit, divisor = ("GiB", 1 << 30) if num_bytes >= 1 << 29 else ("MiB", 1 << 20)
-    return name, formula, f"{num_bytes:,} bytes", f"{num_bytes / divisor:.2f} {unit}"
+    return f"{num_bytes / divisor:.2f} {unit}"
+
+
+def counted(number: int) -> str:
+    """`1.47T`, `52.4B`, `204,800`."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+        if number >= size:
+            return f"{number / size:,.3g}{unit}" if number < 1000 * size else f"{number / size:,.0f}{unit}"
+    return f"{number:,}"
 
 
 def _peers(it: Explanation) -> Iterator[str]:
@@ -98,7 +111,7 @@ def _peers(it: Explanation) -> Iterator[str]:
     rows += [*_neighbours(it), *_replicas(it)]
     if parallel.world_size > 1:
         rows.append(("world", f"all {parallel.world_size:,}", "loss, gradient norm, requests to stop: once a step"))
-    yield from _table(rows) if rows else ["nobody"]
+    yield from table(rows) if rows else ["nobody"]
 
 
 def _neighbours(it: Explanation) -> Iterator[tuple[str, str, str]]:
@@ -134,7 +147,7 @@ def _step(it: Explanation) -> Iterator[str]:
     yield (f"{config.num_microbatches} microbatches of {config.batch.micro} × {config.data.seq_len:,} tokens in the "
            f"order of {config.parallel.schedule}: {len(it.program):,} actions")
     rows: Rows = [(str(action), _does(it, action)) for action in it.program[:FIRST_ACTIONS]]
-    yield from _table(rows + [("…", "")] * (len(it.program) > FIRST_ACTIONS))
+    yield from table(rows + [("…", "")] * (len(it.program) > FIRST_ACTIONS))
     yield "then the gradient norm, the update, and the new weights for everybody"
 
 
@@ -169,7 +182,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"{ranks[0]} {ranks[1]} {ranks[2]} … {ranks[-1]} ({len(ranks)} ranks)"
 
 
-def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
     """Columns that line up, those of `right` at their right edge."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
