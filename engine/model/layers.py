@@ -6,6 +6,8 @@ subclasses that hold a slice; the blocks above see the same interface.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,8 +74,20 @@ class ScoreHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] → fp32 [...]."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(dtype), self.weight.to(dtype)).squeeze(-1)
+        weight: Tensor = _Widen.apply(self.weight)
+        return F.linear(x.to(weight.dtype), weight).squeeze(-1)
+
+
+class _Widen(torch.autograd.Function):
+    """A parameter in fp32 (fp64 if that is what it is), whose gradient is not rounded to the parameter's own dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
 
 
 class SwiGLU(nn.Module):

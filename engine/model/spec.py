@@ -128,11 +128,14 @@ class ParamSpec:
             return self.with_cut(self.rule.dim, parts, index)
         return replace(self, partial_sum=sequence or self.rule.kind == "inside")
 
-    def initial_values(self, seed: int, device: torch.device | str) -> Tensor:
-        """The global tensor at initialisation, fp32; it depends on seed and name alone, not on the layout."""
-        values = torch.empty(self.shape, dtype=torch.float32, device=device)
+    def initial_values(self, seed: int) -> Tensor:
+        """The global tensor at initialisation, fp32; it depends on seed and name alone, not on layout or device.
+
+        It is drawn on the CPU: a GPU has another generator, whose numbers depend on how many processors it has.
+        """
+        values = torch.empty(self.shape, dtype=torch.float32, device="cpu")
         if self.init == "normal":
-            return values.normal_(0.0, self.init_std, generator=generator_for(seed, "init", self.name, device=device))
+            return values.normal_(0.0, self.init_std, generator=generator_for(seed, "init", self.name))
         return values.fill_(1.0 if self.init == "ones" else 0.0)
 
     def take_local(self, values: Tensor) -> Tensor:
@@ -165,5 +168,5 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Fills every parameter of the model, cut or not, with its share of the global initial values."""
     with torch.no_grad():
         for parameter in model.parameters():
-            values = spec_of(parameter).initial_values(seed, parameter.device)
+            values = spec_of(parameter).initial_values(seed)
             parameter.copy_(spec_of(parameter).take_local(values))

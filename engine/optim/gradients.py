@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.distributed.collectives import all_gather, all_reduce
 from engine.distributed.mesh import Mesh
+from engine.kernels.sums import sum_of_squares
 from engine.parallel.data.buckets import ALIGNMENT, Bucket
 
 
@@ -59,8 +60,9 @@ def sum_over_world(sums: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh, *
 def _in_any_order(sums: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh) -> tuple[Tensor | None, Tensor]:
     """This rank's share of the sums and of the squared gradient norm: all ranks' shares are to be added."""
     counted = [bucket.grad_shard for bucket in buckets if bucket.kind.counted and bucket.is_first_copy]
-    norms = [torch.linalg.vector_norm(grad) for grad in counted]
-    squares = torch.stack(norms).square().sum() if norms else torch.zeros((), device=mesh.device)
+    squares = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for grad in counted:
+        squares += sum_of_squares(grad)
     return None if sums is None else sums.sum(0), squares
 
 
@@ -70,12 +72,12 @@ def _in_fixed_order(sums: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh) 
     Every rank of that axis collects the same numbers in the same order: microbatches as the global batch has them, and
     sums of squares of `ALIGNMENT` elements each, which no shard boundary divides.
     """
-    axis, squares = mesh.gradient, torch.zeros((), device=mesh.device)
+    axis, squares = mesh.gradient, torch.zeros((), dtype=torch.float64, device=mesh.device)
     for bucket in buckets:
         if bucket.kind.counted:
-            blocks = bucket.grad_shard.view(-1, ALIGNMENT).square().sum(1)
+            blocks = torch.linalg.vector_norm(bucket.grad_shard.view(-1, ALIGNMENT), dim=1).square()
             everyone = all_gather(blocks, mesh.shard) if bucket.level else blocks
-            squares = squares + everyone[: bucket.num_used // ALIGNMENT].sum()
+            squares += everyone[: bucket.num_used // ALIGNMENT].sum(dtype=torch.float64)
     if sums is None:
         return None, squares
     everyone = all_gather(sums, axis).unflatten(0, (axis.size, -1))             # [ranks, microbatches, sums]

@@ -39,7 +39,7 @@ from engine.parallel.pipeline.p2p import Messenger
 from engine.parallel.pipeline.partition import deal_layers, layer_costs
 from engine.parallel.recompute import apply_recompute
 from engine.parallel.tensor.cut import cut_tensor
-from engine.parallel.tensor.gemms import plain_gemms
+from engine.parallel.tensor.gemms import GemmsFactory, plain_gemms
 from engine.parallel.tensor.head import ParallelHead
 from engine.parallel.tensor.layers import TensorContext
 from engine.schedules.action import Action
@@ -80,7 +80,7 @@ class ParallelModel:
         """Gives every parameter its share of the global initial values, the same in every layout."""
         for bucket in self.buckets:
             for entry in bucket.entries:
-                values = entry.spec.initial_values(seed, self.mesh.device)
+                values = entry.spec.initial_values(seed)
                 bucket.set_master(entry, entry.spec.take_local(values))
         self.publish()
 
@@ -134,7 +134,7 @@ def forward_program(schedule: str, stages: int, microbatches: int, chunks: int, 
 
 
 def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective: Objective = NEXT_TOKEN,
-                operations: Operations | None = None,
+                operations: Operations | None = None, gemms: GemmsFactory | None = None,
                 bucket_elements: int = DEFAULT_BUCKET_ELEMENTS) -> ParallelModel:
     """This rank's part of `config.model` under `config.parallel` (resolved); parameters are not initialised yet.
 
@@ -143,6 +143,7 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
 
     Args:
         operations: what to compute with; None: what `config.kernels` asks for and this rank's device has.
+        gemms: makes every linear layer's products; None: those of `operations`.
         bucket_elements: size from which a bucket is closed.
 
     Raises:
@@ -153,7 +154,7 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
     sequence = training and parallel.sequence and mesh.tensor.size > 1
     if operations is None:
         operations = choose_operations(config, mesh.device)
-    tensor = TensorContext(mesh.tensor, sequence, WeightGradQueue(), operations, plain_gemms(operations))
+    tensor = TensorContext(mesh.tensor, sequence, WeightGradQueue(), operations, gemms or plain_gemms(operations))
     schedule = build_schedule(parallel.schedule, parallel.pipeline, config.num_microbatches, parallel.virtual_stages)
     chunks = build_chunks(config, schedule.placement, mesh.pipeline.index, operations)
     for chunk in chunks.values():

@@ -14,7 +14,7 @@ from engine.train.batches import Loader, up_to
 def evaluate(model: ParallelModel, data: TrainingData, stop: int) -> dict[str, float]:
     """The objective's numbers over the first `stop` samples, a global batch at a time; the last may be smaller."""
     config, mesh, objective = model.config, model.mesh, model.objective
-    totals: Tensor = torch.zeros(len(objective.sums), device=mesh.device)
+    totals: Tensor = torch.zeros(len(objective.sums), dtype=torch.float64, device=mesh.device)
     divisor = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for first in range(0, stop, config.batch.global_):
         samples = data.sample if first + config.batch.global_ <= stop else up_to(data.sample, stop)

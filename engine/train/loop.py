@@ -109,7 +109,6 @@ class Trainer:
         """
         phases = Phases(mesh.device)
         model = parallelize(config, mesh, objective=objective_of(config))
-        model.initialise(config.run.seed)
         state = TrainState(model, AdamW(model.buckets, config.optim, model.operations))
         directory = Path(config.run.dir)
         group = dist.group.WORLD if mesh.world.size > 1 else None

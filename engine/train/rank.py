@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.config import Config
+from engine.distributed.arithmetic import arithmetic
 from engine.distributed.environment import LaunchEnvironment
 from engine.distributed.mesh import Mesh
 from engine.distributed.process import joined_mesh
@@ -36,8 +37,8 @@ def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | N
     first = launched is None or launched.rank == 0
     with locked(directory) if first else nullcontext(True) as exclusive:
         corpora = Corpora.open(config)
-        with joined_mesh(launched, topology, config.run.device,
-                     checked=config.parallel.debug_collectives) as mesh:
+        with arithmetic(deterministic=config.parallel.reproducible), \
+                joined_mesh(launched, topology, config.run.device, checked=config.parallel.debug_collectives) as mesh:
             stamped = launched is not None and launched.launcher != "octant"
             trainer = Trainer.start(config, mesh, corpora, stop_requested, stamped)
             try:

@@ -27,7 +27,7 @@ from engine.train.tally import UNLOGGED, Tally
 
 
 def take_over(state: TrainState, tally: Tally, config: Config, corpora: Corpora, group: Group) -> list[str]:
-    """Loads what `checkpoint.resume` and `checkpoint.load` ask for; every rank must call this.
+    """Loads what `checkpoint.resume` and `checkpoint.load` ask for, or makes new weights; every rank must call this.
 
     Returns:
         What a person should know of it.
@@ -48,8 +48,10 @@ def take_over(state: TrainState, tally: Tally, config: Config, corpora: Corpora,
         notes += _resume(state, config, corpora, reader)
         if UNLOGGED in reader.metadata:
             tally.restore(reader.metadata[UNLOGGED])
-    elif asked.load is not None:
-        notes += _load_weights(state, config, corpora, open_checkpoint(Path(asked.load), group=group))
+    else:
+        state.model.initialise(config.run.seed)
+        if asked.load is not None:
+            notes += _load_weights(state, config, corpora, open_checkpoint(Path(asked.load), group=group))
     if asked.resume != "auto" and rank_in(group) == 0:
         own = reader is not None and reader.path.resolve().parent == (run_dir / CHECKPOINTS).resolve()
         earlier = begin_another_line(run_dir, state.step if own else None)

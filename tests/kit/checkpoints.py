@@ -51,6 +51,6 @@ def write_random(path: Path, config: ModelConfig, tokenizer: str | None = None, 
 
 def random_block(entry: Entry) -> torch.Tensor:
     """The block of an entry out of the tensor that its key alone determines."""
-    generator = generator_for(1, "test", entry.key, device="cpu")
+    generator = generator_for(1, "test", entry.key)
     values = torch.empty(entry.global_shape).normal_(0.0, 0.3, generator=generator)
     return values[entry.box.slices].to(entry.dtype)

@@ -109,19 +109,22 @@ class _Linear(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             gathering.wait()
-            grad_weight = _weight_grad(weight, grad_out.flatten(0, -2), x_full.flatten(0, -2), layer)
+            grad_weight = _weight_grad(layer, grad_out.flatten(0, -2), x_full.flatten(0, -2))
         summing.wait()
         return grad_x, grad_weight, grad_bias, None
 
 
-def _weight_grad(weight: Tensor, grad_out: Tensor, x: Tensor, layer: ParallelLinear) -> Tensor | None:
-    """dW = dyᵀ·x, into the parameter's slot (now or at the `W` action), or returned to autograd if it has none."""
+def _weight_grad(layer: ParallelLinear, grad_out: Tensor, x: Tensor) -> Tensor | None:
+    """dW = dyᵀ·x, into the parameter's slot (now or at the `W` action), or returned to autograd if it has none.
+
+    The layer is asked for its parameter: what autograd saved of it may be another tensor, when layers are recomputed.
+    """
     def write(out: Tensor, accumulate: bool) -> None:
         layer.gemms.weight_gradient(out.flatten(0, -2), grad_out, x, accumulate=accumulate)
 
-    slot = slot_of(weight)
+    slot = slot_of(layer.weight)
     if slot is None:
-        grad = torch.empty_like(weight)
+        grad = torch.empty_like(layer.weight)
         write(grad, False)
         return grad
     layer.context.weight_grads.submit(lambda: slot.contribute(write))
