@@ -21,6 +21,7 @@ from engine.config.schema import (
     OptimConfig,
     ParallelConfig,
     PrecisionConfig,
+    ProfileConfig,
     ReliabilityConfig,
     RopeScalingConfig,
     RunConfig,
@@ -29,6 +30,6 @@ from engine.config.schema import (
 
 __all__ = [
     "BatchConfig", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LogConfig", "ModelConfig", "OptimConfig",
-    "ParallelConfig", "PrecisionConfig", "ReliabilityConfig", "RopeScalingConfig", "RunConfig", "SourceConfig",
-    "load_config", "preset_names", "resolve_layout",
+    "ParallelConfig", "PrecisionConfig", "ProfileConfig", "ReliabilityConfig", "RopeScalingConfig", "RunConfig",
+    "SourceConfig", "load_config", "preset_names", "resolve_layout",
 ]

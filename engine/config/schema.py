@@ -209,11 +209,26 @@ class EvalConfig(Section):
 
 
 class LogConfig(Section):
-    """`every` in steps; `wandb` is a project name."""
+    """`every` in steps; `wandb` names a project, `mlflow` an experiment."""
 
     every: Count = 1
     tensorboard: bool = False
     wandb: Words | None = None
+    mlflow: Words | None = None
+
+
+class ProfileConfig(Section):
+    """What torch's profiler records: steps [a, b) of the run, on some ranks."""
+
+    steps: tuple[Count, Count] | None = None                 # [10, 13]: steps 10 to 12; null: nothing
+    memory: bool = False                                     # a snapshot of the GPU's memory as well
+    ranks: tuple[NonNegative, ...] = (0,)
+
+    @model_validator(mode="after")
+    def _some_steps(self) -> ProfileConfig:
+        if self.steps is not None and self.steps[0] >= self.steps[1]:
+            raise ValueError(f"steps {list(self.steps)} hold no step: [10, 13] is steps 10 to 12")
+        return self
 
 
 class KernelsConfig(Section):
@@ -252,6 +267,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     reliability: ReliabilityConfig = ReliabilityConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:

@@ -1,4 +1,4 @@
-"""Where a run's records go: `metrics.jsonl` always, TensorBoard and Weights & Biases where asked for.
+"""Where a run's records go: `metrics.jsonl` always, TensorBoard, Weights & Biases and MLflow where asked for.
 
 A record is one flat JSON object per logged step, written by rank 0:
 
@@ -21,20 +21,17 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.config import LogConfig
+from engine.config import Config, LogConfig
 from engine.errors import RequestError
 
 Record = Mapping[str, Any]
 
 METRICS_FILE = "metrics.jsonl"
-WANDB_ID_FILE = "wandb-run-id.txt"
-# an optional package, and what in the configuration does without it
-TENSORBOARD = ("tensorboard", "log.tensorboard=false")
-WANDB = ("wandb", "log.wandb=null")
 
 
 class Sink(Protocol):
@@ -105,13 +102,12 @@ def _belongs(line: str, last_step: int) -> bool:
 class TensorboardSink:
     """Writes every number of a record as a TensorBoard scalar under `run_dir/tensorboard`."""
 
-    def __init__(self, run_dir: Path, resumed_step: int = 0) -> None:
-        _require(*TENSORBOARD)
+    def __init__(self, config: Config, run_dir: Path, resumed_step: int = 0) -> None:
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        self._writer = writer(str(Path(run_dir) / "tensorboard"), purge_step=resumed_step + 1)
+        self._writer = writer(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
 
     def log(self, record: Record) -> None:
-        for name, value in _scalars(record):
+        for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
@@ -119,34 +115,99 @@ class TensorboardSink:
 
 
 class WandbSink:
-    """Sends records to Weights & Biases; a resumed run goes on under its old identity.
+    """Sends configuration and records to Weights & Biases; a resumed run goes on under its old identity.
 
     The axis is the record's own `step`, because wandb's counter refuses to go back to the step of a checkpoint.
     """
 
-    def __init__(self, project: str, run_dir: Path, resumed_step: int = 0) -> None:
-        wandb = _require(*WANDB)
-        run_dir = Path(run_dir)
-        self._run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), resume="allow",
-                               id=_wandb_id(run_dir / WANDB_ID_FILE, fresh=resumed_step == 0))
+    def __init__(self, config: Config, run_dir: Path, resumed_step: int = 0) -> None:
+        """Raises RequestError where nobody is logged in, or the service cannot be reached."""
+        wandb, identity = importlib.import_module("wandb"), run_dir / "wandb-run-id.txt"
+        if resumed_step == 0 or not identity.is_file():
+            identity.write_text(uuid.uuid4().hex[:12])
+        try:
+            self._run = wandb.init(project=config.log.wandb, name=config.run.name or run_dir.name, dir=str(run_dir),
+                                   id=identity.read_text().strip(), resume="allow", config=config.to_dict())
+        except wandb.Error as error:
+            raise RequestError(f"log.wandb: Weights & Biases cannot be used ({error}): log in with `wandb login`, "
+                               "keep the records here with WANDB_MODE=offline, or set log.wandb=null") from None
         self._run.define_metric("*", step_metric="step")
 
     def log(self, record: Record) -> None:
-        self._run.log({"step": record["step"], **dict(_scalars(record))})
+        self._run.log({"step": record["step"], **scalars(record)})
 
     def close(self) -> None:
         self._run.finish()
 
 
-def _scalars(record: Record) -> list[tuple[str, float]]:
-    return [(name, float(value)) for name, value in finite_record(record).items()
-            if name != "step" and isinstance(value, bool | int | float)]
+class MlflowSink:
+    """Sends configuration and records to the MLflow server of MLFLOW_TRACKING_URI, or where MLflow keeps them here."""
+
+    def __init__(self, config: Config, run_dir: Path, resumed_step: int = 0) -> None:
+        """Raises RequestError where the server cannot be used."""
+        self._mlflow, identity = importlib.import_module("mlflow"), run_dir / "mlflow-run-id.txt"
+        resumed = identity.read_text().strip() if resumed_step and identity.is_file() else None
+        try:
+            self._mlflow.set_experiment(config.log.mlflow)
+            run = self._mlflow.start_run(run_id=resumed, run_name=config.run.name or run_dir.name)
+            if resumed is None:                          # MLflow refuses a parameter that changes
+                self._mlflow.log_params({key: str(value)[:MLFLOW_LONGEST] for key, value in flat(config.to_dict())})
+        except self._mlflow.exceptions.MlflowException as error:
+            raise RequestError(f"log.mlflow: MLflow cannot be used ({error}): set MLFLOW_TRACKING_URI to a server that "
+                               "is there, or log.mlflow=null") from None
+        identity.write_text(run.info.run_id)
+
+    def log(self, record: Record) -> None:
+        self._mlflow.log_metrics(scalars(record), step=record["step"])
+
+    def close(self) -> None:
+        self._mlflow.end_run()
 
 
-def _wandb_id(path: Path, fresh: bool) -> str:
-    if fresh or not path.is_file():
-        path.write_text(uuid.uuid4().hex[:12])
-    return path.read_text().strip()
+@dataclass(frozen=True)
+class Optional:
+    """A row of the table of sinks that a configuration may ask for.
+
+    Attributes:
+        key: of the section `log`; what is not false or null asks for it.
+        package: that it needs.
+        install: how to get that.
+        without: the override that does without.
+        sink: opened with the configuration, the run's folder and the step it resumes after.
+    """
+
+    key: str
+    package: str
+    install: str
+    without: str
+    sink: Callable[[Config, Path, int], Sink]
+
+
+OPTIONAL = (
+    Optional("tensorboard", "tensorboard", "pip install 'octant[viz]'", "log.tensorboard=false", TensorboardSink),
+    Optional("wandb", "wandb", "pip install 'octant[viz]'", "log.wandb=null", WandbSink),
+    Optional("mlflow", "mlflow", "pip install mlflow", "log.mlflow=null", MlflowSink),
+)
+MLFLOW_LONGEST = 500                       # characters of a parameter's value that every version takes
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The finite numbers of a record, but for its step."""
+    return {name: float(value) for name, value in finite_record(record).items()
+            if name != "step" and isinstance(value, bool | int | float)}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` as `("a.b", 1)`."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _wanted(log_config: LogConfig) -> list[Optional]:
+    return [row for row in OPTIONAL if getattr(log_config, row.key)]
 
 
 def require_packages(log_config: LogConfig) -> None:
@@ -155,41 +216,35 @@ def require_packages(log_config: LogConfig) -> None:
     Raises:
         RequestError: one isn't installed.
     """
-    for asked, package, without in ((log_config.tensorboard, *TENSORBOARD), (log_config.wandb, *WANDB)):
-        if asked and importlib.util.find_spec(package) is None:
-            raise _missing(package, without, "no such module")
+    for row in _wanted(log_config):
+        if importlib.util.find_spec(row.package) is None:
+            raise _missing(row, "no such module")
 
 
-def _require(package: str, without: str) -> Any:
-    """Import an optional package, or say how to get it and how to do without."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise _missing(package, without, str(error)) from error
+def _missing(row: Optional, why: str) -> RequestError:
+    return RequestError(f"The configuration logs to {row.package}, which isn't installed here ({why}). "
+                        f"Install it with {row.install}, or set {row.without}.")
 
 
-def _missing(package: str, without: str, why: str) -> RequestError:
-    return RequestError(f"The configuration logs to {package}, which isn't installed here ({why}). "
-                        f"Install it with pip install 'octant[viz]', or set {without}.")
-
-
-def open_sinks(log_config: LogConfig, run_dir: Path, resumed_step: int = 0) -> list[Sink]:
+def open_sinks(config: Config, run_dir: Path, resumed_step: int = 0) -> list[Sink]:
     """Open the sinks the configuration asks for, on rank 0.
 
     Args:
-        log_config: the section `log`.
+        config: the run's; its section `log` says which.
         run_dir: the run's directory; created where missing.
         resumed_step: the step the run resumes after; 0 for a fresh start, which begins `metrics.jsonl` anew.
 
     Raises:
-        RequestError: an optional package that was asked for isn't installed.
+        RequestError: what was asked for isn't installed, or cannot be used.
     """
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    optional: list[Sink] = []
-    if log_config.tensorboard:
-        optional.append(TensorboardSink(run_dir, resumed_step))
-    if log_config.wandb:
-        optional.append(WandbSink(log_config.wandb, run_dir, resumed_step))
-    jsonl = JsonlSink(Path(run_dir) / METRICS_FILE)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    optional = []
+    for row in _wanted(config.log):
+        try:
+            importlib.import_module(row.package)
+        except ImportError as error:
+            raise _missing(row, str(error)) from error
+        optional.append(row.sink(config, run_dir, resumed_step))
+    jsonl = JsonlSink(run_dir / METRICS_FILE)
     jsonl.truncate_after(resumed_step)
     return [jsonl, *optional]

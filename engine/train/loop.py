@@ -47,6 +47,7 @@ from engine.train.hooks import Hook
 from engine.train.journal import Journal, peak_memory_bytes
 from engine.train.objectives import objective_of
 from engine.train.phases import Phases, Taken
+from engine.train.profile import StepProfiler
 from engine.train.run_folder import writing
 from engine.train.start import take_over
 from engine.train.state import TrainState
@@ -78,6 +79,7 @@ class Trainer:
     loader: Loader
     tally: Tally
     phases: Phases
+    profiler: StepProfiler
     saved_step: int = -1
     verdict: Verdict = field(default_factory=Verdict)
     row: dict[str, Any] = field(default_factory=dict)
@@ -119,12 +121,15 @@ class Trainer:
         journal = Journal()
         if mesh.rank == 0:
             with writing(directory):
-                sinks = open_sinks(config.log, directory, state.step)
+                sinks = open_sinks(config, directory, state.step)
             journal = Journal(Console(config.steps, first_step=state.step, stamped=stamped), sinks)
             for note in notes:
                 journal.note(note)
+        profiler = StepProfiler(config.profile, directory, mesh.device, mesh.rank, journal.note)
+        if mesh.rank in config.profile.ranks:
+            phases.listeners.append(profiler)
         loader = Loader(corpora.train.sample, config, mesh, model.objective, uses=len(model.chunks), ahead=True)
-        return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, phases,
+        return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, phases, profiler,
                        saved_step=state.step if state.step else -1)
 
     def run(self) -> bool:
@@ -256,4 +261,5 @@ class Trainer:
     def close(self) -> None:
         """Closes what reads and writes files."""
         self.loader.close()
+        self.profiler.close()
         self.journal.close()
