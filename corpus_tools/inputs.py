@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from engine.errors import DataError, RequestError
+from engine.reading import regular_size
+
+Item = TypeVar("Item")
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 READ_BYTES = 1 << 18
+OUTPUT_BYTES = 1 << 20  # unpacked at a time
+ZST_INPUT_BYTES = 1 << 11  # handed to zstd at a time: 64 MiB at the very most when unpacked
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,11 @@ def expand_inputs(files: Iterable[str | Path]) -> list[InputFile]:
 
 def _matching(name: str) -> list[Path]:
     path = Path(name)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
+        try:
+            regular_size(path)
+        except ValueError as error:
+            raise RequestError(f"input {name}: {error}; text from a pipe is read as `-`, JSON lines") from None
         return [path]
     if path.is_dir():
         several = [p for p in sorted(path.rglob("*")) if not any(part[0] in "_." for part in p.relative_to(path).parts)]
@@ -89,30 +100,102 @@ def open_input(file: InputFile) -> BinaryIO:
 
 
 def decompressed(raw: BinaryIO, compression: str) -> Iterator[bytes]:
-    """The content in chunks.  Raises DataError where a compressed file ends early."""
+    """The content in chunks of bounded size.  Raises DataError where a compressed file is damaged or ends early."""
     if not compression:
-        yield from iter(lambda: raw.read(READ_BYTES), b"")
-        return
-    start = _decompressor(compression)
+        return iter(lambda: raw.read(READ_BYTES), b"")
+    return _gathered(_unzipped(raw) if compression == ".gz" else _unpacked_zst(raw))
+
+
+def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Small pieces joined, so that nobody pays for each."""
+    gathered: list[bytes] = []
+    num_bytes = 0
+    damage: list[DataError] = []
+    for piece in until_damage(pieces, damage):
+        gathered.append(piece)
+        num_bytes += len(piece)
+        if num_bytes >= READ_BYTES:
+            yield b"".join(gathered)
+            gathered, num_bytes = [], 0
+    if gathered:
+        yield b"".join(gathered)
+    if damage:
+        raise damage[0]
+
+
+def until_damage(items: Iterable[Item], damage: list[DataError]) -> Iterator[Item]:
+    """The items before a DataError, which ends up in `damage`: what came before it is good all the same."""
+    try:
+        yield from items
+    except DataError as error:
+        damage.append(error)
+
+
+def _unzipped(raw: BinaryIO) -> Iterator[bytes]:
+    """gzip: members one after the other, and zeros behind them, which tapes leave."""
     stream: Any = None
     while data := raw.read(READ_BYTES):
-        while data:
-            stream = stream or start()
+        while data := data if stream else data.lstrip(b"\0"):
+            stream = stream or zlib.decompressobj(wbits=31)
             try:
-                if content := stream.decompress(data):
+                content = stream.decompress(data, OUTPUT_BYTES)
+                data = stream.unconsumed_tail
+                yield content
+                while not data and not stream.eof and len(content) == OUTPUT_BYTES:  # it holds back more
+                    content = stream.decompress(b"", OUTPUT_BYTES)
                     yield content
-            except Exception as error:  # zlib.error, or ZstdError of an optional package
-                raise DataError(f"the {compression} file is damaged ({error})") from error
-            data, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+            except zlib.error as error:
+                raise DataError(f"the .gz file is damaged ({error})") from error
+            if stream.eof:
+                data, stream = stream.unused_data, None
+            elif not data:
+                break
     if stream is not None:
-        raise DataError(f"the {compression} file ends in the middle; it was cut off")
+        raise DataError("the .gz file ends in the middle; it was cut off")
 
 
-def _decompressor(compression: str) -> Callable[[], Any]:
-    if compression == ".gz":
-        return lambda: zlib.decompressobj(wbits=31)
+def _unpacked_zst(raw: BinaryIO) -> Iterator[bytes]:
+    """zstd: frames one after the other.  A block of 128 KiB may take four bytes, so little is handed over at a time."""
+    start = _zst_decompressor()
+    stream: Any = None
+    while read := raw.read(READ_BYTES):
+        for begin in range(0, len(read), ZST_INPUT_BYTES):
+            data = read[begin : begin + ZST_INPUT_BYTES]
+            while data:
+                stream = stream or start()
+                try:
+                    yield stream.decompress(data)
+                except Exception as error:  # ZstdError of an optional package
+                    raise DataError(f"the .zst file is damaged ({error})") from error
+                data, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+    if stream is not None:
+        raise DataError("the .zst file ends in the middle; it was cut off")
+
+
+def _zst_decompressor() -> Callable[[], Any]:
     try:
         import zstandard  # optional package
     except ImportError as error:
         raise RequestError("reading .zst files needs the package zstandard: pip install 'octant[data]'") from error
     return lambda: zstandard.ZstdDecompressor().decompressobj()
+
+
+def utf8(chunks: Iterable[bytes], *, json: bool) -> Iterator[bytes]:
+    """Chunks of a text without its byte order mark.  Raises DataError where the text begins as UTF-16 or UTF-32 do."""
+    head, rest = b"", iter(chunks)
+    for chunk in rest:
+        head += chunk
+        if len(head) >= 4:
+            break
+    if encoding := _wide_encoding(head[:4], json):
+        raise DataError(f"line 1: this is {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 OLD > NEW")
+    yield from filter(None, chain([head.removeprefix(codecs.BOM_UTF8)], rest))
+
+
+def _wide_encoding(head: bytes, json: bool) -> str | None:
+    """By the zeros of a first character of ASCII, which every JSON has; other texts may have the mark alone."""
+    zeros = [byte == 0 for byte in head]
+    if zeros in ([False, True, True, True], [True, True, True, False]) or head == codecs.BOM_UTF32_LE:
+        return "UTF-32"
+    marked = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and (not json or True in zeros)
+    return "UTF-16" if marked or zeros in ([False, True, False, True], [True, False, True, False]) else None

@@ -26,7 +26,8 @@ from corpus_tools.inputs import InputFile, expand_inputs
 from corpus_tools.ordered_map import ordered_map
 from corpus_tools.parts import NUM_EXAMPLES, Counts, Documents, Parts, Position, named_write_errors
 from corpus_tools.progress import Progress
-from corpus_tools.readers import BadRecord, Block, read_blocks, records_of
+from corpus_tools.readers import Block, read_blocks, records_of
+from corpus_tools.records import BadRecord
 from corpus_tools.shards import shard_of
 from corpus_tools.tokenizers.fast_backend import FastTokenizer, accelerated
 from engine.data.indexed import best_dtype
@@ -75,7 +76,7 @@ class Encoder:
         counts = Counts(
             text_bytes=sum(len(text.encode()) for text in texts),
             empty_documents=sum(not text for text in texts),
-            skipped_records=len(bad),
+            skipped_records=sum(record.count for record in bad),
             skipped_examples=[str(record) for record in bad[:NUM_EXAMPLES]],
         )
         documents = Documents(tokens, lengths, counts, task.position.behind, block.continues, block.ends, block.abandon)
@@ -157,7 +158,9 @@ def prepare(
 def _join(parts: Parts, prefix: Path, tokenizer: Tokenizer) -> Counts:
     counts = parts.total()
     if counts.documents == 0:
-        raise DataError(f"no documents: {counts.empty_documents} empty, {counts.skipped_records} unusable")
+        examples = "".join(f"\n  {example}" for example in counts.skipped_examples)
+        such_as = f", such as:{examples}" if examples else ""
+        raise DataError(f"no documents: {counts.empty_documents} empty, {counts.skipped_records} unusable{such_as}")
     parts.join(prefix, tokenizer.info)
     return counts
 

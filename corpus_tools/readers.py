@@ -10,40 +10,27 @@ holds more than a block and the longest record, whatever the size of the corpus;
 compressing a file, or reading it with more workers, changes nothing.
 
 A record that cannot be used becomes a `BadRecord` (file, where, why) inside its block: the caller decides whether to
-stop or to go on.
+stop or to go on.  It takes no other with it: reading goes on with the next line, the next JSON value, the next row, the
+next document of a text.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
-import tempfile
-import zlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO
 
-from corpus_tools.inputs import InputFile, decompressed, expand_inputs, open_input
-from corpus_tools.json_values import LONGEST_RECORD_BYTES, json_values
-from engine.errors import DataError, RequestError
-
-Item = TypeVar("Item")
+from corpus_tools.inputs import InputFile, decompressed, expand_inputs, open_input, until_damage, utf8
+from corpus_tools.json_values import DECODER, LONGEST_RECORD_BYTES, Broken, json_values
+from corpus_tools.parquet import parquet_rows
+from corpus_tools.records import BadRecord, text_of
+from engine.errors import DataError
 
 BLOCK_BYTES = 1 << 20  # text handed to a worker at a time
 LONGEST_DOCUMENT_BYTES = 1 << 26  # of a .txt file
-
-
-@dataclass(frozen=True)
-class BadRecord:
-    """A record that cannot be used: which file, where in it, and why."""
-
-    path: str
-    where: str
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.path}, {self.where}: {self.why}" if self.where else f"{self.path}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -82,14 +69,15 @@ def read_blocks(file: InputFile, text_field: str, join_texts: bool = True) -> It
                 yield replace(block, file_position=position)
         if num_blocks == 0:
             raise DataError("it is empty: no record in it" if file.num_bytes else "it is empty (0 bytes)")
-    except (DataError, OSError, zlib.error) as error:
-        yield Block(file.path, abandon=True, bad=(BadRecord(file.path, "", str(error)),), file_position=position)
+    except (DataError, OSError) as error:
+        reason = str(error) if isinstance(error, DataError) else error.strerror or str(error)
+        yield Block(file.path, abandon=True, bad=(BadRecord(file.path, "", reason),), file_position=position)
 
 
 def _blocks_of(file: InputFile, raw: BinaryIO, text_field: str, join_texts: bool) -> Iterator[Block]:
     if file.format == ".parquet":
         return _parquet_blocks(file, raw, text_field)
-    chunks = decompressed(raw, file.compression)
+    chunks = utf8(decompressed(raw, file.compression), json=file.format != ".txt")
     if file.format == ".txt":
         return _text_blocks(file.path, chunks, BLOCK_BYTES if join_texts else LONGEST_DOCUMENT_BYTES)
     if file.format == ".json":
@@ -106,7 +94,7 @@ def _cut(chunks: Iterable[bytes], size: int, limit: int, keep_newline: bool) -> 
     buffer = bytearray()
     searched = 0  # no line end before this offset
     damage: list[DataError] = []
-    for chunk in _until_damage(chunks, damage):
+    for chunk in until_damage(chunks, damage):
         buffer += chunk
         while len(buffer) > size:
             window = min(max(size, searched + size), limit)
@@ -117,7 +105,7 @@ def _cut(chunks: Iterable[bytes], size: int, limit: int, keep_newline: bool) -> 
                 searched = window
                 continue
             end = (end + keep_newline) if end > 0 else _cut_in_line(buffer, window)
-            yield bytes(buffer[:end])
+            yield _front(buffer, end)
             del buffer[:end]
             searched = 0
     if damage:
@@ -128,12 +116,9 @@ def _cut(chunks: Iterable[bytes], size: int, limit: int, keep_newline: bool) -> 
         raise damage[0]
 
 
-def _until_damage(items: Iterable[Item], damage: list[DataError]) -> Iterator[Item]:
-    """The items before a DataError, which ends up in `damage`: what came before it is good all the same."""
-    try:
-        yield from items
-    except DataError as error:
-        damage.append(error)
+def _front(buffer: bytearray, end: int) -> bytes:
+    with memoryview(buffer) as view:  # a slice of the buffer itself would be one more copy
+        return bytes(view[:end])
 
 
 def _cut_in_line(buffer: bytearray, end: int) -> int:
@@ -147,36 +132,57 @@ def _cut_in_line(buffer: bytearray, end: int) -> int:
 
 def _line_blocks(path: str, chunks: Iterable[bytes]) -> Iterator[Block]:
     line = 1
-    for piece in _cut(_without_bom(chunks), BLOCK_BYTES, LONGEST_RECORD_BYTES, keep_newline=True):
-        if len(piece) >= LONGEST_RECORD_BYTES - 4:
-            raise DataError(f"line {line} is longer than {LONGEST_RECORD_BYTES:,} bytes; is this JSON lines?")
-        yield Block(path, lines=piece, first_line=line)
+    for piece in _cut(_shortened(chunks, LONGEST_RECORD_BYTES), BLOCK_BYTES, sys.maxsize, keep_newline=True):
+        if len(piece) > LONGEST_RECORD_BYTES and piece.find(b"\n", 0, LONGEST_RECORD_BYTES + 1) < 0:
+            why = f"longer than {LONGEST_RECORD_BYTES:,} bytes; is this JSON lines?"
+            yield Block(path, bad=(BadRecord(path, f"line {line}", why),))
+            _, _, piece = piece.partition(b"\n")
+            line += 1
+        if piece:
+            yield Block(path, lines=piece, first_line=line)
         line += piece.count(b"\n")
 
 
-def _without_bom(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    first = True
-    for chunk in filter(None, chunks):
-        yield chunk.removeprefix(codecs.BOM_UTF8) if first else chunk
-        first = False
+def _shortened(chunks: Iterable[bytes], limit: int) -> Iterator[bytes]:
+    """The same lines, each without what goes beyond its first `limit` + 1 bytes: enough to see that it is too long."""
+    length = 0  # of the line that has begun
+    for chunk in chunks:
+        for begin in range(0, len(chunk), limit):
+            piece = chunk[begin : begin + limit]
+            end = piece.find(b"\n")
+            line = len(piece) if end < 0 else end
+            if length + line > limit:
+                yield piece[: max(0, limit + 1 - length)] + piece[line:]
+            else:
+                yield piece
+            length = length + line if end < 0 else len(piece) - piece.rfind(b"\n") - 1
 
 
 def _text_blocks(path: str, chunks: Iterable[bytes], size: int) -> Iterator[Block]:
-    """One document, in fragments that begin with a line end; a new document at LONGEST_DOCUMENT_BYTES."""
+    """One document, in fragments that begin with a line end; a new document at LONGEST_DOCUMENT_BYTES.
+
+    A document with an invalid byte is abandoned; the one behind it begins where it would have begun anyway.
+    """
     pending: Block | None = None
     offset = document_bytes = 0
-    for piece in _cut(_without_bom(chunks), size, LONGEST_DOCUMENT_BYTES, keep_newline=False):
+    spoiled = False
+    for piece in _cut(chunks, size, LONGEST_DOCUMENT_BYTES, keep_newline=False):
+        full = document_bytes + len(piece) > LONGEST_DOCUMENT_BYTES
+        joins = document_bytes > 0 and piece[:1] == b"\n" and not full
+        document_bytes = document_bytes + len(piece) if joins else len(piece)
+        spoiled = spoiled and joins
+        if pending is not None:
+            yield replace(pending, ends=not joins)
+            pending = None
         try:
             text = piece.decode()
         except UnicodeDecodeError as error:
-            where = f"invalid UTF-8 at byte {offset + error.start:,} (0x{piece[error.start]:02x})"
-            raise DataError(f"{where}; convert the file to UTF-8") from error
-        full = document_bytes + len(piece) > LONGEST_DOCUMENT_BYTES
-        joins = pending is not None and text[0] == "\n" and not full
-        if pending is not None:
-            yield replace(pending, ends=not joins)
-        pending = Block(path, texts=(text,), continues=joins)
-        document_bytes = document_bytes + len(piece) if joins else len(piece)
+            if not spoiled:
+                where = f"invalid UTF-8 at byte {offset + error.start:,} (0x{piece[error.start]:02x})"
+                yield Block(path, abandon=True, bad=(BadRecord(path, "", f"{where}; convert the file to UTF-8"),))
+            spoiled = True
+        if not spoiled:
+            pending = Block(path, texts=(text,), continues=joins)
         offset += len(piece)
     if pending is not None:
         yield pending
@@ -188,7 +194,11 @@ def _json_blocks(path: str, chunks: Iterable[bytes], text_field: str) -> Iterato
     bad: list[BadRecord] = []
     num_characters = 0
     damage: list[DataError] = []
-    for number, record in enumerate(_until_damage(json_values(chunks), damage), start=1):
+    for number, record in enumerate(json_values(until_damage(chunks, damage)), start=1):
+        if isinstance(record, Broken):
+            if not (damage and record.at_end):  # else the damage is why it breaks off
+                bad.append(BadRecord(path, f"line {record.line}", record.why))
+            continue
         try:
             texts.append(text_of(record, text_field))
             places.append(f"record {number}")
@@ -205,32 +215,21 @@ def _json_blocks(path: str, chunks: Iterable[bytes], text_field: str) -> Iterato
 
 
 def _parquet_blocks(file: InputFile, raw: BinaryIO, text_field: str) -> Iterator[Block]:
-    try:
-        import pyarrow  # optional package
-        import pyarrow.parquet
-    except ImportError as error:
-        raise RequestError("reading .parquet files needs the package pyarrow: pip install 'octant[data]'") from error
-    with tempfile.TemporaryFile() as unpacked:
-        if file.compression:  # parquet is read from its end, so it has to be unpacked first
-            for chunk in decompressed(raw, file.compression):
-                unpacked.write(chunk)
-        try:
-            table = pyarrow.parquet.ParquetFile(unpacked if file.compression else raw)
-        except pyarrow.ArrowException as error:
-            raise DataError(f"not a readable parquet file ({error})") from error
-        if text_field not in table.schema_arrow.names:
-            raise DataError(f"no column {text_field!r}; its columns are {', '.join(table.schema_arrow.names)}")
-        row = 0
-        for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-            texts, places, bad = [], [], []
-            for value in batch.column(0).to_pylist():
-                row += 1
-                try:
-                    texts.append(text_of({text_field: value}, text_field))
-                    places.append(f"row {row}")
-                except ValueError as error:
-                    bad.append(BadRecord(file.path, f"row {row}", str(error)))
-            yield Block(file.path, texts=tuple(texts), places=tuple(places), bad=tuple(bad))
+    for rows in parquet_rows(file, raw, text_field):
+        texts, places, bad = [], [], []
+        for row, value in enumerate(rows.values, start=rows.first):
+            try:
+                if value is None:
+                    raise ValueError("invalid UTF-8")
+                texts.append(text_of(value, text_field))
+                places.append(f"row {row}")
+            except ValueError as error:
+                bad.append(BadRecord(file.path, f"row {row}", str(error)))
+        if rows.unreadable:
+            first = rows.first + len(rows.values)
+            where = f"rows {first:,} to {first + rows.unreadable - 1:,}"
+            bad.append(BadRecord(file.path, where, rows.why, rows.unreadable))
+        yield Block(file.path, texts=tuple(texts), places=tuple(places), bad=tuple(bad))
 
 
 @dataclass(frozen=True)
@@ -253,13 +252,15 @@ def records_of(block: Block, text_field: str) -> Records:
         if not line or line.isspace():
             continue
         try:
-            texts.append(text_of(json.loads(line), text_field))
+            texts.append(text_of(DECODER.decode(line.decode()), text_field))
             places.append(f"line {number}")
         except UnicodeDecodeError as error:
             bad.append(BadRecord(block.path, f"line {number}", f"invalid UTF-8 (byte {error.start} of the line)"))
         except json.JSONDecodeError as error:
             bad.append(BadRecord(block.path, f"line {number}", f"invalid JSON: {error.msg} (column {error.colno})"))
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            bad.append(BadRecord(block.path, f"line {number}", "nested too deeply"))
+        except ValueError as error:
             bad.append(BadRecord(block.path, f"line {number}", str(error)))
     return Records(texts, places, bad)
 
@@ -272,21 +273,3 @@ def read_texts(files: Iterable[str | Path], text_field: str = "text") -> Iterato
             for record in records.bad:
                 raise DataError(str(record))
             yield from records.texts
-
-
-def text_of(record: Any, text_field: str) -> str:
-    """The document of a record.  Raises ValueError saying what is wrong with it."""
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-    if text_field not in record:
-        raise ValueError(f"no field {text_field!r} (see --field); its fields are {', '.join(record) or '(none)'}")
-    text = record[text_field]
-    if isinstance(text, list) and all(isinstance(part, str) for part in text):
-        text = "\n".join(text)
-    if not isinstance(text, str):
-        raise ValueError(f"field {text_field!r} holds {type(text).__name__}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"field {text_field!r} holds half of a surrogate pair (a broken \\u escape)") from error
-    return text

@@ -19,6 +19,7 @@ from engine.errors import OctantError
 
 MOST_BYTES = 256 << 20                  # of a file that is read whole; the index of a model of 10,000 tensors has 1 MB
 SHOWN = 80                              # characters of a foreign value that a message repeats
+LONGEST_SAID = 300                      # characters of a library's message
 LFS_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\n(?:.*\n)*?size (\d{1,18})\n")
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
          stat.S_IFBLK: "a device"}
@@ -105,6 +106,13 @@ def shown(value: object) -> str:
     except ValueError:                                                  # a number of thousands of digits
         text = f"a number of the type {type(value).__name__}"
     return text if len(text) <= 2 * SHOWN else text[:2 * SHOWN] + "…"
+
+
+def said(error: BaseException) -> str:
+    """What a library says of a foreign file, on one printable line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    return text if len(text) <= LONGEST_SAID else text[:LONGEST_SAID] + "…"
 
 
 class _Short(reprlib.Repr):

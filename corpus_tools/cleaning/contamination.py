@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from corpus_tools.cleaning.characters import tokens
 from corpus_tools.cleaning.rules import Contamination
-from corpus_tools.inputs import InputFile, decompressed, expand_inputs, open_input
-from corpus_tools.json_values import json_values
+from corpus_tools.inputs import InputFile, decompressed, expand_inputs, open_input, utf8
+from corpus_tools.json_values import Broken, json_values
+from corpus_tools.parquet import parquet_rows
 from engine.errors import DataError
 
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so multiplying by it loses nothing
@@ -95,24 +96,25 @@ def _sorted(parts: list[tuple[npt.NDArray[np.uint64], int]]) -> tuple[npt.NDArra
 
 
 def _evaluation_texts(file: InputFile) -> Iterator[str]:
-    with open_input(file) as raw:
-        if file.format == ".parquet":
-            yield from _strings(_parquet_rows(file))
-        elif file.format == ".txt":
-            content = b"".join(decompressed(raw, file.compression)).decode(errors="replace")
-            yield from filter(str.strip, content.split("\n"))
-        else:
-            try:
-                for record in json_values(decompressed(raw, file.compression)):
-                    yield from _strings(record)
-            except DataError as error:
-                raise DataError(f"{file.path}: {error}") from error
-
-
-def _parquet_rows(file: InputFile) -> Any:
-    import pyarrow.parquet  # optional package
-
-    return pyarrow.parquet.read_table(file.path).to_pylist()
+    """Every string in a file.  Raises DataError at what cannot be read: a text left out here would be trained on."""
+    try:
+        with open_input(file) as raw:
+            if file.format == ".parquet":
+                for rows in parquet_rows(file, raw, None):
+                    if rows.unreadable or None in rows.values:
+                        raise DataError(f"rows from {rows.first:,} on: {rows.why or 'invalid UTF-8'}")
+                    yield from _strings(rows.values)
+                return
+            chunks = utf8(decompressed(raw, file.compression), json=file.format != ".txt")
+            if file.format == ".txt":
+                yield from filter(str.strip, b"".join(chunks).decode(errors="replace").split("\n"))
+                return
+            for record in json_values(chunks):
+                if isinstance(record, Broken):
+                    raise DataError(str(record))
+                yield from _strings(record)
+    except DataError as error:
+        raise DataError(f"{file.path}: {error}") from error
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -25,7 +25,8 @@ from corpus_tools.inputs import InputFile, expand_inputs
 from corpus_tools.ordered_map import ordered_map
 from corpus_tools.parts import named_write_errors
 from corpus_tools.progress import Progress
-from corpus_tools.readers import BadRecord, Block, read_blocks, records_of
+from corpus_tools.readers import Block, read_blocks, records_of
+from corpus_tools.records import BadRecord
 from engine.distributed.environment import available_cores
 from engine.errors import DataError, RequestError
 
@@ -72,7 +73,8 @@ class Cleaner:
 
     def __call__(self, task: Task) -> Cleaned:
         records = records_of(task.block, self.text_field)
-        report = Report(self.num_examples, documents_in=len(records.texts), unusable_records=len(records.bad))
+        report = Report(self.num_examples, documents_in=len(records.texts))
+        report.unusable_records = sum(record.count for record in records.bad)
         report.unusable_examples = [str(record) for record in records.bad]
         candidates = []
         for text, place in zip(records.texts, records.places, strict=True):
