@@ -5,11 +5,13 @@ Shapes: S queries, T keys, B batch, G key-value groups, Q query heads per group,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.operation import Implementation, Operation, anywhere
+from engine.kernels.operation import Implementation, Operation, Place, anywhere, installed
 
 
 def attention_reference(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -36,6 +38,22 @@ def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | No
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
+def _flash_attn(place: Place) -> Callable[..., Tensor]:
+    """The flash-attn package's kernel; it takes no masks, so packed documents and cached keys go to torch's."""
+    place.require(device="cuda", dtypes=(torch.bfloat16, torch.float16))
+    flash = installed("flash_attn", "flash_attn_func")
+
+    def flash_attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            return attention(q_SBGQD, k_TBGD, v_TBGD, mask)
+        q, k, v = (x.transpose(0, 1) for x in (q_SBGQD.flatten(2, 3), k_TBGD, v_TBGD))      # batch first
+        out: Tensor = flash(q, k, v, causal=True, deterministic=place.deterministic)
+        return out.transpose(0, 1).flatten(2)
+
+    return flash_attention
+
+
 ATTENTION = Operation("attention", "causal or masked grouped-query attention", (
     Implementation("sdpa", anywhere(attention)),
+    Implementation("flash-attn", _flash_attn),
     Implementation("reference", anywhere(attention_reference))))

@@ -24,16 +24,36 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cross_entropy import Gather, of_columns, whole_width
+from engine.kernels.operation import Implementation, Operation, anywhere
 
 # Rows of which p·log p, as large as the logits, is written out at a time: 64 MiB in fp32.
 BLOCK_ELEMENTS = 1 << 24
 
 
-def log_probs_and_entropy_reference(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Plain torch: both per token for logits [..., V] and targets [...]."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    log_p = wide.log_softmax(-1)
-    return log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+def log_probs_and_entropy_reference(logits: Tensor, targets: Tensor, *, temperature: float = 1.0, first: int = 0,
+                                    num_valid: int | None = None,
+                                    gather: Gather | None = None) -> tuple[Tensor, Tensor]:
+    """Plain torch; arguments and results as of `log_probs_and_entropy`."""
+    wide = logits[..., :num_valid].to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    here = torch.arange(first, first + wide.shape[-1], device=wide.device) == targets.unsqueeze(-1)
+    if gather is None:
+        log_p = wide.log_softmax(-1)
+        return torch.where(here, log_p, 0.0).sum(-1), -(log_p.exp() * log_p).sum(-1)
+    own = wide.detach()
+    parts = gather(torch.stack((own.logsumexp(-1), torch.where(here, own, 0.0).sum(-1),
+                                torch.special.entr(own.softmax(-1)).sum(-1))).flatten(1))
+    lse = parts[:, 0].logsumexp(0)
+    weights = (parts[:, 0] - lse).exp()
+    log_prob = (parts[:, 1].sum(0) - lse).view(targets.shape)
+    entropy = (weights * parts[:, 2] + torch.special.entr(weights)).sum(0).view(targets.shape)
+    log_p = own - lse.view(targets.shape).unsqueeze(-1)
+    p = log_p.exp()
+
+    def with_gradient(value: Tensor, gradient: Tensor) -> Tensor:
+        """`value`, which is everybody's, with its derivative by this rank's logits."""
+        return value + ((wide - own) * gradient).sum(-1)
+
+    return with_gradient(log_prob, here.to(p.dtype) - p), with_gradient(entropy, -p * (log_p + entropy.unsqueeze(-1)))
 
 
 def _blocks(p: Tensor) -> Iterator[slice]:
@@ -96,3 +116,8 @@ def log_probs_and_entropy(logits: Tensor, targets: Tensor, *, temperature: float
     """
     num_valid = logits.shape[-1] if num_valid is None else num_valid
     return _LogProbsAndEntropy.apply(logits, targets, temperature, first, num_valid, gather)
+
+
+LOG_PROBS = Operation("log_probs", "log-probability and entropy per token, the vocabulary spread over ranks", (
+    Implementation("octant", anywhere(log_probs_and_entropy)),
+    Implementation("reference", anywhere(log_probs_and_entropy_reference))))

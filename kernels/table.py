@@ -22,14 +22,15 @@ from engine.kernels.adamw import ADAMW, adamw_reference
 from engine.kernels.attention import ATTENTION, attention
 from engine.kernels.attention_block import ATTENTION_BLOCK, REFERENCE_BLOCK, AttentionBlock
 from engine.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
+from engine.kernels.log_probs import LOG_PROBS, log_probs_and_entropy
 from engine.kernels.matmul import LINEAR, WEIGHT_GRADIENT, add_product, linear
 from engine.kernels.operation import Implementation, Operation, Place, Unavailable, short_name
 from engine.kernels.rms_norm import RMS_NORM, rms_norm
 from engine.kernels.rope import ROPE, split_and_rotate
 from engine.kernels.swiglu import SWIGLU, swiglu
 
-TABLE: tuple[Operation, ...] = (ATTENTION, ATTENTION_BLOCK, RMS_NORM, ROPE, SWIGLU, CROSS_ENTROPY, LINEAR,
-                                WEIGHT_GRADIENT, ADAMW)
+TABLE: tuple[Operation, ...] = (ATTENTION, ATTENTION_BLOCK, RMS_NORM, ROPE, SWIGLU, CROSS_ENTROPY, LOG_PROBS,
+                                LINEAR, WEIGHT_GRADIENT, ADAMW)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Operations:
     rope: Callable[..., tuple[Tensor, Tensor, Tensor]] = split_and_rotate
     swiglu: Callable[[Tensor], Tensor] = swiglu
     cross_entropy: Callable[..., Tensor] = cross_entropy
+    log_probs: Callable[..., tuple[Tensor, Tensor]] = log_probs_and_entropy
     linear: Callable[..., Tensor] = linear
     weight_gradient: Callable[..., None] = add_product
     adamw: Callable[..., None] = adamw_reference
@@ -117,5 +119,23 @@ def _names(operation: Operation) -> str:
 def describe(operations: Operations) -> Iterator[str]:
     """A line for each operation: what was chosen, and why nothing that comes before it."""
     for row in operations.chosen:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in row.passed_over)
-        yield f"{row.operation:<20} {row.implementation}" + (f" ({reasons})" if reasons else "")
+        yield _line(row.operation, [row.implementation], row.passed_over)
+
+
+def describe_options(place: Place, table: Sequence[Operation] = TABLE) -> Iterator[str]:
+    """A line for each operation: what `auto` means at this place, what else could be chosen, and why not the rest."""
+    for operation in table:
+        available, others = [], []
+        for entry in operation.implementations:
+            try:
+                entry.find(place)
+                available.append(entry.name)
+            except Unavailable as reason:
+                others.append((entry.name, str(reason)))
+        yield _line(operation.name, available, others)
+
+
+def _line(operation: str, names: Sequence[str], others: Sequence[tuple[str, str]]) -> str:
+    also = f"; or {', '.join(names[1:])}" if len(names) > 1 else ""
+    reasons = "".join(f"; not {name} ({reason})" for name, reason in others)
+    return f"{operation:<20} {names[0]}{also}{reasons}"

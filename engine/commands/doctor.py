@@ -22,7 +22,7 @@ import torch.distributed as dist
 from engine import __version__
 from engine.distributed.environment import available_cores, launch_environment
 from engine.kernels.operation import Place, Unavailable, installed, short_name
-from engine.kernels.table import choose, describe
+from engine.kernels.table import describe_options
 from engine.metrics.peaks import peak_tflops
 
 GIB = 1 << 30
@@ -60,7 +60,6 @@ EXTRAS = (
     Extra("wandb", "log.wandb", "pip install 'octant[viz]'"),
 )
 ACCELERATORS = (
-    Accelerator("flash-attn", "flash_attn", "flash_attn_func", "attention runs in torch's scaled-dot-product one"),
     Accelerator("transformer-engine", "transformer_engine.pytorch", "Linear", "matrix products run in torch"),
     Accelerator("apex (NVIDIA's)", "amp_C", "multi_tensor_adam", "the optimizer runs in torch"),
     Accelerator("triton", "triton", "jit", "kernels run in torch"),
@@ -151,9 +150,9 @@ def probe(module: str, symbol: str) -> str:
 
 
 def _operations(dtype: torch.dtype) -> Iterator[str]:
-    """Who computes each operation in a run with this `precision.compute`, and why nobody that comes before."""
+    """Who computes each operation in a run with this `precision.compute`, who else could, and why the rest cannot."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return describe(choose(Place(device, dtype)))
+    return describe_options(Place(device, dtype))
 
 
 def memory_bytes() -> int:

@@ -240,6 +240,7 @@ class KernelsConfig(Section):
     rope: Words = "auto"
     swiglu: Words = "auto"
     cross_entropy: Words = "auto"
+    log_probs: Words = "auto"
     linear: Words = "auto"
     weight_gradient: Words = "auto"
     adamw: Words = "auto"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,20 +97,24 @@ def swiglu_cases() -> list[Case]:
     return [Case(str(shape), (4 * random(*shape, seed=7),), differentiated()) for shape in ((LENGTH, BATCH, 2, 56),)]
 
 
-def cross_entropy_cases() -> list[Case]:
-    vocabulary, cut = 37, (20, 17)
-    logits = 4 * random(LENGTH, BATCH, vocabulary, seed=8)
-    targets = torch.arange(LENGTH * BATCH).remainder(vocabulary).view(LENGTH, BATCH)
+VOCABULARY, CUT = 37, (20, 17)
+
+
+def vocabulary_cases(**named: Any) -> list[Case]:
+    """For what is computed of logits and targets, whole and with the vocabulary cut over two ranks."""
+    logits = 4 * random(LENGTH, BATCH, VOCABULARY, seed=8)
+    targets = torch.arange(LENGTH * BATCH).remainder(VOCABULARY).view(LENGTH, BATCH)
 
     def over_ranks(function: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Two ranks; the exchange is played by running the forward pass twice."""
-        columns = max(cut) + 3
-        parts = [F.pad(part, (0, columns - part.shape[-1])) for part in inputs[0].split(cut, dim=-1)]
+        """The exchange is played by running the forward pass twice."""
+        columns = max(CUT) + 3
+        parts = [F.pad(part, (0, columns - part.shape[-1])) for part in inputs[0].split(CUT, dim=-1)]
         where = targets.to(inputs[0].device)
         posted: list[Tensor] = []
 
-        def rank(index: int, gather: Any) -> Callable[[Tensor], Tensor]:
-            return lambda part: function(part, where, first=sum(cut[:index]), num_valid=cut[index], gather=gather)
+        def rank(index: int, gather: Any) -> Callable[[Tensor], Any]:
+            cut = {"first": sum(CUT[:index]), "num_valid": CUT[index], "gather": gather}
+            return lambda part: function(part, where, **cut, **named)
 
         def post(mine: Tensor) -> Tensor:
             posted.append(mine.detach())
@@ -120,7 +125,7 @@ def cross_entropy_cases() -> list[Case]:
         return [x for index, part in enumerate(parts)
                 for x in forward_backward(rank(index, lambda mine: torch.stack(posted)), [part], part.dtype)]
 
-    return [Case("whole", (logits,), differentiated(targets)), Case("over two ranks", (logits,), over_ranks)]
+    return [Case("whole", (logits,), differentiated(targets, **named)), Case("over two ranks", (logits,), over_ranks)]
 
 
 def linear_cases() -> list[Case]:
@@ -168,5 +173,6 @@ def adamw_cases() -> list[Case]:
 
 CASES: dict[str, Callable[[], list[Case]]] = {
     "attention": attention_cases, "attention_block": attention_block_cases, "rms_norm": rms_norm_cases,
-    "rope": rope_cases, "swiglu": swiglu_cases, "cross_entropy": cross_entropy_cases, "linear": linear_cases,
+    "rope": rope_cases, "swiglu": swiglu_cases, "cross_entropy": vocabulary_cases,
+    "log_probs": partial(vocabulary_cases, temperature=0.8), "linear": linear_cases,
     "weight_gradient": weight_gradient_cases, "adamw": adamw_cases}

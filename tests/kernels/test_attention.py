@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.attention import attention, attention_reference
+from engine.kernels.attention import ATTENTION, attention, attention_reference
+from engine.kernels.operation import Place, Unavailable
 from engine.model.context import document_mask, document_positions
 from tests.kit.compare import DTYPES, TOLERANCE, assert_equal, random, relative_error
 
@@ -67,3 +71,30 @@ def test_packed_documents_do_not_see_each_other(dtype: torch.dtype) -> None:
         here = (ids[row] == document).nonzero().flatten()
         alone = attention(*(x[here, row : row + 1] for x in (q, k, v)))
         assert relative_error(packed[here, row : row + 1], alone) < TOLERANCE[dtype]
+
+
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, deterministic: bool) -> Tensor:
+    """Stands for the package's: [B, S, H, D], fewer heads in k and v, the same arithmetic."""
+    assert causal and deterministic and q.shape[2] % k.shape[2] == 0
+    grouped = q.unflatten(2, (k.shape[2], -1)).transpose(0, 1)
+    out = attention_reference(grouped, k.transpose(0, 1), v.transpose(0, 1))
+    return out.unflatten(-1, (q.shape[2], -1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize(("groups", "queries"), HEADS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_flash_attn_gets_what_it_wants(groups: int, queries: int, masked: bool,
+                                       monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The package's layout, and torch's kernel where there is a mask."""
+    (tmp_path / "flash_attn.py").write_text("def flash_attn_func(): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setattr("flash_attn.flash_attn_func", flash_attn_func)
+    entry = next(entry for entry in ATTENTION.implementations if entry.name == "flash-attn")
+    with pytest.raises(Unavailable, match="for bf16 and fp16 only"):
+        entry.find(Place(torch.device("cuda"), torch.float32))
+    flash = entry.find(Place(torch.device("cuda"), torch.bfloat16, deterministic=True))
+    mask = torch.ones(17, 17, dtype=torch.bool).tril()[None, None] if masked else None
+    assert_equal(lambda q, k, v: flash(q, k, v, mask), attention_reference, inputs(17, 17, groups, queries),
+                 torch.float64)
+    sys.modules.pop("flash_attn")

@@ -24,7 +24,7 @@ def test_equals_the_reference(dtype: torch.dtype, temperature: float, block: int
     monkeypatch.setattr(log_probs, "BLOCK_ELEMENTS", block)
     logits = 4 * random(*SHAPE, VOCABULARY, seed=1)
     assert_equal(lambda z: log_probs_and_entropy(z, tokens(), temperature=temperature),
-                 lambda z: log_probs_and_entropy_reference(z, tokens(), temperature), [logits], dtype)
+                 lambda z: log_probs_and_entropy_reference(z, tokens(), temperature=temperature), [logits], dtype)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["log-probability", "entropy"])

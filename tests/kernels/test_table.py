@@ -14,7 +14,7 @@ from engine.config.schema import KernelsConfig
 from engine.errors import ConfigError
 from engine.kernels.operation import Implementation, Operation, Place, Unavailable, anywhere, installed, torch_operator
 from engine.kernels.rms_norm import RMS_NORM, rms_norm
-from engine.kernels.table import TABLE, Operations, choose, describe
+from engine.kernels.table import TABLE, Operations, choose, describe, describe_options
 from tests.kernels.cases import CASES, Case
 from tests.kit.compare import found
 
@@ -87,7 +87,8 @@ def not_here(place: Place) -> Any:
 
 def with_entries(*entries: Implementation) -> list[Operation]:
     """The table with more implementations of the norm, preferred to all others."""
-    return [replace(row, implementations=(*entries, *row.implementations)) if row is RMS_NORM else row for row in TABLE]
+    return [replace(row, implementations=(*entries, *row.implementations[-2:])) if row is RMS_NORM else row
+            for row in TABLE]
 
 
 def test_an_implementation_is_added_by_one_entry_and_removed_again() -> None:
@@ -107,7 +108,13 @@ def test_what_is_passed_over_is_said_with_its_reason() -> None:
     operations = choose(FP32, table=with_entries(Implementation("absent", not_here)))
     row = next(row for row in operations.chosen if row.operation == "rms_norm")
     assert (row.implementation, row.passed_over) == ("octant", (("absent", "it is Tuesday"),))
-    assert f"{'rms_norm':<20} octant (absent: it is Tuesday)" in list(describe(operations))
+    assert f"{'rms_norm':<20} octant; not absent (it is Tuesday)" in list(describe(operations))
+
+
+def test_all_options_are_said() -> None:
+    table = with_entries(Implementation("absent", not_here), Implementation("first", anywhere(rms_norm)))
+    want = f"{'rms_norm':<20} first; or octant, reference; not absent (it is Tuesday)"
+    assert want in list(describe_options(FP32, table))
 
 
 @pytest.mark.parametrize(("wanted", "message"), [

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from engine.distributed.collectives import all_gather, all_reduce, my_part
 from engine.distributed.mesh import Axis
-from engine.kernels.log_probs import log_probs_and_entropy
 from engine.model.spec import spec_of
 from engine.model.transformer import Transformer
 from engine.parallel.tensor.layers import TensorContext
@@ -32,7 +31,8 @@ class ParallelHead:
 
     def token_log_probs_and_entropy(self, x_SBH: Tensor, labels_SB: Tensor,
                                     temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        return log_probs_and_entropy(self._chunk.logits(x_SBH), labels_SB, temperature=temperature, **self._columns())
+        compute = self._tensor.operations.log_probs
+        return compute(self._chunk.logits(x_SBH), labels_SB, temperature=temperature, **self._columns())
 
     def scores(self, x_SBH: Tensor) -> Tensor:
         scores = self._chunk.scores(x_SBH)
