@@ -12,7 +12,9 @@ EXTRAS = {
     "data": ["pyarrow", "zstandard", "rensa"],                     # parquet, .zst, near-duplicate search
     "fast": ["gigatoken"],                                         # encodes corpora several times faster, same ids
     "viz": ["tensorboard", "wandb"],                               # where metrics also go
-    "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "setuptools", "tensorboard", "types-PyYAML"],
+    "completion": ["shtab"],                                       # octant completion bash
+    "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "setuptools", "tensorboard", "types-PyYAML",
+            "shtab", "jsonschema"],
 }
 
 setup(

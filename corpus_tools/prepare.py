@@ -28,7 +28,7 @@ from corpus_tools.parts import NUM_EXAMPLES, Counts, Documents, Parts, Position,
 from corpus_tools.progress import Progress
 from corpus_tools.readers import Block, read_blocks, records_of
 from corpus_tools.records import BadRecord
-from corpus_tools.shards import shard_of
+from corpus_tools.shards import shard_of, shard_prefix
 from corpus_tools.tokenizers.fast_backend import FastTokenizer, accelerated
 from engine.data.indexed import best_dtype
 from engine.data.tokenizer import Tokenizer, load_tokenizer
@@ -129,7 +129,7 @@ def prepare(
         raise RequestError(f"--workers {workers}: at least one process is needed")
     inputs = expand_inputs(files)
     if shard is not None:
-        inputs, output = shard_of(inputs, *shard), f"{output}-{shard[0]:05d}-of-{shard[1]:05d}"
+        inputs, output = shard_of(inputs, *shard), shard_prefix(output, *shard)
     loaded = load_tokenizer(tokenizer)
     dtype = best_dtype(loaded.vocab_size)
     prefix = Path(output)

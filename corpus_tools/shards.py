@@ -31,6 +31,11 @@ def shard_of(inputs: Sequence[InputFile], index: int, count: int) -> list[InputF
     return mine
 
 
+def shard_prefix(output: str | Path, index: int, count: int) -> str:
+    """Where a shard of the corpus `output` goes."""
+    return f"{output}-{index:05d}-of-{count:05d}"
+
+
 def merge_corpora(prefixes: Sequence[str | Path], output: str | Path) -> Sidecar:
     """Corpora of one tokenizer, in the order given, as one with a side file of its own.
 

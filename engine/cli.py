@@ -41,7 +41,7 @@ def _actions(parser: Parser, *actions: tuple[str, str, str]) -> list[Parser]:
     parser.usage = f"{parser.prog} ACTION …"
     parser.description = f"{parser.description}\n\nactions:\n" + "\n".join(
         f"  {name:<15}{text}" for name, text, _ in actions)
-    return [table.add_parser(name, description=_sentence(text), epilog=f"example:\n  octant {example}")
+    return [table.add_parser(name, help=text, description=_sentence(text), epilog=f"example:\n  octant {example}")
             for name, text, example in actions]
 
 
@@ -93,13 +93,17 @@ def _prepare(p: Parser) -> None:
 
 
 def _data(p: Parser) -> None:
-    inspect, verify, merge, clean = _actions(
-        p, ("inspect", "statistics of a prepared corpus, or the samples a run consumes",
+    example, inspect, verify, merge, clean = _actions(
+        p, ("example", "text to try things with: the sources of this Python as JSON lines",
+            "data example corpus.jsonl"),
+        ("inspect", "statistics of a prepared corpus, or the samples a run consumes",
             "data inspect run.yaml --samples 0:8 --json"),
         ("verify", "check a prepared corpus against its index and content hashes", "data verify data/web"),
         ("merge", "several corpora of one tokenizer as one", "data merge data/web-0000*.bin --output data/web"),
         ("clean", "filter documents and lines by rules, mask personal data, remove duplicates and evaluation sets",
          "data clean raw/*.jsonl.gz --output clean/ --decontaminate gsm8k_test.jsonl"))
+    example.add_argument("output", metavar="FILE", help="the .jsonl to write")
+    example.add_argument("--bytes", type=int, default=3_000_000, metavar="N", help="of text (default: %(default)s)")
     merge.add_argument("target", nargs="+", metavar="PREFIX", help="corpora, in the order they shall have")
     merge.add_argument("--output", required=True, metavar="PREFIX")
     for action in (inspect, verify):
@@ -232,6 +236,20 @@ def _report(p: Parser) -> None:
     p.add_argument("run_dir", metavar="RUN_DIR", nargs="+", help="a run's folder; several are drawn on the same axes")
 
 
+def _config(p: Parser) -> None:
+    p.add_argument("config", metavar="CONFIG.yaml", nargs="?")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as optim.lr=3e-4")
+    p.add_argument("--schema", action="store_true", help="print a JSON Schema of what a file may hold, for editors")
+
+
+def _presets(p: Parser) -> None:
+    p.add_argument("name", metavar="NAME", nargs="?", help="print this one as YAML, to be changed")
+
+
+def _completion(p: Parser) -> None:
+    p.add_argument("shell", metavar="SHELL", choices=("bash", "zsh", "tcsh"), help="bash, zsh or tcsh")
+
+
 def _doctor(p: Parser) -> None:
     """No arguments: everything is looked up."""
 
@@ -252,6 +270,9 @@ VERBS = (
          _eval),
     Verb("convert", "checkpoints to and from Hugging Face and megatron-core", "convert to-hf runs/x out/", _convert),
     Verb("checkpoint", "list, inspect, verify or reshard checkpoints", "checkpoint list runs/x", _checkpoint),
+    Verb("config", "a configuration as it will be read, resolved; or the schema of one",
+         "config configs/tiny.yaml parallel.tensor=2", _config),
+    Verb("presets", "the models that model.preset knows", "presets llama3-8b", _presets),
     Verb("plan", "a job of any size on paper: what a rank holds and does, and the schedule as a picture",
          "plan configs/llama-65b.yaml --explain-rank 777", _plan),
     Verb("schedule", "a pipeline schedule as a grid, with its bubble and peak activations",
@@ -259,6 +280,7 @@ VERBS = (
     Verb("bench", "measured tables", "bench matmul", _bench),
     Verb("report", "report.html and pictures of a run", "report runs/x", _report),
     Verb("doctor", "the environment, and what is used of it; paste it into an issue", "doctor", _doctor),
+    Verb("completion", "a script that completes commands in a shell", "completion bash", _completion),
 )
 
 
@@ -272,7 +294,7 @@ def build_parser() -> Parser:
     table = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS, prog="octant",
                                   parser_class=Parser)
     for verb in VERBS:
-        verb.add_arguments(table.add_parser(verb.name, description=_sentence(verb.help),
+        verb.add_arguments(table.add_parser(verb.name, help=verb.help, description=_sentence(verb.help),
                                             epilog=f"example:\n  octant {verb.example}"))
     return parser
 
@@ -289,7 +311,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         print("octant: say what to do: octant VERB …", file=sys.stderr)
         return 2
     asked = [*words[1:], "--help"] if words[0] == "help" else words
-    args = parser.parse_args(asked, argparse.Namespace(argv=words))
+    args = parser.parse_args(asked, argparse.Namespace(argv=words, parser=parser))
     try:
         code = int(import_module(f"engine.commands.{args.verb}").run(args))
         sys.stdout.flush()                                   # a closed pipe shows here, not at interpreter exit

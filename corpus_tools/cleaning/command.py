@@ -7,6 +7,7 @@ import argparse
 from corpus_tools.cleaning.pipeline import clean
 from corpus_tools.cleaning.rules import DEFAULT_RULES, load_rules
 from engine.errors import RequestError
+from engine.hints import hint
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,5 +29,5 @@ def run(args: argparse.Namespace) -> int:
     )
     print("\n".join([report.summary(), "", *report.table(), ""]))
     print(f"examples of what each rule removed: {args.output}/report.md")
-    print(f"next: octant prepare {args.output} --tokenizer T --output data/corpus")
+    print(hint("prepare", args.output, "--tokenizer", "bytes", "--output", "data/clean"))
     return 0

@@ -20,6 +20,7 @@ from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.reshard import reshard
 from engine.checkpoint.resume import open_checkpoint
 from engine.errors import CheckpointError
+from engine.hints import hint
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +50,7 @@ def _list(args: argparse.Namespace) -> int:
               f"{row['tensors'] or '?':>8}  {row['problem'] or 'complete'}  {row['path']}")
     for name in aside:
         print(f"set aside as corrupt: {name}")
-    print(f"next: octant checkpoint verify {args.path}   (reads every byte)")
+    print(hint("checkpoint", "verify", args.path, why="reads every byte"))
     return 0
 
 
@@ -90,7 +91,7 @@ def _inspect(args: argparse.Namespace) -> int:
         for key, tensor in manifest.tensors.items():
             shape = "×".join(map(str, tensor.shape)) or "scalar"
             print(f"  {tensor.dtype:<8} {shape:<20} {len(tensor.boxes):>5} boxes  {key}")
-    print(f"next: octant checkpoint verify {reader.path}")
+    print(hint("checkpoint", "verify", reader.path))
     return 0
 
 
@@ -125,7 +126,7 @@ def _verify(args: argparse.Namespace) -> int:
     elif bad:
         print(f"{bad} of {len(report)} damaged; training resumes from the newest that is whole")
     else:
-        print(f"next: octant checkpoint inspect {list(report)[-1]}")
+        print(hint("checkpoint", "inspect", list(report)[-1]))
     return 1 if bad else 0
 
 
@@ -150,7 +151,7 @@ def _reshard(args: argparse.Namespace) -> int:
         return 0
     print(f"{output}: step {source.step}, {_size(written.num_bytes)} in {len(written.files)} files "
           f"(from {len(source.manifest.files)})")
-    print(f"next: octant checkpoint verify {output}")
+    print(hint("checkpoint", "verify", output))
     return 0
 
 

@@ -16,6 +16,7 @@ from engine.checkpoint.folder import checkpoints_at
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import open_checkpoint
 from engine.config import load_config
+from engine.hints import hint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,7 +40,8 @@ def _from_hf(args: argparse.Namespace) -> int:
     checked = convert_from_hf(Path(args.source), Path(args.output), tokenizer=args.tokenizer,
                               allow_pickle=args.allow_pickle, check=not args.skip_check, begin=on_console)
     _report(f"{args.output}: the model of {args.source} as a checkpoint", checked)
-    print(f'next: octant generate {args.output} --prompt "The"   (or train on: checkpoint.load={args.output})')
+    print(hint("generate", args.output, "--prompt", "The", why=f"or train on: checkpoint.load={args.output}")
+          if args.tokenizer != "none" else hint("checkpoint", "inspect", args.output))
     return 0
 
 
@@ -56,7 +58,8 @@ def _from_megatron(args: argparse.Namespace) -> int:
     checked = convert_from_megatron(Path(args.source), Path(args.output), load_config(args.config).model,
                                     check=not args.skip_check, begin=on_console)
     _report(f"{args.output}: the model of {args.source} as a checkpoint", checked)
-    print(f"next: octant convert to-hf {args.output} hf/   (or train on: checkpoint.load={args.output})")
+    print(hint("convert", "to-hf", args.output, f"{args.output.rstrip('/')}-hf",
+               why=f"or train on: checkpoint.load={args.output}"))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`octant data inspect|verify|clean`."""
+"""`octant data example|inspect|verify|merge|clean`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from corpus_tools.cleaning.command import run as clean
+from corpus_tools.example import write_example
 from corpus_tools.inspect import histogram_lines, segments, share_lines, statistics
 from corpus_tools.shards import merge_corpora
 from corpus_tools.verify import num_bytes_to_read, verify
@@ -30,6 +31,7 @@ from engine.data.sidecar import Sidecar
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.data.training_data import Sample
 from engine.errors import DataError, RequestError
+from engine.hints import hint
 from engine.train.corpora import Corpora
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
@@ -37,14 +39,22 @@ CORPUS_SUFFIXES = (".bin", ".idx", ".json")
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"inspect": _inspect, "verify": _verify, "merge": _merge, "clean": clean}[args.action](args)
+    actions = {"example": _example, "inspect": _inspect, "verify": _verify, "merge": _merge, "clean": clean}
+    return actions[args.action](args)
+
+
+def _example(args: argparse.Namespace) -> int:
+    number = write_example(Path(args.output), args.bytes)
+    print(f"{args.output}: {number:,} documents, the sources of this Python's standard library")
+    print(hint("prepare", args.output, "--tokenizer", "bytes", "--output", "data/tiny"))
+    return 0
 
 
 def _merge(args: argparse.Namespace) -> int:
     prefixes = list(dict.fromkeys(map(_prefix, args.target)))  # a glob names .bin, .idx and .json of each
     whole = merge_corpora(prefixes, args.output)
     print(f"{args.output}: {len(prefixes)} corpora, {whole.num_documents:,} documents, {whole.num_tokens:,} tokens")
-    print(f"next: octant data inspect {args.output}")
+    print(hint("data", "inspect", args.output))
     return 0
 
 
@@ -88,7 +98,8 @@ def _print_statistics(prefix: str, as_json: bool) -> None:
     if found.documents:
         print(f"length {found.shortest:,} to {found.longest:,} tokens, {found.mean_length:,.1f} on average\n")
         print("\n".join(histogram_lines(found)))
-    print(f"\nnext: octant data inspect {prefix} --document 0 --tokenizer T   |   octant data verify {prefix}")
+    print(f"\n{hint('data', 'inspect', prefix, '--document', 0)}" if found.documents else "")
+    print(hint("data", "verify", prefix))
 
 
 def _print_document(prefix: str, number: int, tokenizer: Tokenizer | None, as_json: bool) -> None:
@@ -116,7 +127,7 @@ def _inspect_config(args: argparse.Namespace) -> int:
             return 0
         print(f"{config.steps:,} steps of {config.batch.global_:,} samples of {data.seq_len:,} tokens\n")
         print("\n".join(share_lines(shares)))
-        print(f"\nnext: octant data inspect {args.target[0]} --samples 0:2")
+        print(f"\n{hint('data', 'inspect', *args.target, '--samples', '0:2')}")
         return 0
     first, last = _range(args.samples)
     spec = args.tokenizer or (None if args.json else config.data.tokenizer)
@@ -174,7 +185,7 @@ def _verify(args: argparse.Namespace) -> int:
     if not args.json and failed:
         print("next: prepare the damaged corpora again, or copy them from where they are whole")
     elif not args.json:
-        print(f"next: octant data inspect {prefixes[0]}")
+        print(hint("data", "inspect", prefixes[0]))
     return 1 if failed else 0
 
 

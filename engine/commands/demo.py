@@ -8,21 +8,21 @@ downloaded and nothing outside the folder of the demo is written.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from corpus_tools.example import as_json_lines, standard_library
 from engine.errors import OctantError, RequestError
+from engine.hints import hint
 from engine.report.runs import read_run
 
-CORPUS_BYTES = 3_000_000              # of the standard library's sources: enough to learn from, quick to prepare
+CORPUS_BYTES = 3_000_000              # of the standard library's sources
 HELD_OUT_EVERY = 20                   # one module in so many is kept for validation
 VOCAB_SIZE = 2048
 STEPS, SAVED_STEP = 160, 120          # the run, and the checkpoint from which its end is trained a second time
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     layout = " × ".join(f"{axis} {degree}" for axis, degree in LAYOUTS[args.processes].items())
     print(f"\ndemo: {layout}, loss {losses[0]:.2f} → {losses[-1]:.2f} in {STEPS} steps, "
           f"everything in {time.monotonic() - started:.0f} s")
-    print(f"next: octant train {config} steps={2 * STEPS}      (goes on from the last checkpoint)")
+    print(hint("train", config, f"steps={2 * STEPS}", why="goes on from the last checkpoint"))
     return 0
 
 
@@ -84,19 +84,12 @@ def _make_room(directory: Path, config: Path) -> None:
 
 def write_texts(directory: Path) -> int:
     """The standard library's modules as `train.jsonl` and `valid.jsonl`; returns the bytes of text."""
-    library = Path(sysconfig.get_path("stdlib"))
-    modules = [path for path in sorted(library.rglob("*.py"))
-               if "site-packages" not in path.parts and "test" not in path.parts and path.stat().st_size > 2000]
-    total = 0
-    with (directory / "train.jsonl").open("w", encoding="utf-8") as train, \
-            (directory / "valid.jsonl").open("w", encoding="utf-8") as valid:
-        for index, path in enumerate(modules):
-            text = path.read_text(encoding="utf-8", errors="replace")
-            (train if index % HELD_OUT_EVERY else valid).write(json.dumps({"text": text}) + "\n")
-            total += len(text.encode())
-            if total > CORPUS_BYTES:
-                break
-    return total
+    texts = list(standard_library(CORPUS_BYTES))
+    held_out = texts[::HELD_OUT_EVERY]
+    learned = [text for index, text in enumerate(texts) if index % HELD_OUT_EVERY]
+    (directory / "train.jsonl").write_text(as_json_lines(iter(learned)), encoding="utf-8")
+    (directory / "valid.jsonl").write_text(as_json_lines(iter(held_out)), encoding="utf-8")
+    return sum(len(text.encode()) for text in texts)
 
 
 def _prepare(directory: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from importlib import import_module
 from pathlib import Path
 
 from engine.config import Config, load_config, resolve_layout
 from engine.errors import RequestError
+from engine.hints import hint
 from engine.plan.timeline import timeline
 from engine.report.schedule_picture import schedule_svg, title
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         print(import_module("engine.plan.summary").summary(config) + "\n")
         if loaded.parallel.data == "auto" and args.gpus is None:
             print("parallel.data is auto, so this is one copy of the model; --gpus N plans for more\n")
-    print(f"next: octant {_next(args, config)}")
+    print(hint(*_next(args, config)))
     return 0
 
 
@@ -53,12 +53,12 @@ def _draw(config: Config, path: Path) -> None:
     print(f"{title(drawn)}, where 1 is the forward pass of the stage with the most work; drawn in {path}")
 
 
-def _next(args: argparse.Namespace, config: Config) -> str:
+def _next(args: argparse.Namespace, config: Config) -> list[str]:
     """What has not been looked at yet, of the same job: the picture, the last rank; then training."""
     last = config.parallel.world_size - 1
     same = [args.config, *args.overrides, *(["--gpus", str(args.gpus)] if args.gpus is not None else [])]
     if args.schedule_svg is None and config.parallel.pipeline > 1:
-        return shlex.join(["plan", *same, "--schedule-svg", "schedule.svg"])
+        return ["plan", *same, "--schedule-svg", "schedule.svg"]
     if args.explain_rank != last:
-        return shlex.join(["plan", *same, "--explain-rank", str(last)])
-    return shlex.join(["train", args.config, *args.overrides])
+        return ["plan", *same, "--explain-rank", str(last)]
+    return ["train", args.config, *args.overrides]

@@ -6,7 +6,9 @@ import argparse
 import time
 
 from corpus_tools.prepare import prepare
+from corpus_tools.shards import shard_prefix
 from engine.errors import RequestError
+from engine.hints import hint
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:
@@ -21,7 +23,7 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 
 def run(args: argparse.Namespace) -> int:
     """Tokenize, then say what went through and what comes next."""
-    start = time.monotonic()
+    start, shard = time.monotonic(), _shard(args.shard)
     counts = prepare(
         args.files,
         args.tokenizer,
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         on_error=args.on_error,
         append_eod=args.append_eod,
         backend=args.backend,
-        shard=_shard(args.shard),
+        shard=shard,
     )
     seconds = time.monotonic() - start
     print(
@@ -45,5 +47,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"{counts.skipped_records:,} unusable records were skipped, such as:")
         for example in counts.skipped_examples:
             print(f"  {example}")
-    print(f"next: octant data inspect {args.output}")
+    print(hint("data", "inspect", args.output if shard is None else shard_prefix(args.output, *shard)))
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 
 from engine.errors import RequestError
+from engine.hints import hint
 from engine.report.schedule_picture import number, schedule_grid, schedule_svg, title
 from engine.schedules.lowering import lower
 from engine.schedules.simulate import Costs, Timeline, simulate
@@ -35,7 +36,7 @@ def run(args: Namespace) -> int:
     print(*_summary(timeline), sep="\n")
     if args.svg:
         print(f"drawn in {args.svg}")
-    print(f"Next: {_next(timeline)}")
+    print(_next(timeline))
     return 0
 
 
@@ -65,9 +66,9 @@ def _next(timeline: Timeline) -> str:
     schedule, names = timeline.schedule, schedule_names()
     position = names.index(schedule.name) + 1
     if position < len(names):
-        return (f"octant schedule {names[position]} --stages {schedule.num_stages} "
-                f"--microbatches {schedule.num_microbatches}")
-    return (f"octant train CONFIG.yaml parallel.pipeline={schedule.num_stages} parallel.schedule={schedule.name} "
+        return hint("schedule", names[position], "--stages", schedule.num_stages, "--microbatches",
+                    schedule.num_microbatches)
+    return (f"next: train with one of them: parallel.pipeline={schedule.num_stages} parallel.schedule={schedule.name} "
             f"parallel.virtual_stages={schedule.num_chunks}")
 
 

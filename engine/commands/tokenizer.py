@@ -11,6 +11,7 @@ from corpus_tools.tokenizers.extend import extend_tokenizer
 from corpus_tools.tokenizers.training import train_tokenizer
 from corpus_tools.tokenizers.verify import verify_tokenizer
 from engine.data.tokenizer import load_tokenizer
+from engine.hints import hint
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,7 +23,7 @@ def _train(args: argparse.Namespace) -> int:
     path = train_tokenizer(read_texts(args.files, args.field), args.vocab_size, args.output)
     tokenizer = load_tokenizer(path)
     print(f"{path}: {tokenizer.vocab_size:,} pieces, end of document {tokenizer.eod_id}")
-    print(f"next: octant prepare {' '.join(args.files[:1])} --tokenizer {path} --output data/corpus")
+    print(hint("prepare", *args.files, *_field(args), "--tokenizer", path, "--output", "data/corpus"))
     return 0
 
 
@@ -34,7 +35,7 @@ def _extend(args: argparse.Namespace) -> int:
     if plan.unreachable:
         print(f"{len(plan.unreachable):,} of the new pieces are never produced: no two pieces join to them")
     print(f"{plan_path}: each new embedding row as the mean of the old rows of the pieces it replaces")
-    print(f"next: octant tokenizer verify FILE… --tokenizer {args.output}")
+    print("next: compare it with its Hugging Face export on text of yours: octant tokenizer verify --help")
     return 0
 
 
@@ -42,5 +43,9 @@ def _verify(args: argparse.Namespace) -> int:
     report = verify_tokenizer(load_tokenizer(args.tokenizer), read_texts(args.files, args.field))
     print(report.text())
     if not report.differences:
-        print(f"next: octant prepare FILE… --tokenizer {args.tokenizer} --output data/corpus")
+        print(hint("prepare", *args.files, *_field(args), "--tokenizer", args.tokenizer, "--output", "data/corpus"))
     return 1 if report.differences else 0
+
+
+def _field(args: argparse.Namespace) -> list[str]:
+    return [] if args.field == "text" else ["--field", args.field]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from engine.errors import printable
 
@@ -18,8 +18,7 @@ def _refuse_bool(value: object) -> object:
     return value
 
 
-def degree_or_auto(value: object) -> object:
-    """For `PlainValidator`: a number of processes, or the word `auto`."""
+def _degree_or_auto(value: object) -> object:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_RANKS):
         return value
     raise ValueError(f"must be a number from 1 to {MOST_RANKS:,}, or `auto`; it is {value!r:.60}")
@@ -37,19 +36,21 @@ def _words(value: str) -> str:
 # Every number has a bound: far above what anybody trains, far below where arithmetic or memory ends.
 MOST_RANKS, MOST_LAYERS, MOST = 1_000_000, 10_000, 10**12
 _NUMBER = BeforeValidator(_refuse_bool)
-Count = Annotated[int, _NUMBER, Field(ge=1, le=MOST)]
-Size = Annotated[int, _NUMBER, Field(ge=1, le=2**31 - 1)]                # of a dimension, of a batch
-Degree = Annotated[int, _NUMBER, Field(ge=1, le=MOST_RANKS)]
-Layers = Annotated[int, _NUMBER, Field(ge=1, le=MOST_LAYERS)]
-NonNegative = Annotated[int, _NUMBER, Field(ge=0, le=MOST)]
-Seed = Annotated[int, _NUMBER, Field(ge=0, le=2**64 - 1)]
-Sample = Annotated[int, _NUMBER, Field(ge=0, le=2**63 - 1)]
-Positive = Annotated[float, _NUMBER, Field(gt=0, le=MOST, allow_inf_nan=False)]
-Number = Annotated[float, _NUMBER, Field(ge=0, le=MOST, allow_inf_nan=False)]
-Rate = Annotated[float, _NUMBER, Field(gt=0, le=10, allow_inf_nan=False)]
-RateOrZero = Annotated[float, _NUMBER, Field(ge=0, le=10, allow_inf_nan=False)]
-Fraction = Annotated[float, _NUMBER, Field(ge=0, lt=1)]
-ZeroLevel = Annotated[int, _NUMBER, Field(ge=0, le=3)]
+Count = Annotated[int, Field(ge=1, le=MOST), _NUMBER]
+Size = Annotated[int, Field(ge=1, le=2**31 - 1), _NUMBER]                # of a dimension, of a batch
+Degree = Annotated[int, Field(ge=1, le=MOST_RANKS), _NUMBER]
+DegreeOrAuto = Annotated[int | Literal["auto"], PlainValidator(_degree_or_auto), WithJsonSchema(
+    {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MOST_RANKS}, {"const": "auto"}]})]
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS), _NUMBER]
+NonNegative = Annotated[int, Field(ge=0, le=MOST), _NUMBER]
+Seed = Annotated[int, Field(ge=0, le=2**64 - 1), _NUMBER]
+Sample = Annotated[int, Field(ge=0, le=2**63 - 1), _NUMBER]
+Positive = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False), _NUMBER]
+Number = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False), _NUMBER]
+Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False), _NUMBER]
+RateOrZero = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False), _NUMBER]
+Fraction = Annotated[float, Field(ge=0, lt=1), _NUMBER]
+ZeroLevel = Annotated[int, Field(ge=0, le=3), _NUMBER]
 Words = Annotated[str, AfterValidator(_words), Field(max_length=4096)]
 
 

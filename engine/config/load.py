@@ -52,6 +52,11 @@ def preset_names() -> list[str]:
     return sorted(file.stem for file in PRESETS.glob("*.yaml"))
 
 
+def preset_fields(name: str) -> dict[str, Any]:
+    """The model section that a preset stands for."""
+    return _read_yaml(PRESETS / f"{name}.yaml")[0]
+
+
 def _read_with_bases(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
     resolved = _resolve(path)
     if resolved in children or len(children) == MOST_BASES:
@@ -124,7 +129,7 @@ def _preset(model: dict[str, Any], origin: str) -> dict[str, Any]:
     if name not in preset_names():
         raise ConfigError(f"{origin}: model.preset {name!r:.60} does not exist; "
                           + nearest(str(name)[:60], preset_names()))
-    return _read_yaml(PRESETS / f"{name}.yaml")[0]
+    return preset_fields(name)
 
 
 def _vocabulary(model: dict[str, Any], preset: dict[str, Any], data: Any) -> dict[str, int]:

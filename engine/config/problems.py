@@ -60,9 +60,9 @@ def _explain(problem: Any, origins: Origins) -> str:
         text = f"must be a mapping, not {given}"
     else:
         text = problem["msg"].replace("Input should be", "must be") + f" (it is {given})"
-        for bound in ("le", "ge"):                           # pydantic rounds them to a float's digits
-            if bound in problem.get("ctx", {}):
-                text = f"must be at {'most' if bound == 'le' else 'least'} {problem['ctx'][bound]:,} (it is {given})"
+        for name, words in (("le", "most"), ("ge", "least")):            # pydantic rounds them to a float's digits
+            if (bound := problem.get("ctx", {}).get(name)) is not None:
+                text = f"must be at {words} {f'{bound:,}' if isinstance(bound, int) else f'{bound:,g}'} (it is {given})"
     where = next((origins[path[:depth]] for depth in range(len(path), 0, -1) if path[:depth] in origins), None)
     return ".".join(map(_short, path)) + ": " * bool(path) + text + (f"  [{where}]" if where else "")
 

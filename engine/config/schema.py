@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from engine.config.decay import Cosine, Decay
 from engine.config.fields import (
     Count,
     Degree,
+    DegreeOrAuto,
     Fraction,
     Layers,
     NonNegative,
@@ -31,7 +32,6 @@ from engine.config.fields import (
     Size,
     Words,
     ZeroLevel,
-    degree_or_auto,
 )
 from engine.config.yaml_values import dump_yaml
 from engine.errors import ConfigError
@@ -105,7 +105,7 @@ class ParallelConfig(Section):
     tensor: Degree = 1
     pipeline: Degree = 1
     context: Degree = 1
-    data: Annotated[int | Literal["auto"], PlainValidator(degree_or_auto)] = "auto"     # auto: what processes are left
+    data: DegreeOrAuto = "auto"                              # auto: what processes are left
     sequence: bool = True                                    # sequence parallelism wherever tensor > 1
     schedule: ScheduleName = "1f1b"                          # a row of engine.schedules.table
     virtual_stages: Layers = 1                               # model chunks per pipeline stage

@@ -39,6 +39,7 @@ from engine.errors import DataError
 from engine.generate.load import Wanted, inference_config, load_model, load_tokenizer_of, open_shared
 from engine.generate.progress import progress
 from engine.generate.request import EvalRequest
+from engine.hints import hint
 from engine.model.objective import NEXT_TOKEN
 from engine.optim.gradients import sum_over_world
 from engine.parallel.parallelize import ParallelModel
@@ -123,7 +124,8 @@ def evaluate_corpus(request: EvalRequest, topology: Topology, launched: LaunchEn
         print(json.dumps(asdict(scores)) if request.as_json else scores.lines(), flush=True)
         if reason:
             print(f"bits per byte: n/a, for {reason}", file=sys.stderr)
-        print(f'{reader.path}\nnext: octant generate {request.checkpoint} --prompt "…"', file=sys.stderr)
+        following = ("checkpoint", "inspect") if tokenizer is None else ("generate", "--prompt", "The")
+        print(f"{reader.path}\n{hint(*following, request.checkpoint)}", file=sys.stderr)
 
 
 def fitted(config: Config, prefix: str) -> Config:

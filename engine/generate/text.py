@@ -24,6 +24,7 @@ from engine.errors import RequestError
 from engine.generate.generator import Generator, check_prompts
 from engine.generate.load import Wanted, inference_config, load_model, load_tokenizer_of, open_shared
 from engine.generate.request import Limits, TextRequest
+from engine.hints import hint
 
 
 class TokenIds(Tokenizer):
@@ -93,7 +94,7 @@ def generate_text(request: TextRequest, topology: Topology, launched: LaunchEnvi
         else:
             _batches(generator, prompts, tokenizer, request, say, timer)
         if mesh.rank == 0:
-            print(f"{reader.path}: {timer}\nnext: octant eval {request.checkpoint} --data PREFIX", file=sys.stderr)
+            print(f"{reader.path}: {timer}\n{hint('checkpoint', 'inspect', request.checkpoint)}", file=sys.stderr)
 
 
 def encode(prompt: str, tokenizer: Tokenizer, begin: bool) -> list[int]:

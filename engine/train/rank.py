@@ -15,6 +15,7 @@ from engine.distributed.environment import LaunchEnvironment
 from engine.distributed.mesh import Mesh
 from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
+from engine.hints import hint
 from engine.kernels.table import describe
 from engine.train.corpora import Corpora
 from engine.train.journal import Journal
@@ -79,7 +80,9 @@ def _sign(mesh: Mesh, what: str) -> None:
 def _say_goodbye(journal: Journal, config: Config, finished: bool) -> None:
     directory, resume = config.run.dir, config.checkpoint.resume
     if finished:
-        journal.note(f'next: octant generate {directory} --prompt "…"   or   octant report {directory}')
+        if config.data.tokenizer is not None:
+            journal.note(hint("generate", directory, "--prompt", "The"))
+        journal.note(hint("report", directory))
     else:
         how = "the same command" if resume == "auto" else f"checkpoint.resume=auto (it is {resume})"
         journal.note(f"stopped on request at a saved step; {how} goes on from there ({directory})")

@@ -351,4 +351,4 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.run(arguments) == 0
     printed = capsys.readouterr().out
     assert "2 documents" in printed and "| words | 1 |" in printed
-    assert printed.splitlines()[-1] == f"next: octant prepare {tmp_path / 'out'} --tokenizer T --output data/corpus"
+    assert printed.splitlines()[-1] == f"next: octant prepare {tmp_path / 'out'} --tokenizer bytes --output data/clean"

@@ -86,7 +86,7 @@ def test_the_command_draws_and_names_the_next_one(tmp_path: Path, capsys: pytest
     output = capsys.readouterr().out
     assert ElementTree.parse(picture).getroot().tag == f"{SVG}svg"
     assert "zb-v: 2 stages × 2 chunks, 4 microbatches — bubble 0.00%, T = 12" in output
-    assert output.splitlines()[-1].startswith("Next: octant ")
+    assert output.splitlines()[-1].startswith("next: ")
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -103,7 +103,7 @@ def test_everything_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [row["step"] for row in rows if row["timing_s/evaluate"] > 0] == [3]
     assert rows[-1]["loss"] < rows[0]["loss"]
     printed = capsys.readouterr()
-    assert printed.err == "" and printed.out.splitlines()[-1].startswith("next: octant generate")
+    assert printed.err == "" and printed.out.splitlines()[-1].startswith("next: octant report")
     assert sum(line.startswith("step") and "  loss " in line for line in printed.out.splitlines()) == 5
 
 
