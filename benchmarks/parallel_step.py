@@ -38,7 +38,7 @@ from torch import Tensor
 from engine.bench.harness import Case, Comparison, add_options, alternating, publish
 from engine.config import Config, resolve_layout
 from engine.distributed.collectives import DONE, Work
-from engine.distributed.mesh import Groups, Mesh, build_mesh
+from engine.distributed.mesh import Job, Mesh
 from engine.distributed.topology import Topology
 from engine.model.context import Batch
 from engine.optim.adamw import AdamW
@@ -181,11 +181,11 @@ def serve(rank: int, store: str, orders: Connection) -> None:
     """One process: answers (what, layout) with seconds, until it is told None."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_PROCESSES)
-    groups: Groups = {}
+    job = Job("cpu")
     layouts = {}
     for name, parallel in LAYOUTS.items():
         config = make_config(parallel, TINY if name in WAITS else MODEL)
-        layouts[name] = Layout(config, build_mesh(Topology.of(config.parallel), "cpu", groups=groups))
+        layouts[name] = Layout(config, job.mesh(Topology.of(config)))
         if name in WAITS:
             add_waits(layouts[name])
     while (order := orders.recv()) is not None:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from engine.bench.harness import Case, Comparison, add_options, alternating, publish
 from engine.config import Config, resolve_layout
-from engine.distributed.mesh import Mesh, build_mesh, single_mesh
+from engine.distributed.mesh import Job, Mesh, single_mesh
 from engine.distributed.topology import Topology
 from engine.model.context import Batch
 from engine.optim.adamw import AdamW
@@ -134,8 +134,7 @@ def serve(rank: int, config: Config, store: str, threads: int, orders: Connectio
     torch.set_num_threads(threads)
     size = config.parallel.world_size
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    p = config.parallel
-    step = octant_step(config, build_mesh(Topology(p.pipeline, p.data_size, p.context, p.tensor), "cpu"))
+    step = octant_step(config, Job("cpu").mesh(Topology.of(config)))
     while orders.recv():
         dist.barrier()
         start = perf_counter()

@@ -16,18 +16,17 @@ rendezvous_port() {
     echo $((20000 + (SLURM_JOB_ID * 31 + ${SLURM_RESTART_COUNT:-0}) % 10000))
 }
 
-# Settings of the network and the allocator, for every process of the job.
+# Settings of the network, for every process of the job.  Those of CUDA depend on the layout: `octant train` makes them.
 export_settings() {
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-    export CUDA_DEVICE_MAX_CONNECTIONS=1            # kernels start in program order: collectives overlap as written
-    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
     export TORCH_FR_BUFFER_SIZE=2000                # flight recorder: the last collectives of each rank …
     export TORCH_NCCL_DUMP_ON_TIMEOUT=1             # … written down when one of them hangs
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1     # without it a restart reads the old round's keys and never meets
     export NCCL_IB_TIMEOUT=22                       # 4 µs × 2^22 = 17 s: a rerouting fabric is not a dead one
     # Set these for your cluster:
     # export NCCL_IB_HCA=mlx5                       # the adapters of the compute fabric, where there are others
-    # export NCCL_SOCKET_IFNAME=ib0                 # the interface for the bootstrap
+    # export NCCL_SOCKET_IFNAME=ib0                 # the interface for the bootstrap …
+    # export GLOO_SOCKET_IFNAME=ib0                 # … and for gloo, where a host name does not lead to it
     # export NCCL_DEBUG=INFO                        # what NCCL chose, once, when the numbers disappoint
 }
 

@@ -7,6 +7,8 @@ set -uo pipefail
 draining=""
 trap 'draining=yes' USR1
 
+ulimit -n "$(ulimit -H -n)" # a socket per peer that a rank talks to, times the ranks of a node
+
 is_host=0
 ((SLURM_NODEID == 0)) && is_host=1 # the first node keeps the rendezvous, whatever its name resolves to
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.checkpoint.folder import checkpoints_at
 from engine.commands._layout import start_ranks
 from engine.config import Config, load_config, resolve_layout
-from engine.distributed.environment import LaunchEnvironment, launch_environment
+from engine.distributed.environment import LaunchEnvironment, launch_environment, tune_gpu
 from engine.distributed.topology import Topology
 from engine.errors import CheckpointError
 from engine.launching.local import run_as_rank
@@ -86,11 +86,13 @@ def _local_replicas(config: Config) -> int:
 
 
 def _run_rank(config: Config, launched: LaunchEnvironment | None, stop: StopRequest) -> int:
+    tune_gpu(config.parallel)
     rank_module = import_module("engine.train.rank")      # torch is needed from here on
     notes = _memory(config, launched)
     report = import_module("engine.commands.doctor").doctor_report(operations=False) \
         if launched is None or launched.rank == 0 else ""
-    finished = rank_module.run_rank(config, Topology.of(config.parallel), launched, report, stop, notes)
+    topology = Topology.of(config)
+    finished = rank_module.run_rank(config, topology, launched, report, stop, notes)
     return 0 if finished else STOPPED
 
 
@@ -100,8 +102,8 @@ def _memory(config: Config, launched: LaunchEnvironment | None) -> list[str]:
     Raises:
         RequestError: it does not suffice, or the device is not there.
     """
-    rank, local_rank, on_host = (launched.rank, launched.local_rank, launched.ranks_on_host) if launched \
-        else (0, 0, range(1))
-    device = import_module("engine.distributed.process").pick_device(config.run.device, local_rank)
+    rank, local_rank, own, on_host = (launched.rank, launched.local_rank, launched.own_device,
+                                      launched.ranks_on_host) if launched else (0, 0, False, range(1))
+    device = import_module("engine.distributed.process").pick_device(config.run.device, local_rank, own)
     lines: list[str] = import_module("engine.plan.memory").require_room(config, rank, on_host, device)
     return lines

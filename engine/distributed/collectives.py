@@ -1,16 +1,8 @@
-"""Collectives along a mesh axis, and their conjugate autograd pairs.
+"""Collectives along a mesh axis.
 
-Two kinds of function live here.  The plain ones (`all_reduce`, `all_gather`, `reduce_scatter`) are thin: they skip the
-call on an axis of size one and can run asynchronously.  The autograd ones come in mirrored pairs: where the forward
-pass copies, the backward pass sums, and the other way round (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022,
-section 4.2.2 for the sequence-parallel pairs, whose dimension 0 is the sequence):
-
-    forward                          backward
-    copy_to_region      identity     all-reduce
-    reduce_from_region  all-reduce   identity
-    gather_sequence     all-gather   reduce-scatter
-    scatter_sum         reduce-scatter   all-gather
-    split_sequence      take my part     all-gather
+They are thin: they skip the call on an axis of size one, and those that start something return its handle.  Every
+operation on an axis's group is one that all its members take part in; only the pipeline's messages (`pipeline/p2p`) go
+between two.
 
 On an axis that is `checked` every collective first compares what the ranks bring.  gloo does not: given different sizes
 it returns wrong sums without an error.
@@ -134,16 +126,6 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> tuple[Tensor, Work]:
     return out, reduce_scatter_into(out, x, axis)
 
 
-def sum_with_peer(x: Tensor, axis: Axis, peer: int) -> None:
-    """Adds the same tensor of the rank at index `peer` to `x`, at both ends (a + b = b + a, bit for bit)."""
-    other = torch.empty_like(x)
-    rank = axis.ranks[peer]
-    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, x, rank, axis.group),
-                                        dist.P2POp(dist.irecv, other, rank, axis.group)]):
-        work.wait()
-    x.add_(other)
-
-
 class RingShift:
     """A tensor on its way round the ring."""
 
@@ -174,86 +156,3 @@ def start_ring_shift(x: Tensor, axis: Axis, tag: int = 0) -> RingShift:
 def my_part(x: Tensor, axis: Axis) -> Tensor:
     """This rank's equal part of dimension 0."""
     return x if axis.size == 1 else x.chunk(axis.size, dim=0)[axis.index]
-
-
-class _CopyToRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        all_reduce(grad, ctx.axis)
-        return grad, None
-
-
-class _ReduceFromRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        out = x.clone(memory_format=torch.contiguous_format)
-        all_reduce(out, axis)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return all_gather(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(grads[0], ctx.axis), None
-
-
-class _ScatterSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return reduce_scatter(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grads[0], ctx.axis), None
-
-
-class _SplitSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return my_part(x, axis).clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grads[0], ctx.axis), None
-
-
-def copy_to_region(x: Tensor, axis: Axis) -> Tensor:
-    """Identity forward, sum of the gradients backward."""
-    return x if axis.size == 1 else _CopyToRegion.apply(x, axis)
-
-
-def reduce_from_region(x: Tensor, axis: Axis) -> Tensor:
-    """Sum forward, identity backward."""
-    return x if axis.size == 1 else _ReduceFromRegion.apply(x, axis)
-
-
-def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """[s/size, …] → [s, …] forward, reduce-scatter backward."""
-    return x if axis.size == 1 else _GatherSequence.apply(x, axis)
-
-
-def scatter_sum(x: Tensor, axis: Axis) -> Tensor:
-    """[s, …] partial sums → [s/size, …] sums forward, all-gather backward."""
-    return x if axis.size == 1 else _ScatterSum.apply(x, axis)
-
-
-def split_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """[s, …] replicated → [s/size, …] forward, all-gather backward."""
-    return x if axis.size == 1 else _SplitSequence.apply(x, axis)

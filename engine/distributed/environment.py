@@ -16,11 +16,12 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from engine.config import ParallelConfig
 from engine.errors import RequestError
 
 FIRST_PORT, NUM_PORTS = 20_000, 10_000                       # below the ports that the kernel hands out itself
@@ -34,6 +35,7 @@ class LaunchEnvironment:
         store: the file in which the ranks meet; None: at `master_addr` and `master_port`.
         logs: the folder whose `logs/` takes this rank's output; None: the launcher's business.
         local_world_size: ranks on this host, as far as the launcher says.
+        own_device: each process sees its own GPU only (`srun --gpus-per-task=1`).
     """
 
     launcher: Literal["torchrun", "slurm", "octant"]
@@ -45,6 +47,7 @@ class LaunchEnvironment:
     store: str | None = None
     logs: Path | None = None
     local_world_size: int = 1
+    own_device: bool = False
 
     @property
     def ranks_on_host(self) -> range:
@@ -91,7 +94,8 @@ def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnviron
             "slurm", _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_STEP_NUM_TASKS"),
             _number(environ, "SLURM_LOCALID"), environ.get("MASTER_ADDR") or first_host(_slurm_nodes(environ)),
             _number(environ, "MASTER_PORT", str(_slurm_port(environ))),
-            local_world_size=int((re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "")) or ["1"])[0]))
+            local_world_size=int((re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "")) or ["1"])[0]),
+            own_device=_slurm_binds_gpus(environ))
     return None
 
 
@@ -101,7 +105,24 @@ def child_environment(rank: int, world_size: int, store: Path, logs: Path,
     threads = max(1, available_cores() // world_size)
     return {"OMP_NUM_THREADS": str(threads)} | dict(environ) | {
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size),
-        "OCTANT_STORE": str(store), "OCTANT_LOGS": str(logs), "GLOO_SOCKET_IFNAME": _loopback_interface()}
+        "OCTANT_STORE": str(store), "OCTANT_LOGS": str(logs),
+        "GLOO_SOCKET_IFNAME": _loopback_interface(), "NCCL_SOCKET_IFNAME": _loopback_interface()}
+
+
+def tune_gpu(parallel: ParallelConfig, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Sets what this layout wants of CUDA; to be called before torch starts it.  What the user has set stays.
+
+    With one connection kernels start in program order, so a tensor- or context-parallel collective overlaps as written;
+    but a message that waits for its peer then blocks what comes behind, so ZeRO 3, which gathers ahead, keeps several.
+    Segments that grow instead of fragmenting are what buffers that come and go at every microbatch (ZeRO 2 and 3) need.
+    """
+    wanted = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if parallel.tensor * parallel.context > 1 and parallel.zero < 3:
+        wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if parallel.reproducible:
+        wanted["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"           # cuBLAS then adds up in one order
+    for name, value in wanted.items():
+        environ.setdefault(name, value)
 
 
 def _loopback_interface() -> str:
@@ -125,6 +146,12 @@ def first_host(node_list: str) -> str:
         raise RequestError(f"cannot read a host from SLURM's node list {node_list!r}; set MASTER_ADDR")
     prefix, number, suffix = match.groups()
     return prefix + (number or "") + suffix
+
+
+def _slurm_binds_gpus(environ: Mapping[str, str]) -> bool:
+    """Whether the step asked for GPUs by task, or had each task bound to its own."""
+    return "SLURM_GPUS_PER_TASK" in environ or "gpu" in environ.get("SLURM_TRES_PER_TASK", "") \
+        or environ.get("SLURM_GPU_BIND", "").startswith(("single", "per_task", "map_gpu", "mask_gpu"))
 
 
 def _slurm_nodes(environ: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ from math import prod
 
 import numpy as np
 
-from engine.config import ParallelConfig
+from engine.config import Config
 from engine.errors import ConfigError
 
 AXES = ("pipeline", "data", "context", "tensor")
@@ -26,7 +26,9 @@ AXES = ("pipeline", "data", "context", "tensor")
 class Topology:
     """Degrees of the four axes; `world_size` is their product.
 
-    `shard` says how many of the data × context ranks share one copy of the ZeRO state; 0 means all of them.
+    Attributes:
+        shard: how many of the data × context ranks share one copy of the ZeRO state; 0 means all of them.
+        tied: the first and the last stage hold copies of one parameter, whose gradients they sum up.
     """
 
     pipeline: int = 1
@@ -34,6 +36,7 @@ class Topology:
     context: int = 1
     tensor: int = 1
     shard: int = 0
+    tied: bool = False
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -41,9 +44,11 @@ class Topology:
                 raise ConfigError(f"parallel.{axis} is {getattr(self, axis)}; a parallel degree is at least 1")
 
     @staticmethod
-    def of(parallel: ParallelConfig) -> Topology:
+    def of(config: Config) -> Topology:
         """The topology a resolved configuration asks for."""
-        return Topology(parallel.pipeline, parallel.data_size, parallel.context, parallel.tensor, parallel.zero_shard)
+        parallel = config.parallel
+        return Topology(parallel.pipeline, parallel.data_size, parallel.context, parallel.tensor, parallel.zero_shard,
+                        config.model.tie_embeddings)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,18 +66,28 @@ class Topology:
         """The rank at these coordinates (an axis left out counts as 0)."""
         return int(np.ravel_multi_index(tuple(coordinates.get(axis, 0) for axis in AXES), self.shape))
 
-    def group_of(self, rank: int, *axes: str) -> tuple[int, ...]:
-        """The group along `axes` that contains `rank`."""
-        mine = self.coordinates(rank)
+    def groups(self) -> dict[str, np.ndarray]:
+        """All groups of every direction, one per row `[groups, ranks]`; see `mesh` for the names.
+
+        Every rank is in one row of each, but for `ends`: the stages between are in none.
+        """
         ranks = np.arange(self.world_size).reshape(self.shape)
-        index = tuple(slice(None) if axis in axes else mine[axis] for axis in AXES)
-        return tuple(int(r) for r in np.asarray(ranks[index]).reshape(-1))
+
+        def lines(*axes: str) -> np.ndarray:
+            along = [AXES.index(axis) for axis in axes]
+            others = [dim for dim in range(len(AXES)) if dim not in along]
+            return ranks.transpose(*others, *along).reshape(-1, prod(self.shape[dim] for dim in along))
+
+        gradient, pipeline = lines("data", "context"), lines("pipeline")
+        size = self.shard or gradient.shape[1]
+        copies = gradient.shape[1] // size
+        return {"tensor": lines("tensor"), "context": lines("context"), "pipeline": pipeline, "data": lines("data"),
+                "gradient": gradient, "shard": gradient.reshape(-1, size),
+                "replicate": gradient.reshape(-1, copies, size).swapaxes(1, 2).reshape(-1, copies),
+                "ends": pipeline[:, [0, -1]] if self.tied and self.pipeline > 1 else lines(),
+                "world": ranks.reshape(1, -1)}
 
     def axes_of(self, rank: int) -> dict[str, tuple[int, ...]]:
         """The ranks that `rank` works with in each direction, itself included; see `mesh` for the names."""
-        axes = {axis: self.group_of(rank, axis) for axis in ("tensor", "context", "pipeline", "data")}
-        gradient = self.group_of(rank, "data", "context")
-        index, size = gradient.index(rank), self.shard or len(gradient)
-        first = index - index % size
-        return axes | {"gradient": gradient, "shard": gradient[first : first + size],
-                       "replicate": gradient[index % size :: size], "world": tuple(range(self.world_size))}
+        rows = {name: groups[(groups == rank).any(axis=1)] for name, groups in self.groups().items()}
+        return {name: tuple(map(int, found[0])) if len(found) else (rank,) for name, found in rows.items()}

@@ -1,9 +1,10 @@
 """The global gradient norm, and clipping by it.
 
 Every element of the model counts once: each shard in one of its copies, and nothing for replicas (norms on tensor
-ranks above the first, the output layer's copy of a tied embedding).  It travels with the objective's sums in the same
-all-reduce over all ranks, the only collective of a step that involves everybody.  A reproducible run gathers the
-summands over the data-parallel ranks first, and adds them in one order.
+ranks above the first, the output layer's copy of a tied embedding).  It travels with the objective's sums along one
+axis after the other: three small collectives in groups that are there anyway, where one over all ranks of a large job
+would need a communicator of its own for a few numbers.  A reproducible run gathers the summands over the data-parallel
+ranks first, and adds them in one order.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class StepSums:
 
 def sum_over_world(sums: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh, *, num_sums: int = 1, flag: bool = False,
                    reproducible: bool = False) -> StepSums:
-    """Adds up the objective's sums and the gradient norm over all ranks.
+    """Adds up the objective's sums and the gradient norm over all ranks of the mesh.
 
     Args:
         sums: [microbatches, num_sums] of this rank's microbatches; None on ranks without the last chunk.
@@ -48,12 +49,9 @@ def sum_over_world(sums: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh, *
         totals[:num_sums] = own
     totals[-2] = squares
     totals[-1:].fill_(float(flag))
-    if reproducible:
-        all_reduce(totals[:-1], mesh.tensor)
-        all_reduce(totals[:-1], mesh.pipeline)
-        all_reduce(totals[-1:], mesh.world)
-    else:
-        all_reduce(totals, mesh.world)
+    all_reduce(totals, mesh.tensor)
+    all_reduce(totals[-1:] if reproducible else totals, mesh.gradient)      # there the rest is summed up already
+    all_reduce(totals, mesh.pipeline)
     return StepSums(totals[:num_sums], totals[-2].sqrt(), totals[-1])
 
 

@@ -8,7 +8,7 @@ they hold: `torch.hash_tensor`, one number per tensor, gathered along the axis o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def check_replicas(model: ParallelModel, step: int) -> None:
             found += _differences(list(_parameters(bucket)), mesh.gradient)
         if bucket.level < 3 and bucket.entries[0].spec.cut is None:
             found += _differences(list(_parameters(bucket)), mesh.tensor)
-    found += _differences(_tied_ends(model), mesh.pipeline, (0, mesh.pipeline.size - 1))
+    found += _differences(_tied_ends(model), mesh.ends)
     if found:
         raise ReplicasDiffer(f"step {step}: copies that must be equal differ:\n  " + "\n  ".join(found) + "\n"
                              "restart from an earlier checkpoint; if it comes back, suspect those ranks' hardware")
@@ -58,26 +58,21 @@ def _state(bucket: Bucket) -> Named:
 
 
 def _tied_ends(model: ParallelModel) -> Named:
-    """This rank's shard of the embedding, if another stage holds a copy; a stand-in on the stages between."""
-    placement = model.schedule.placement
-    if not model.config.model.tie_embeddings or placement[0] == placement[-1]:
-        return []
-    stand_in = torch.zeros(1, device=model.mesh.device)
-    return [("tied embedding", next((bucket.master for bucket in model.buckets if bucket.kind.tied), stand_in))]
+    """This rank's shard of the embedding, if another stage holds a copy."""
+    return [("tied embedding", bucket.master) for bucket in model.buckets if bucket.kind.tied]
 
 
-def _differences(tensors: Named, axis: Axis, positions: Sequence[int] | None = None) -> list[str]:
-    """What is not the same at these positions of the axis (None: all), in words."""
+def _differences(tensors: Named, axis: Axis) -> list[str]:
+    """What is not the same on all ranks of the axis, in words."""
     if axis.size == 1 or not tensors:
         return []
     mine = torch.stack([torch.hash_tensor(tensor).view(torch.int64) for _, tensor in tensors])
     everyone = all_gather(mine.unsqueeze(0), axis).tolist()
-    positions = range(axis.size) if positions is None else positions
     found = []
     for column, (name, _) in enumerate(tensors):
         groups: dict[int, list[int]] = {}
-        for position in positions:
-            groups.setdefault(everyone[position][column], []).append(axis.ranks[position])
+        for rank, hashes in zip(axis.ranks, everyone, strict=True):
+            groups.setdefault(hashes[column], []).append(rank)
         if len(groups) > 1:
             found.append(f"{name}: ranks " + " ≠ ".join(str(ranks) for ranks in groups.values()))
     return found

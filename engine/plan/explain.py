@@ -95,7 +95,7 @@ def explain(config: Config, rank: int) -> Explanation:
     Raises:
         RequestError: the job has no such rank.
     """
-    topology = Topology.of(config.parallel)
+    topology = Topology.of(config)
     if not 0 <= rank < topology.world_size:
         raise RequestError(f"there is no rank {rank}: the job has {topology.world_size:,} processes, ranks 0 to "
                            f"{topology.world_size - 1}")

@@ -40,7 +40,7 @@ def require_room(config: Config, rank: int, ranks_on_host: Sequence[int], device
 
 def states(config: Config, ranks: Sequence[int]) -> list[StateBytes]:
     """What each of these ranks holds all the time; it differs between pipeline stages only, but for some padding."""
-    topology, by_stage = Topology.of(config.parallel), dict[int, StateBytes]()
+    topology, by_stage = Topology.of(config), dict[int, StateBytes]()
     stages = [topology.coordinates(rank)["pipeline"] for rank in ranks]
     for rank, stage in zip(ranks, stages, strict=True):
         if stage not in by_stage:

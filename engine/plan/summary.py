@@ -19,7 +19,7 @@ from engine.schedules.simulate import Timeline
 
 def summary(config: Config) -> str:
     """The whole text for a resolved configuration, without a trailing newline."""
-    topology = Topology.of(config.parallel)
+    topology = Topology.of(config)
     stages = [explain(config, topology.rank(pipeline=stage)) for stage in range(topology.pipeline)]
     drawn = timeline(config)
     sections = {"Model": _model(config), "Layout": _layout(config, drawn), "Step": _step(config),

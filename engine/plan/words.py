@@ -110,7 +110,8 @@ def _peers(it: Explanation) -> Iterator[str]:
         rows.append(("context", _ranks(it.axes["context"]), "keys and values, in a ring, in every layer"))
     rows += [*_neighbours(it), *_replicas(it)]
     if parallel.world_size > 1:
-        rows.append(("world", f"all {parallel.world_size:,}", "loss, gradient norm, requests to stop: once a step"))
+        rows.append(("world", f"all {parallel.world_size:,}", "loss, gradient norm, requests to stop: once a step, one "
+                                                              "axis after the other"))
     yield from table(rows) if rows else ["nobody"]
 
 
@@ -125,7 +126,7 @@ def _neighbours(it: Explanation) -> Iterator[tuple[str, str, str]]:
                                                      "and sends gradients back")
     ends = {home[0], home[len(home) - 1]}
     if it.config.model.tie_embeddings and it.rank in ends and len(ends) == 2:
-        yield "pipeline", str(*ends - {it.rank}), "the other end of the tied embedding: its gradient, once a step"
+        yield "ends", str(*ends - {it.rank}), "the other end of the tied embedding: its gradient, once a step"
 
 
 def _replicas(it: Explanation) -> Iterator[tuple[str, str, str]]:

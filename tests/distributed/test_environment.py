@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from engine.distributed.environment import child_environment, first_host, launch_environment
+from engine.config import ParallelConfig
+from engine.distributed.environment import child_environment, first_host, launch_environment, tune_gpu
 from engine.errors import RequestError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -81,5 +83,30 @@ def test_a_child_reads_what_its_parent_wrote() -> None:
     assert (found.rank, found.world_size, found.local_rank, found.init_method) == (2, 4, 2, "file:///tmp/meeting/store")
     assert found.logs == Path("runs/x")
     assert found.master_addr == "127.0.0.1" and environ["GLOO_SOCKET_IFNAME"].startswith("lo")
+    assert environ["NCCL_SOCKET_IFNAME"].startswith("lo")
     assert environ["PATH"] == "/bin" and int(environ["OMP_NUM_THREADS"]) >= 1
     assert child_environment(0, 1, Path("store"), Path(), {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_step_with_gpus_by_task_gives_each_process_its_own() -> None:
+    for change in ({"SLURM_GPUS_PER_TASK": "1"}, {"SLURM_TRES_PER_TASK": "cpu=8,gres/gpu=1"},
+                   {"SLURM_GPU_BIND": "single:1"}):
+        found = launch_environment(SLURM | change)
+        assert found is not None and found.own_device
+    for environ in (SLURM, SLURM | {"SLURM_GPUS_ON_NODE": "1", "CUDA_VISIBLE_DEVICES": "0"},
+                    TORCHRUN | {"SLURM_GPUS_PER_TASK": "1"}):
+        found = launch_environment(environ)
+        assert found is not None and not found.own_device
+
+
+@pytest.mark.parametrize(("parallel", "expected"), [
+    ({}, {}), ({"tensor": 2}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}), ({"tensor": 2, "zero": 3}, {}),
+    ({"context": 2}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+    ({"reproducible": True}, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})])
+def test_cuda_is_set_up_for_the_layout(parallel: dict[str, Any], expected: dict[str, str]) -> None:
+    environ: dict[str, str] = {}
+    tune_gpu(ParallelConfig(**parallel), environ)
+    assert environ == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | expected
+    chosen = dict.fromkeys(environ, "the user's")
+    tune_gpu(ParallelConfig(**parallel), chosen)
+    assert set(chosen.values()) == {"the user's"}

@@ -25,7 +25,7 @@ Texts = list[list[list[int]]]
 
 def texts_of(config: Config) -> Texts:
     """Runs on one rank: a batch of unequal prompts per way of sampling."""
-    generator = Generator(inference_model(config, mesh_for(Topology.of(config.parallel))))
+    generator = Generator(inference_model(config, mesh_for(Topology.of(config))))
     return [generator.generate(PROMPTS, sampling, Limits(10, stop_id=7)) for sampling in SAMPLINGS]
 
 

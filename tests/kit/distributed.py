@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.distributed.mesh import Groups, Mesh, build_mesh
+from engine.distributed.mesh import Job, Mesh
 from engine.distributed.topology import Topology
 
 CONTEXT = mp.get_context("forkserver")
@@ -32,7 +32,8 @@ CONTEXT.set_forkserver_preload(["torch.distributed", "engine.parallel.paralleliz
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+                      TORCH_GLOO_LAZY_INIT="1")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
     while (request := pipe.recv_bytes()) != b"stop":
@@ -108,11 +109,12 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any,
 
 
 @cache
-def _groups() -> Groups:
-    return {}
+def job() -> Job:
+    """In a worker: what creates its meshes, once per process."""
+    return Job("cpu", timeout_seconds=60)
 
 
 @cache
 def mesh_for(topology: Topology) -> Mesh:
-    """In a worker: this rank's mesh.  Meshes and groups are created once per process."""
-    return build_mesh(topology, "cpu", timeout_seconds=60, groups=_groups())
+    """In a worker: this rank's mesh over all of them."""
+    return job().mesh(topology)

@@ -78,7 +78,7 @@ def shards(buckets: Iterable[Bucket], which: str) -> Shards:
 
 def train_layout(config: Config, num_steps: int) -> Result:
     """Runs on one rank: `num_steps` steps in the layout of `config`."""
-    mesh = mesh_for(Topology.of(config.parallel))
+    mesh = mesh_for(Topology.of(config))
     model = parallelize(config, mesh, bucket_elements=6000)
     model.initialise(config.run.seed)
     optimizer = AdamW(model.buckets, config.optim, model.operations)

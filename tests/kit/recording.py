@@ -34,7 +34,7 @@ from tests.kit.distributed import mesh_for, run_distributed
 from tests.kit.layouts import microbatches
 from tests.kit.reference import global_batch
 
-AXES = ("tensor", "pipeline", "context", "shard", "replicate", "gradient", "world")
+AXES = ("tensor", "pipeline", "context", "shard", "replicate", "gradient", "ends", "world")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def recorded(mesh: Mesh, model: ParallelModel) -> Iterator[Recording]:
 
 def build(config: Config, bucket_elements: int) -> tuple[ParallelModel, AdamW, Mesh]:
     """In a worker: this rank's part of a fresh model."""
-    mesh = mesh_for(Topology.of(config.parallel))
+    mesh = mesh_for(Topology.of(config))
     model = parallelize(config, mesh, bucket_elements=bucket_elements)
     model.initialise(config.run.seed)
     return model, AdamW(model.buckets, config.optim, model.operations), mesh

@@ -82,7 +82,7 @@ def train(config: Config, stop_at: int | None = None, crash_after: int | None = 
 
 def train_here(config: Config, stop_at: int | None = None, crash_after: int | None = None) -> Shards:
     """One rank of `train`."""
-    mesh = mesh_for(Topology.of(config.parallel))
+    mesh = mesh_for(Topology.of(config))
     trainer: Trainer
 
     def stop_requested() -> bool:

@@ -32,16 +32,17 @@ def drop_replicas_sum(x: Tensor, axis: Axis, **options: Any) -> Any:
     return buckets.DONE if axis.name == "replicate" else all_reduce(x, axis, **options)
 
 
-def drop_tied_sum(x: Tensor, axis: Axis, peer: int) -> None:
+def drop_tied_sum(x: Tensor, axis: Axis, **options: Any) -> Any:
     """Embedding and output layer, on two stages, go their own ways."""
+    return buckets.DONE if axis.name == "ends" else all_reduce(x, axis, **options)
 
 
 class OwnMean(executor.Executor):
     """Scales by the tokens of this rank's microbatches instead of the whole batch's."""
 
-    def run(self, program: Any, batches: Any, scale: Any) -> Any:
+    def run(self, program: Any, batches: Any, objective: Any, scale: Any) -> Any:
         own = sum(int(batch.loss_mask_SB.sum()) for batch in batches)
-        return super().run(program, batches, 1 / (own * 2))
+        return super().run(program, batches, objective, 1 / (own * 2))
 
 
 def keep_key_gradients(x: Tensor, axis: Axis, tag: int = 0) -> ring.RingShift:
@@ -54,7 +55,7 @@ MUTATIONS: dict[str, tuple[Any, str, Any, dict[str, Any], str]] = {
     "norm gradients not summed over tensor ranks": (
         buckets, "all_reduce", drop_tensor_sum, {"parallel": {"tensor": 2}}, "replicas of"),
     "tied embeddings not summed over stages": (
-        buckets, "sum_with_peer", drop_tied_sum,
+        buckets, "all_reduce", drop_tied_sum,
         {"parallel": {"pipeline": 2}, "model": {"tie_embeddings": True}}, "replicas of embedding.weight"),
     "scale of this rank's tokens": (
         parallelize, "Executor", OwnMean,

@@ -18,7 +18,7 @@ from tests.kit.layouts import tiny_config
 
 def corrupt_and_check(config: Config, rank: int, name: str, attribute: str) -> str:
     """On one rank: what the check says when `rank` has one wrong element in the parameter `name`, or in its master."""
-    mesh = mesh_for(Topology.of(config.parallel))
+    mesh = mesh_for(Topology.of(config))
     model = parallelize(config, mesh)
     model.initialise(config.run.seed)
     check_replicas(model, 1)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def built(config: Config) -> tuple[Explanation, StateBytes, dict[str, tuple[int, ...]]]:
     """On one rank: what `parallelize` really builds, the bytes of its living storages, and its groups."""
-    mesh = mesh_for(Topology.of(config.parallel))
+    mesh = mesh_for(Topology.of(config))
     model = parallelize(config, mesh)
     optimizer = AdamW(model.buckets, config.optim, model.operations)
     parameters = [tensor for bucket in model.buckets for tensor in (bucket.param_buffer, bucket.param_shard)]
@@ -38,7 +38,7 @@ def built(config: Config) -> tuple[Explanation, StateBytes, dict[str, tuple[int,
         storage_bytes(tensor for bucket in model.buckets for tensor in (bucket.grad_buffer, bucket.grad_shard)),
         storage_bytes([*masters, *optimizer.exp_avg, *optimizer.exp_avg_sq]))
     axes = {name: getattr(mesh, name).ranks for name in ("tensor", "context", "pipeline", "data", "gradient", "shard",
-                                                         "replicate", "world")}
+                                                         "replicate", "ends", "world")}
     return describe(model, mesh), measured, axes
 
 
@@ -71,7 +71,7 @@ def assert_tiles(boxes: set[Box], whole: Box) -> None:
                                                   ("llama3.2-1b", 256), ("tiny", 1)])
 def test_the_slices_of_a_job_are_the_model(name: str, world_size: int) -> None:
     config = resolve_layout(load_config(ROOT / "configs" / f"{name}.yaml"), world_size)
-    topology = Topology.of(config.parallel)
+    topology = Topology.of(config)
     assert topology.world_size == world_size
     slices: dict[str, set[Box]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -156,7 +156,7 @@ def test_words_for_a_rank_of_2048() -> None:
       "shard    1 3    one state"]),
     (3, {"pipeline": 4}, {"tie_embeddings": True},
      ["chunk 3 of 4: layer 3, final norm and output layer", "1  embedding.weight",
-      "pipeline  0      the other end of the tied embedding: its gradient, once a step",
+      "ends      0      the other end of the tied embedding: its gradient, once a step",
       "pipeline  2      its chunk 2 sends activations to chunk 3"]),
     (1, {"pipeline": 2, "schedule": "zb-v", "virtual_stages": 2}, {},
      ["chunk 1 of 4: layer 1", "chunk 2 of 4: layer 2", "4 microbatches of one chunk",

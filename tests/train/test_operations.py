@@ -21,7 +21,7 @@ REFERENCES = {operation.name: operation.reference.name for operation in TABLE}
 
 
 def run_here(config: Config) -> bool:
-    return run_rank(config, Topology.of(config.parallel), None, "environment", lambda: False)
+    return run_rank(config, Topology.of(config), None, "environment", lambda: False)
 
 
 def test_the_run_says_what_it_computes_with(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_bf16_trains_with_fp32_masters(tmp_path: Path) -> None:
 
 def load_here(config: Config, paths: list[Path]) -> list[Shards]:
     """In a worker: what this rank holds after loading each checkpoint over a state of NaNs."""
-    mesh = mesh_for(Topology.of(config.parallel))
+    mesh = mesh_for(Topology.of(config))
     model = parallelize(config, mesh, bucket_elements=6000)
     state = TrainState(model, AdamW(model.buckets, config.optim, model.operations))
     found = []

@@ -45,7 +45,7 @@ def poison(trainer: Trainer, steps: range, rank: int = 0) -> None:
 
 def run_poisoned(config: Config, steps: range) -> tuple[str, Shards, int]:
     """What the run ended with, what this rank holds then, and the step it is at."""
-    mesh = mesh_for(Topology.of(config.parallel)) if config.parallel.world_size > 1 else single_mesh()
+    mesh = mesh_for(Topology.of(config)) if config.parallel.world_size > 1 else single_mesh()
     trainer = Trainer.start(config, mesh, Corpora.open(config), lambda: False)
     poison(trainer, steps, rank=mesh.world.size - 1)
     try:

@@ -46,7 +46,6 @@ from engine.distributed.collectives import (
     all_reduce,
     all_to_all_into,
     reduce_scatter_into,
-    sum_with_peer,
 )
 from engine.distributed.mesh import Mesh
 from engine.model.spec import ParamSpec, spec_of
@@ -84,10 +83,17 @@ class Entry:
 
 
 def kind_of(spec: ParamSpec, mesh: Mesh, uses: int) -> BucketKind:
-    """The bucket kind of a parameter that this rank's chunks use so many times."""
+    """The bucket kind of a parameter that this rank's chunks use so many times.
+
+    Raises:
+        ValueError: another stage holds a copy, and the mesh was made without the group in which the two meet.
+    """
     replicated = spec.cut is None and mesh.tensor.index > 0
+    tied = spec.tied and uses == 1
+    if tied and mesh.ends.size == 1:
+        raise ValueError(f"{spec.name} is tied to a copy on another stage; its mesh needs Topology(tied=True)")
     return BucketKind(decay=spec.decay, partial_sum=spec.partial_sum, counted=not replicated and not spec.tied_copy,
-                      tied=spec.tied and uses == 1)
+                      tied=tied)
 
 
 def free(buffer: Tensor) -> None:
@@ -267,8 +273,7 @@ class Bucket:
         if self._reduced is not None:
             self._settle()
         if self.kind.tied:
-            pipeline = self.mesh.pipeline
-            sum_with_peer(self.grad_shard, pipeline, 0 if pipeline.index else pipeline.size - 1)
+            all_reduce(self.grad_shard, self.mesh.ends)
 
     # ------------------------------------------------------------------ parameters
 
