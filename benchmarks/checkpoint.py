@@ -35,11 +35,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from engine.checkpoint.pieces import Piece
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import open_verified
 from engine.checkpoint.write import CheckpointWriter
 from engine.distributed.boxes import Box
+from engine.distributed.pieces import Piece
 
 Measures = dict[str, float]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.pieces import inside
 from engine.distributed.boxes import Box
+from engine.distributed.pieces import inside
 from engine.errors import CheckpointError
 
 FORMAT = "octant-checkpoint"

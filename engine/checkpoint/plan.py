@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.checkpoint.agree import Group, gather_rows, maximum, rank_in
-from engine.checkpoint.pieces import Piece, tensor_name
+from engine.distributed.pieces import Piece, tensor_name
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ import torch
 
 from engine.checkpoint.content_hash import hash_file
 from engine.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint, StoredTensor, decode_manifest
-from engine.checkpoint.pieces import Piece, inside
 from engine.checkpoint.shard import DTYPES, Entry, ShardFile, integer_type, memory_of
 from engine.distributed.boxes import Box
+from engine.distributed.pieces import Piece, inside
 from engine.errors import CheckpointError
 
 READ_BYTES = 16 << 20           # one thread's share of a large contiguous read

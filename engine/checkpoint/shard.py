@@ -26,8 +26,8 @@ import torch
 
 from engine.checkpoint.content_hash import TreeHash, chunks_of, hash_segments
 from engine.checkpoint.manifest import DamagedCheckpoint
-from engine.checkpoint.pieces import tensor_name
 from engine.distributed.boxes import Box
+from engine.distributed.pieces import tensor_name
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -26,10 +26,10 @@ import torch
 from engine.checkpoint.agree import Group, rank_in, size_of
 from engine.checkpoint.commit import Save, SaveFailed, begin, explain, write_and_commit
 from engine.checkpoint.folder import checkpoint_name, tidy
-from engine.checkpoint.pieces import Piece
 from engine.checkpoint.plan import Agreement, Planner
 from engine.checkpoint.shard import Entry, file_bytes
 from engine.checkpoint.staging import Staging
+from engine.distributed.pieces import Piece
 from engine.errors import CheckpointError
 
 DEFAULT_TIMEOUT_SECONDS = 1800.0

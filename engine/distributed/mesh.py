@@ -122,6 +122,11 @@ class Job:
             for name in ("tensor", "world"):
                 self._groups[self._backend(name), tuple(range(self.size))] = dist.group.WORLD
 
+    @property
+    def world(self) -> Axis:
+        """All ranks; for CPU tensors."""
+        return self._axis("world", tuple(range(self.size)))
+
     def mesh(self, topology: Topology) -> Mesh:
         """The mesh over all ranks.  Every rank of the job must call this, with the same topology.
 

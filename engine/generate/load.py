@@ -12,20 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 
-from engine.checkpoint.pieces import Piece
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import open_checkpoint
 from engine.config import Config, resolve_layout
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.data.tokenizer_identity import recorded_tokenizer
-from engine.distributed.boxes import Box
 from engine.distributed.mesh import Mesh
 from engine.distributed.topology import Topology
 from engine.errors import CheckpointError, DataError
-from engine.model.spec import spec_of
 from engine.parallel.parallelize import ParallelModel, parallelize
 
 NORM = "model.final_layernorm.weight"                # every model has one, so its dtype stands for all
@@ -53,7 +49,7 @@ def open_shared(path: str | Path, mesh: Mesh) -> CheckpointReader:
     Raises:
         CheckpointError: there is none, or none is whole.
     """
-    return open_checkpoint(Path(path), group=dist.group.WORLD if mesh.world.size > 1 else None)
+    return open_checkpoint(Path(path), group=mesh.world.group)
 
 
 def inference_config(reader: CheckpointReader, topology: Topology, wanted: Wanted = Wanted()) -> Config:
@@ -89,19 +85,8 @@ def inference_config(reader: CheckpointReader, topology: Topology, wanted: Wante
 def load_model(reader: CheckpointReader, config: Config, mesh: Mesh) -> ParallelModel:
     """This rank's part of the model with the checkpoint's weights, whatever layout wrote them."""
     model = parallelize(config, mesh, training=False)
-    reader.load_into(weight_pieces(model), convert=True)
+    reader.load_into(model.weights(), convert=True)
     return model
-
-
-def weight_pieces(model: ParallelModel) -> list[Piece]:
-    """This rank's weights as pieces of the global tensors; the tensors are the live ones, padding left out."""
-    pieces = []
-    for parameter in (p for chunk in model.chunks.values() for p in chunk.parameters()):
-        spec = spec_of(parameter)
-        if spec.box.num_elements:
-            true_rows = parameter.detach()[Box.whole(spec.box.size).slices]
-            pieces.append(Piece(f"model.{spec.name}", spec.shape, spec.box, true_rows))
-    return pieces
 
 
 def load_tokenizer_of(reader: CheckpointReader, spec: str | None = None) -> Tokenizer:

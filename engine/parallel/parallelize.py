@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from engine.config import Config
+from engine.distributed.boxes import Box
 from engine.distributed.mesh import Axis, Mesh
+from engine.distributed.pieces import Piece
 from engine.kernels.operation import Place
 from engine.kernels.table import Operations, choose
 from engine.model.context import Batch
@@ -108,6 +110,23 @@ class ParallelModel:
         """The second part: waits until every bucket's `grad_shard` is final."""
         for bucket in self.buckets:
             bucket.finish_reduction()
+
+    def shards(self, prefix: str, vectors: Sequence[Tensor]) -> list[Piece]:
+        """What vectors laid out like the buckets' shards (masters, moments) hold of each parameter; the live ones."""
+        return [Piece(f"{prefix}.{spec.name}", spec.shape, box, view)
+                for bucket, vector in zip(self.buckets, vectors, strict=True)
+                for spec, box, view in bucket.boxes(vector) if box.num_elements]
+
+    def weights(self) -> list[Piece]:
+        """This rank's part of the weights that the layers use; the tensors are the live ones, padding left out.
+
+        Where the parameters are there around their use only (ZeRO 3), it is this rank's shard of them.
+        """
+        if any(bucket.level >= 3 for bucket in self.buckets):
+            return self.shards("model", [bucket.param_shard for bucket in self.buckets])
+        once = dict.fromkeys(parameter for chunk in self.chunks.values() for parameter in chunk.parameters())
+        return [Piece(f"model.{spec.name}", spec.shape, spec.box, parameter.detach()[Box.whole(spec.box.size).slices])
+                for parameter, spec in ((parameter, spec_of(parameter)) for parameter in once) if spec.box.num_elements]
 
     def publish(self) -> None:
         """Makes the masters, all shards of them, the weights that the layers use."""

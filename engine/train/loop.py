@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 
 from engine.checkpoint.folder import CHECKPOINTS
 from engine.checkpoint.write import CheckpointWriter, SaveReport
@@ -35,10 +34,8 @@ from engine.metrics.peaks import peak_tflops
 from engine.metrics.sinks import open_sinks
 from engine.metrics.throughput import throughput
 from engine.model.flops import flops_per_token
-from engine.optim.adamw import AdamW
 from engine.optim.gradients import clip_divisor, sum_over_world
 from engine.optim.schedule import learning_rate
-from engine.parallel.parallelize import parallelize
 from engine.parallel.replicas import check_replicas
 from engine.train.batches import Loader
 from engine.train.corpora import Corpora
@@ -48,6 +45,7 @@ from engine.train.journal import Journal, peak_memory_bytes
 from engine.train.objectives import objective_of
 from engine.train.phases import Phases, Taken
 from engine.train.profile import StepProfiler
+from engine.train.role import Role, RoleState
 from engine.train.run_folder import writing
 from engine.train.start import take_over
 from engine.train.state import TrainState
@@ -110,10 +108,8 @@ class Trainer:
             ConfigError: `run.objective` cannot be trained.
         """
         phases = Phases(mesh.device)
-        model = parallelize(config, mesh, objective=objective_of(config))
-        state = TrainState(model, AdamW(model.buckets, config.optim, model.operations))
-        directory = Path(config.run.dir)
-        group = dist.group.WORLD if mesh.world.size > 1 else None
+        state = TrainState((RoleState.on(mesh, Role.of(config, objective_of(config)), config),))
+        model, directory, group = state.model, Path(config.run.dir), mesh.world.group
         tally = Tally(len(model.objective.sums), mesh.device)
         notes = take_over(state, tally, config, corpora, group)
         writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_,

@@ -1,55 +1,73 @@
 """The state of a run as a value: what is saved, loaded, and enough to make the next step bit-identical.
 
-Tensors are pieces of global tensors (`engine.checkpoint.pieces`): fp32 masters and AdamW's two moments.  The compute
+It is a table of roles (`engine.train.role`), of which most runs have one, and a position.  Tensors are pieces of global
+tensors (`engine.distributed.pieces`): fp32 masters and AdamW's two moments of every role that is trained.  The compute
 weights follow from the masters, learning rate and random streams from the step, the order of data from
 `consumed_samples`; so besides the tensors a run is a handful of numbers.
+
+In a checkpoint the first role's tensors bear plain names (`model.…`, `optimizer.exp_avg.…`), so the checkpoint of any
+run is one of its first role's model, to be evaluated, converted and loaded as such.  The others' begin with
+`roles.NAME.`, and the number of their updates is a tensor too, because the rank that writes the metadata may hold
+nothing of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from engine.checkpoint.pieces import Piece
 from engine.checkpoint.read import CheckpointReader
 from engine.config import Config
+from engine.distributed.boxes import Box
+from engine.distributed.pieces import Piece
 from engine.optim.adamw import AdamW
 from engine.parallel.parallelize import ParallelModel
+from engine.train.role import RoleState
 
 
 @dataclass
 class TrainState:
-    """Model, optimizer and position.
+    """Models, optimizers and position.
 
     Attributes:
+        roles: the first is the run's own model.
         step: steps done.
         consumed_samples: samples they took.
     """
 
-    model: ParallelModel
-    optimizer: AdamW
+    roles: tuple[RoleState, ...]
     step: int = 0
     consumed_samples: int = 0
 
+    @property
+    def model(self) -> ParallelModel:
+        """Of the first role, which lives on every rank of a run that has one."""
+        model = self.roles[0].model
+        assert model is not None
+        return model
+
+    @property
+    def optimizer(self) -> AdamW:
+        """As `model`."""
+        optimizer = self.roles[0].optimizer
+        assert optimizer is not None
+        return optimizer
+
     def model_pieces(self) -> list[Piece]:
-        """This rank's part of the fp32 weights; the tensors are the live ones."""
-        return self._pieces("model", [bucket.master for bucket in self.model.buckets])
+        """This rank's part of the first role's fp32 weights; the tensors are the live ones."""
+        return self.roles[0].masters()
 
     def pieces(self) -> list[Piece]:
         """This rank's part of everything that is a tensor; the tensors are the live ones."""
-        return [*self.model_pieces(), *self._pieces("optimizer.exp_avg", self.optimizer.exp_avg),
-                *self._pieces("optimizer.exp_avg_sq", self.optimizer.exp_avg_sq)]
-
-    def _pieces(self, prefix: str, vectors: Sequence[Tensor]) -> list[Piece]:
-        return [Piece(f"{prefix}.{spec.name}", spec.shape, box, view)
-                for bucket, vector in zip(self.model.buckets, vectors, strict=True)
-                for spec, box, view in bucket.boxes(vector) if box.num_elements]
+        first, *others = self.roles
+        return [*first.masters(), *first.moments(),
+                *(piece for state in others if state.role.trainable for piece in _pieces_of(state))]
 
     def metadata(self, config: Config, data_fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-        """What is saved beside the tensors."""
+        """What is saved beside the tensors; the first role must live on this rank."""
         return {"config": config.to_dict(), "data": dict(data_fingerprint),
                 "state": {"step": self.step, "consumed_samples": self.consumed_samples,
                           "optimizer_step": self.optimizer.num_steps()}}
@@ -59,10 +77,26 @@ class TrainState:
         reader.load_into(self.pieces())
         numbers = reader.metadata["state"]
         self.step, self.consumed_samples = numbers["step"], numbers["consumed_samples"]
-        self.optimizer.set_num_steps(numbers["optimizer_step"])
-        self.model.publish()
+        first, *others = self.roles
+        if first.optimizer is not None:
+            first.optimizer.set_num_steps(numbers["optimizer_step"])
+        for state in others:
+            if state.optimizer is not None:
+                state.optimizer.set_num_steps(state.optimizer.num_steps())
+        for state in self.roles:
+            state.publish()
 
     def load_weights(self, reader: CheckpointReader) -> None:
-        """Takes over the weights only; they may be stored in another dtype."""
+        """Takes over the first role's weights only; they may be stored in another dtype."""
         reader.load_into(self.model_pieces(), convert=True)
-        self.model.publish()
+        self.roles[0].publish()
+
+
+def _pieces_of(state: RoleState) -> list[Piece]:
+    """Of a role that is not the first; the count is that of its first bucket, which stands for all."""
+    prefix = f"roles.{state.role.name}."
+    if state.optimizer is None:
+        return []
+    counts: list[torch.Tensor] = state.optimizer.steps[:1]
+    return [*state.masters(prefix), *state.moments(prefix),
+            *(Piece(f"{prefix}optimizer.step", (), Box.whole(()), count) for count in counts)]

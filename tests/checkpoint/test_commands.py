@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from engine import cli
-from engine.checkpoint.pieces import Piece
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.write import save
 from engine.distributed.boxes import Box
+from engine.distributed.pieces import Piece
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 
 from engine.checkpoint.manifest import StoredTensor
-from engine.checkpoint.pieces import Piece
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.shard import DTYPES, Entry
 from engine.checkpoint.stream import write_checkpoint
 from engine.checkpoint.write import save
 from engine.distributed.boxes import Box
+from engine.distributed.pieces import Piece
 from engine.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ PROGRAM = """
 import pickle, sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from engine.checkpoint.pieces import Piece
+from engine.distributed.pieces import Piece
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import find_latest
 from engine.checkpoint.write import CheckpointWriter

@@ -9,10 +9,10 @@ import torch
 
 from engine.checkpoint.commit import POINTS
 from engine.checkpoint.folder import committed_steps, tidy
-from engine.checkpoint.pieces import Piece
 from engine.checkpoint.resume import find_latest
 from engine.checkpoint.write import save
 from engine.distributed.boxes import Box
+from engine.distributed.pieces import Piece
 from tests.kit.kills import Run, random_kills
 
 COMMITTED_FROM = POINTS.index("renamed")

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.checkpoint.pieces import Piece
 from engine.checkpoint.read import CheckpointReader, contiguous_in, flat_position, subtract
 from engine.checkpoint.reshard import reshard
 from engine.checkpoint.resume import find_latest
 from engine.checkpoint.stream import write_checkpoint
 from engine.checkpoint.write import save
 from engine.distributed.boxes import Box
+from engine.distributed.pieces import Piece
 from engine.errors import CheckpointError
 from tests.kit.distributed import run_distributed
 from tests.kit.pieces import Layout, assert_loaded, files_of, pieces_of, value

@@ -20,12 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.checkpoint.folder import committed_steps
-from engine.checkpoint.pieces import Piece
 from engine.checkpoint.plan import assign
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import find_latest
 from engine.checkpoint.write import CheckpointWriter, SaveReport, save
 from engine.distributed.boxes import Box
+from engine.distributed.pieces import Piece
 from engine.errors import CheckpointError
 from tests.kit.distributed import run_distributed
 

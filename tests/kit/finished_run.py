@@ -9,7 +9,6 @@ from engine.checkpoint.write import save
 from engine.config import Config
 from engine.data.indexed import IndexedWriter
 from engine.data.tokenizer import ByteTokenizer
-from engine.generate.load import weight_pieces
 from tests.kit.models import inference_model, model_config
 
 DOCUMENTS = ["a first document, in English, that is short", "zweites Stück, mit Umlauten: äöüß", "",
@@ -25,7 +24,7 @@ def run_config(**model: Any) -> Config:
 def make_run(folder: Path, config: Config, metadata: dict[str, Any] | None = None) -> Path:
     """`folder` becomes a run's folder."""
     metadata = {"config": config.to_dict(), "data": {"tokenizer": ByteTokenizer.sha256}} | (metadata or {})
-    save(folder / "checkpoints", STEP, weight_pieces(inference_model(config)), metadata, keep=None)
+    save(folder / "checkpoints", STEP, inference_model(config).weights(), metadata, keep=None)
     return folder
 
 

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.checkpoint.pieces import Piece
 from engine.checkpoint.resume import find_latest
 from engine.checkpoint.write import CheckpointWriter, no_point
 from engine.distributed.boxes import Box
+from engine.distributed.pieces import Piece
 
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["engine.checkpoint.resume", "engine.checkpoint.write"])

@@ -12,10 +12,10 @@ from itertools import product
 
 import torch
 
-from engine.checkpoint.pieces import Piece
 from engine.checkpoint.plan import announce, assign
 from engine.checkpoint.shard import Entry
 from engine.distributed.boxes import Box, flat_range_boxes
+from engine.distributed.pieces import Piece
 
 HIDDEN, VOCAB, FFN, GROUPS, LAYERS = 12, 26, 20, 4, 4
 PREFIXES = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")

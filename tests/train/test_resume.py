@@ -15,6 +15,7 @@ from engine.config import Config
 from engine.distributed.topology import Topology
 from engine.optim.adamw import AdamW
 from engine.parallel.parallelize import parallelize
+from engine.train.role import Role, RoleState
 from engine.train.state import TrainState
 from tests.kit.distributed import mesh_for, run_distributed
 from tests.kit.layouts import Shards, assemble, parameters_match, relative_error
@@ -74,7 +75,8 @@ def load_here(config: Config, paths: list[Path]) -> list[Shards]:
     """In a worker: what this rank holds after loading each checkpoint over a state of NaNs."""
     mesh = mesh_for(Topology.of(config))
     model = parallelize(config, mesh, bucket_elements=6000)
-    state = TrainState(model, AdamW(model.buckets, config.optim, model.operations))
+    optimizer = AdamW(model.buckets, config.optim, model.operations)
+    state = TrainState((RoleState(Role.of(config), mesh, model, optimizer),))
     found = []
     for path in paths:
         for piece in state.pieces():

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from engine import cli
-from engine.checkpoint.pieces import Piece
 from engine.checkpoint.resume import open_checkpoint
 from engine.checkpoint.write import save
 from engine.config import Config, load_config
 from engine.data.indexed import IndexedWriter
 from engine.distributed.boxes import Box
 from engine.distributed.mesh import single_mesh
+from engine.distributed.pieces import Piece
 from engine.launching.local import STOP_SIGNALS
 from engine.metrics.sinks import JsonlSink
 from engine.model.context import Batch
