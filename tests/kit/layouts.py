@@ -23,7 +23,7 @@ from engine.parallel.context.zigzag import context_part
 from engine.parallel.data.buckets import Bucket
 from engine.parallel.parallelize import ParallelModel, parallelize
 from tests.kit.distributed import mesh_for, run_distributed
-from tests.kit.reference import Reference, global_batch, num_tokens, train_reference
+from tests.kit.reference import PRETRAINING, Reference, Task, train_reference
 
 TOLERANCE = 1e-5
 
@@ -57,6 +57,7 @@ class Result:
     """What one rank saw."""
 
     losses: list[float] = field(default_factory=list)
+    totals: list[list[float]] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     gradients: Shards = field(default_factory=list)
     weights: Shards = field(default_factory=list)
@@ -76,24 +77,26 @@ def shards(buckets: Iterable[Bucket], which: str) -> Shards:
             for spec, box, view in bucket.boxes(getattr(bucket, which))]
 
 
-def train_layout(config: Config, num_steps: int) -> Result:
+def train_layout(config: Config, num_steps: int, task: Task = PRETRAINING) -> Result:
     """Runs on one rank: `num_steps` steps in the layout of `config`."""
     mesh = mesh_for(Topology.of(config))
-    model = parallelize(config, mesh, bucket_elements=6000)
+    model = parallelize(config, mesh, objective=task.objective, bucket_elements=6000)
     model.initialise(config.run.seed)
     optimizer = AdamW(model.buckets, config.optim, model.operations)
     out = Result(initial=shards(model.buckets, "master"))
     for step in range(1, num_steps + 1):
-        batch = global_batch(config, step)
-        scale = 1 / num_tokens(batch)
+        batch = task.batch(config, step)
+        scale = 1 / task.divisor(batch)
         own = model.forward_backward(microbatches(config, batch, mesh), scale)
-        sums = sum_over_world(own, model.buckets, mesh, reproducible=config.parallel.reproducible)
+        sums = sum_over_world(own, model.buckets, mesh, num_sums=len(task.objective.sums),
+                              reproducible=config.parallel.reproducible)
         if step == 1:
             out.gradients = shards(model.buckets, "grad_shard")
         optimizer.step(learning_rate(step, config.steps, config.optim),
                        clip_divisor(sums.grad_norm, config.optim.grad_clip), torch.zeros(()))
         model.publish()
-        out.losses.append(sums.sums.item() * scale)
+        out.totals.append(sums.sums.tolist())
+        out.losses.append(out.totals[-1][0] * scale)
         out.grad_norms.append(sums.grad_norm.item())
     out.weights = shards(model.buckets, "master")
     out.parameters_equal_masters = parameters_match(model)
@@ -122,8 +125,8 @@ def assemble(parts: Iterable[Shards]) -> dict[str, Tensor]:
     return whole
 
 
-def run_layout(config: Config, num_steps: int) -> list[Result]:
-    return run_distributed(train_layout, config.parallel.world_size, config, num_steps)
+def run_layout(config: Config, num_steps: int, task: Task = PRETRAINING) -> list[Result]:
+    return run_distributed(train_layout, config.parallel.world_size, config, num_steps, task)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -132,15 +135,15 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 @cache
-def _reference(what: str, num_steps: int) -> Reference:
-    return train_reference(Config.model_validate_json(what), num_steps)
+def _reference(what: str, num_steps: int, task: Task) -> Reference:
+    return train_reference(Config.model_validate_json(what), num_steps, task)
 
 
-def reference(config: Config, num_steps: int) -> Reference:
+def reference(config: Config, num_steps: int, task: Task = PRETRAINING) -> Reference:
     """One process, the whole batch at once.  It depends on what is trained, never on the layout, and is kept."""
     trained = tiny_config(model=config.model.model_dump(), data=config.data.model_dump(),
                           batch={"micro": 1, "global": config.batch.global_})
-    return _reference(trained.model_dump_json(by_alias=True), num_steps)
+    return _reference(trained.model_dump_json(by_alias=True), num_steps, task)
 
 
 def differences(results: Sequence[Result], want: Reference) -> list[str]:
@@ -153,6 +156,9 @@ def differences(results: Sequence[Result], want: Reference) -> list[str]:
             got, wanted = getattr(result, what), getattr(want, what)
             if got != pytest.approx(wanted, rel=TOLERANCE):
                 found.append(f"rank {rank}: {what} {got}, not {wanted}")
+        for step, (got, wanted) in enumerate(zip(result.totals, want.totals, strict=True), 1):
+            if got != pytest.approx(wanted, rel=TOLERANCE):
+                found.append(f"rank {rank}: sums of step {step} {got}, not {wanted}")
     for what in ("initial", "gradients", "weights"):
         wanted, tolerance = getattr(want, what), 0.0 if what == "initial" else TOLERANCE
         try:

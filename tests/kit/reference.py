@@ -1,12 +1,13 @@
 """The plain computation that every layout is compared with: one process, torch's own autograd, cross-entropy and AdamW.
 
 It shares the model's definition with the engine (`engine.model`, itself compared with `transformers` in
-tests/model/test_transformers_parity.py) and nothing else: no buckets, no slots, no executor, no cut layers.
+tests/model/test_transformers_parity.py) and nothing else: no buckets, no slots, no executor, no cut layers, no head.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.model.context import Batch, document_mask, document_positions
+from engine.model.objective import NEXT_TOKEN, Objective
 from engine.model.spec import initialise, spec_of
 from engine.model.transformer import Transformer
 from engine.optim.schedule import learning_rate
@@ -28,6 +30,7 @@ class Reference:
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
     initial: dict[str, Tensor]
+    totals: list[list[float]] = field(default_factory=list)      # all sums of the objective, by step
 
 
 def global_batch(config: Config, step: int) -> Batch:
@@ -49,7 +52,30 @@ def num_tokens(batch: Batch) -> int:
     return batch.labels_SB.numel() if batch.loss_mask_SB is None else int(batch.loss_mask_SB.sum())
 
 
-def train_reference(config: Config, num_steps: int) -> Reference:
+def summed_loss(model: Transformer, batch: Batch) -> list[Tensor]:
+    """Pretraining's only sum, from the logits."""
+    assert batch.labels_SB is not None
+    logits = model(batch.tokens_SB, batch).flatten(0, 1)
+    losses = F.cross_entropy(logits, batch.labels_SB.flatten(), reduction="none")
+    if batch.loss_mask_SB is not None:
+        losses = losses * batch.loss_mask_SB.flatten()
+    return [losses.sum()]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to train: the engine's objective, and what it should compute, written out for a whole model."""
+
+    objective: Objective = NEXT_TOKEN
+    batch: Callable[[Config, int], Batch] = global_batch
+    sums: Callable[[Transformer, Batch], Sequence[Tensor]] = summed_loss
+    divisor: Callable[[Batch], int] = num_tokens
+
+
+PRETRAINING = Task()
+
+
+def train_reference(config: Config, num_steps: int, task: Task = PRETRAINING) -> Reference:
     """`num_steps` of training on the whole global batch at once."""
     model = Transformer(config.model)
     initialise(model, config.run.seed)
@@ -59,12 +85,9 @@ def train_reference(config: Config, num_steps: int) -> Reference:
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
     out = Reference([], [], {}, {}, {name: p.detach().clone() for name, p in named.items()})
     for step in range(1, num_steps + 1):
-        batch = global_batch(config, step)
-        logits = model(batch.tokens_SB, batch).flatten(0, 1)
-        losses = F.cross_entropy(logits, batch.labels_SB.flatten(), reduction="none")
-        if batch.loss_mask_SB is not None:
-            losses = losses * batch.loss_mask_SB.flatten()
-        loss = losses.sum() / num_tokens(batch)
+        batch = task.batch(config, step)
+        sums = task.sums(model, batch)
+        loss = sums[0] / task.divisor(batch)
         optimizer.zero_grad()
         loss.backward()
         if step == 1:
@@ -77,6 +100,7 @@ def train_reference(config: Config, num_steps: int) -> Reference:
             group["lr"] = learning_rate(step, config.steps, config.optim)
         optimizer.step()
         out.losses.append(loss.item())
+        out.totals.append([total.item() for total in sums])
         out.grad_norms.append(norm.item())
     out.weights = {name: p.detach().clone() for name, p in named.items()}
     return out
