@@ -7,9 +7,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 EXTRAS = {
-    "hf": ["tokenizers", "transformers>=4.51"],                    # HF tokenizers; parity and conversion checks
+    "hf": ["tokenizers", "transformers>=4.51", "huggingface_hub"], # HF tokenizers; parity, conversion checks; its Hub
     "megatron": ["megatron-core>=0.16"],                           # reading and writing its checkpoints
-    "data": ["pyarrow", "zstandard", "rensa"],                     # parquet, .zst, near-duplicate search
+    "data": ["pyarrow", "zstandard", "rensa", "fsspec[http]"],     # parquet, .zst, near-duplicate search, addresses
     "fast": ["gigatoken"],                                         # encodes corpora several times faster, same ids
     "viz": ["tensorboard", "wandb"],                               # where metrics also go
     "completion": ["shtab"],                                       # octant completion bash

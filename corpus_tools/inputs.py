@@ -10,10 +10,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, BinaryIO, TypeVar, cast
 
+from corpus_tools.remote import is_remote, open_remote, remote_files
 from engine.errors import DataError, RequestError
+from engine.instead import is_hub_name
 from engine.reading import regular_size
 
 Item = TypeVar("Item")
@@ -37,7 +39,7 @@ class InputFile:
 
 
 def expand_inputs(files: Iterable[str | Path]) -> list[InputFile]:
-    """Files, folders (searched, sorted), globs and `-` -> the files of the corpus, each once, in the order given.
+    """Files, folders (searched, sorted), globs, addresses, `-` -> files of the corpus, each once, in the order given.
 
     In folders, names that begin with `_` or `.` and the side files of corpora are passed over: they are no text.
 
@@ -48,11 +50,23 @@ def expand_inputs(files: Iterable[str | Path]) -> list[InputFile]:
         if name == "-":
             found.setdefault(name, InputFile(name, ".jsonl", modified_ns=time.time_ns()))  # never the same twice
             continue
+        if is_remote(name):
+            found.update((file.path, file) for file in _at_address(name) if file.path not in found)
+            continue
         for path in _matching(name):
             found.setdefault(str(path.resolve()), _input_file(path))
     if not found:
         raise RequestError("no input files were given")
     return list(found.values())
+
+
+def _at_address(name: str) -> list[InputFile]:
+    there = [(file, _format_of(PurePosixPath(file.name))) for file in remote_files(name)]
+    known = [InputFile(file.address, *format, file.num_bytes, file.version) for file, format in there
+             if format[0] in FORMATS]
+    if not known:
+        raise RequestError(f"{name} holds no {', '.join(FORMATS)} files (each also .gz or .zst)")
+    return known
 
 
 def _matching(name: str) -> list[Path]:
@@ -72,7 +86,8 @@ def _matching(name: str) -> list[Path]:
         return known
     if path.is_dir() or several:
         raise RequestError(f"{name} holds no {', '.join(FORMATS)} files (each also .gz or .zst)")
-    raise RequestError(f"input {name} does not exist")
+    raise RequestError(f"input {name} does not exist"
+                       + ("; datasets of the Hub are read as hf://datasets/ORG/NAME/FILE" if is_hub_name(name) else ""))
 
 
 def _is_side_file(path: Path) -> bool:
@@ -80,7 +95,7 @@ def _is_side_file(path: Path) -> bool:
     return path.suffix == ".json" and all(path.with_suffix(suffix).exists() for suffix in (".bin", ".idx"))
 
 
-def _format_of(path: Path) -> tuple[str, str]:
+def _format_of(path: PurePath) -> tuple[str, str]:
     suffixes = path.suffixes or [""]
     compression = suffixes[-1] if suffixes[-1] in COMPRESSIONS else ""
     return (suffixes[-2] if compression and len(suffixes) > 1 else suffixes[-1]), compression
@@ -95,7 +110,9 @@ def _input_file(path: Path) -> InputFile:
 
 
 def open_input(file: InputFile) -> BinaryIO:
-    """The file as it lies on disk, or standard input."""
+    """The file as it lies on disk or at its address, or standard input."""
+    if is_remote(file.path):
+        return cast(BinaryIO, open_remote(file.path))
     return sys.stdin.buffer if file.path == "-" else open(file.path, "rb")
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # One-way imports: a room may import rooms of its own level and below.
 LEVELS = (
-    ("errors", "hints", "reading", "writing", ""),            # "": the package `engine` itself, which holds the version
+    ("errors", "hints", "instead", "reading", "writing", ""),     # "": the package `engine`, which holds the version
     ("kernels",),
     ("schedules",),
     ("config",),
@@ -36,8 +36,9 @@ LEVELS = (
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 PACKAGES = ("engine", "checkpoints_tools", "corpus_tools")
-OPTIONAL = {"amp_C", "apex", "fasttext", "flash_attn", "gigatoken", "matplotlib", "megatron", "pyarrow", "rensa",
-            "shtab", "tensorboard", "tokenizers", "transformer_engine", "transformers", "triton", "wandb", "zstandard"}
+OPTIONAL = {"amp_C", "apex", "fasttext", "flash_attn", "fsspec", "gigatoken", "huggingface_hub", "matplotlib",
+            "megatron", "pyarrow", "rensa", "shtab", "tensorboard", "tokenizers", "transformer_engine",
+            "transformers", "triton", "wandb", "zstandard"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -18,6 +18,8 @@ import shutil
 from pathlib import Path
 
 from engine.checkpoint.manifest import MANIFEST_NAME
+from engine.errors import CheckpointError
+from engine.instead import instead_of_checkpoint
 
 CHECKPOINTS = "checkpoints"         # where a run keeps them, in its own folder
 COMMITTED = re.compile(r"step-(\d{8,})")
@@ -47,6 +49,12 @@ def checkpoints_at(path: Path) -> list[Path]:
         return [path]
     inner = path / CHECKPOINTS
     return list(committed_steps(inner if inner.is_dir() else path).values())
+
+
+def no_checkpoint(path: Path) -> CheckpointError:
+    """The refusal of a path at which `checkpoints_at` finds none."""
+    instead = instead_of_checkpoint(path) or f"; give a folder with {MANIFEST_NAME}, or a run's that has saved one"
+    return CheckpointError(f"{path}: no checkpoint there{instead}")
 
 
 def corrupt_checkpoints(directory: Path) -> list[Path]:

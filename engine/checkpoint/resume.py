@@ -12,8 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.checkpoint.agree import Group, gather_json, rank_in, share_json, size_of
-from engine.checkpoint.folder import checkpoints_at, committed_steps, corrupt_checkpoints, set_aside, tidy
-from engine.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint
+from engine.checkpoint.folder import (
+    checkpoints_at,
+    committed_steps,
+    corrupt_checkpoints,
+    no_checkpoint,
+    set_aside,
+    tidy,
+)
+from engine.checkpoint.manifest import DamagedCheckpoint
 from engine.checkpoint.read import CheckpointReader
 from engine.errors import CheckpointError
 
@@ -107,7 +114,7 @@ def open_checkpoint(path: Path, progress: Progress | None = None, group: Group =
             return reader
         tried.append(f"{candidate}: {'; '.join(problems)}")
     if not tried:
-        raise CheckpointError(f"{path}: no checkpoint there; give a folder with {MANIFEST_NAME}, or a run's")
+        raise no_checkpoint(path)
     raise CheckpointError("no checkpoint there is whole:\n  " + "\n  ".join(tried))
 
 

@@ -14,12 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from engine.checkpoint.folder import CHECKPOINTS, checkpoints_at, corrupt_checkpoints
+from engine.checkpoint.folder import CHECKPOINTS, checkpoints_at, corrupt_checkpoints, no_checkpoint
 from engine.checkpoint.manifest import DamagedCheckpoint, StoredTensor
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.reshard import reshard
 from engine.checkpoint.resume import open_checkpoint
-from engine.errors import CheckpointError
 from engine.hints import hint
 
 
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 def _found(path: Path) -> list[Path]:
     found = checkpoints_at(path)
     if not found:
-        raise CheckpointError(f"{path}: no checkpoint there; give a checkpoint, or a run's folder")
+        raise no_checkpoint(path)
     return found
 
 

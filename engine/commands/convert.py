@@ -9,6 +9,7 @@ import torch
 
 from checkpoints_tools.check import Checked
 from checkpoints_tools.from_hf import convert_from_hf
+from checkpoints_tools.hub import local_folder
 from checkpoints_tools.megatron import convert_from_megatron, convert_to_megatron
 from checkpoints_tools.progress import on_console
 from checkpoints_tools.to_hf import convert_to_hf
@@ -37,7 +38,7 @@ def _to_hf(args: argparse.Namespace) -> int:
 
 
 def _from_hf(args: argparse.Namespace) -> int:
-    checked = convert_from_hf(Path(args.source), Path(args.output), tokenizer=args.tokenizer,
+    checked = convert_from_hf(local_folder(args.source), Path(args.output), tokenizer=args.tokenizer,
                               allow_pickle=args.allow_pickle, check=not args.skip_check, begin=on_console)
     _report(f"{args.output}: the model of {args.source} as a checkpoint", checked)
     print(hint("generate", args.output, "--prompt", "The", why=f"or train on: checkpoint.load={args.output}")

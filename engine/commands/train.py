@@ -6,12 +6,11 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-from engine.checkpoint.folder import checkpoints_at
+from engine.checkpoint.folder import checkpoints_at, no_checkpoint
 from engine.commands._layout import start_ranks
 from engine.config import Config, load_config, resolve_layout
 from engine.distributed.environment import LaunchEnvironment, launch_environment, tune_gpu
 from engine.distributed.topology import Topology
-from engine.errors import CheckpointError
 from engine.launching.local import run_as_rank
 from engine.metrics.console import Console
 from engine.metrics.sinks import require_packages
@@ -73,7 +72,7 @@ def _refuse_early(config: Config) -> Corpora:
     """
     for path in (config.checkpoint.load, config.checkpoint.resume):
         if path not in (None, "auto", "never") and not any(found.is_dir() for found in checkpoints_at(Path(path))):
-            raise CheckpointError(f"{path}: no checkpoint there; give the folder of one, or of a run that has one")
+            raise no_checkpoint(Path(path))
     require_packages(config.log)
     return Corpora.open(config)
 

@@ -8,6 +8,7 @@ merging, the origin of every key (`file:line` or `command line`) is kept, so tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from engine.config.schema import Config
 from engine.config.vocabulary import tokenizer_vocab_size
 from engine.config.yaml_values import MAX_DEPTH, KeyPath, Origins, parse_yaml, read_text
 from engine.errors import ConfigError
+from engine.instead import is_address
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -31,6 +33,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: with every problem of the file and the overrides at once.
     """
+    if not Path(path).is_file() and (instead := _instead(path)):
+        raise ConfigError(f"cannot read the configuration {path}: {instead}")
     values, origins = _read_with_bases(Path(path), ())
     for override in overrides:
         _merge(values, origins, *_parse_override(override))
@@ -55,6 +59,21 @@ def preset_names() -> list[str]:
 def preset_fields(name: str) -> dict[str, Any]:
     """The model section that a preset stands for."""
     return _read_yaml(PRESETS / f"{name}.yaml")[0]
+
+
+def _instead(path: str | Path) -> str:
+    """What to give in the place of a path that is no file; empty where nothing is known of it."""
+    given, name = Path(path), Path(path).name.removesuffix(".yaml").removesuffix(".yml")
+    if is_address(path):
+        return "it is an address; download it and give the file"
+    if given.is_dir():
+        there = next((given / file for file in ("config.yaml", f"{name}.yaml") if (given / file).is_file()), None)
+        return f"it is a folder; the configuration in it is {there}" if there else ""
+    around = {file.stem: file for folder in (Path("configs"), given.parent) for file in sorted(folder.glob("*.yaml"))}
+    if name in preset_names() and name not in around:
+        return f"no such file. {name} is a preset: a file says `model: {{preset: {name}}}`"
+    close = get_close_matches(name, around, n=1, cutoff=0.5)
+    return f"no such file; did you mean {around[close[0]]}?" if close else ""
 
 
 def _read_with_bases(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:

@@ -23,6 +23,7 @@ from engine.data.tokenizer_base import StreamDecoder, Tokenizer
 from engine.data.tokenizer_hf import HuggingFaceTokenizer
 from engine.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from engine.errors import DataError
+from engine.instead import instead_of_tokenizer
 
 __all__ = [
     "ByteTokenizer",
@@ -79,7 +80,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec)
     if not path.exists():
-        raise DataError(f"tokenizer {path} does not exist; give `bytes`, a SentencePiece .model or a tokenizer.json")
+        instead = instead_of_tokenizer(spec) or "; give `bytes`, a SentencePiece .model or a tokenizer.json"
+        raise DataError(f"tokenizer {path} does not exist{instead}")
     if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
         path = path / "tokenizer.model"
     if path.is_dir() or path.suffix == ".json":
