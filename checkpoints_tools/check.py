@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from checkpoints_tools.hf_files import HFWeights
-from checkpoints_tools.names import hf_parts, parameter_shapes
+from checkpoints_tools.names import parameter_shapes
 from checkpoints_tools.progress import Begin, quiet
 from checkpoints_tools.source import Source
 from engine.config import ModelConfig
@@ -106,9 +106,13 @@ def _hf_logits(folder: Path, tokens_BS: torch.Tensor, allow_pickle: bool) -> tup
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True,
-                                                 use_safetensors=None if allow_pickle else True).float().eval()
-    return f"transformers' {type(model).__name__}", model(tokens_BS).logits
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32,
+                                                     use_safetensors=None if allow_pickle else True).eval()
+        return f"transformers' {type(model).__name__}", model(tokens_BS).logits
+    except Exception as error:          # of another package, about somebody's files: there is no end of kinds
+        raise CheckpointError(f"transformers does not compute with {folder}: {type(error).__name__}: {error}; "
+                              "--skip-check converts without comparing logits") from error
 
 
 def compare_tensors(source: Source, folder: Path, dtype: torch.dtype, allow_pickle: bool = False, why: str = "",
@@ -117,7 +121,7 @@ def compare_tensors(source: Source, folder: Path, dtype: torch.dtype, allow_pick
     weights = HFWeights(folder, allow_pickle)
 
     def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for name, parts in hf_parts(source.config).items():
+        for name, parts in weights.parts(source.config).items():
             ours = source.read(name, dtype)
             for part in parts:
                 yield ours[part.box.slices], weights.read(part.name).reshape(part.box.size).to(dtype)
@@ -140,6 +144,19 @@ def compare(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], source: Source, 
 def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Size of all parameters in `dtype`."""
     return sum(prod(shape) for shape in parameter_shapes(config).values()) * dtype.itemsize
+
+
+def require_finite(tensor: torch.Tensor, name: str, where: object) -> torch.Tensor:
+    """The tensor itself.
+
+    Raises:
+        CheckpointError: there are values in it that are no numbers, or infinite; no model computes with those.
+    """
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        wrong = tensor.isfinite().logical_not_().reshape(-1)
+        raise CheckpointError(f"{where}: {int(wrong.sum()):,} of the {wrong.numel():,} values of {name} are no finite "
+                              f"numbers, the first at {int(wrong.int().argmax()):,}")
+    return tensor
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -6,18 +6,20 @@ same bits.  What the folder holds and we have no place for is refused, except wh
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoints_tools.check import Checked, check_hf
-from checkpoints_tools.hf_config import read_hf_config
-from checkpoints_tools.hf_files import HFWeights
-from checkpoints_tools.names import PREFIX, Part, hf_parts, parameter_shapes
+from checkpoints_tools.check import Checked, check_hf, require_finite
+from checkpoints_tools.hf_config import CONFIG, read_end_ids, read_hf_config
+from checkpoints_tools.hf_files import EMBEDDING, HEAD, NO_WEIGHT, HFWeights
+from checkpoints_tools.names import PREFIX, Part, parameter_shapes
 from checkpoints_tools.output import committed, divide
 from checkpoints_tools.progress import Advance, Begin, quiet
-from checkpoints_tools.source import NO_TOKENIZER, Source, require_shapes
+from checkpoints_tools.recognise import HUGGING_FACE, require_format
+from checkpoints_tools.source import NO_TOKENIZER, Source, require_ids, require_shapes
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.shard import Entry
 from engine.checkpoint.stream import write_checkpoint
@@ -25,10 +27,10 @@ from engine.config import ModelConfig
 from engine.data.tokenizer import load_tokenizer
 from engine.distributed.boxes import Box
 from engine.errors import CheckpointError
+from engine.model.flops import count_parameters
 
 FILE_BYTES = 5 * 10**9
-NO_WEIGHT = ".rotary_emb.inv_freq"      # computed from the configuration; old files carry it along
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+MOST_DESCRIBED = 100                    # times what the files hold; below, what is missing is named
 
 
 def convert_from_hf(folder: Path, output: Path, *, tokenizer: str | None = None, allow_pickle: bool = False,
@@ -49,9 +51,11 @@ def convert_from_hf(folder: Path, output: Path, *, tokenizer: str | None = None,
         CheckpointError: the model is none that Octant has, its weights are incomplete or damaged, the check fails, or
             `output` is there already or cannot be written.
     """
+    require_format(folder, HUGGING_FACE)
     _, config = read_hf_config(folder)
     weights = HFWeights(folder, allow_pickle)
-    parts = hf_parts(config)
+    _require_size(config, weights)
+    parts = weights.parts(config)
     _require_weights(config, weights, parts)
     entries = [Entry(PREFIX + name, shape, Box.whole(shape), torch.float32)
                for name, shape in parameter_shapes(config).items()]
@@ -70,17 +74,30 @@ def _assemble(entry: Entry, parts: dict[str, list[Part]], weights: HFWeights, ad
     advance(entry.num_bytes)
     own = parts[entry.key.removeprefix(PREFIX)]
     if len(own) == 1:                                       # the largest ones, the embedding and the head: no copy
-        return weights.read(own[0].name).to(entry.dtype).reshape(entry.global_shape)
+        return _read(weights, own[0]).to(entry.dtype).reshape(entry.global_shape)
     tensor = torch.empty(entry.global_shape, dtype=entry.dtype)
     for part in own:
-        tensor[part.box.slices] = weights.read(part.name).reshape(part.box.size)
+        tensor[part.box.slices] = _read(weights, part).reshape(part.box.size)
     return tensor
+
+
+def _read(weights: HFWeights, part: Part) -> torch.Tensor:
+    return require_finite(weights.read(part.name), part.name, weights.folder)
+
+
+def _require_size(config: ModelConfig, weights: HFWeights) -> None:
+    """A configuration is no reason to build a model of any size: the files must hold about as much."""
+    sizes = [prod(weights.shape(name)) for name in weights.names()]
+    described = count_parameters(config).total
+    if config.num_layers > len(sizes) or described > MOST_DESCRIBED * sum(sizes):
+        raise CheckpointError(f"{weights.folder / CONFIG} describes {config.num_layers:,} layers and {described:,} "
+                              f"parameters; the files beside it hold {sum(sizes):,} in {len(sizes):,} tensors")
 
 
 def _require_weights(config: ModelConfig, weights: HFWeights, parts: dict[str, list[Part]]) -> None:
     found = {name: weights.shape(name) for name in weights.names() if not name.endswith(NO_WEIGHT)}
     if config.tie_embeddings and HEAD in found and EMBEDDING in found:
-        if not torch.equal(weights.read(HEAD), weights.read(EMBEDDING)):
+        if not torch.equal(weights.read(HEAD).float(), weights.read(EMBEDDING).float()):
             raise CheckpointError(f"{weights.folder}: config.json says tie_word_embeddings, but {HEAD} is not "
                                   f"{EMBEDDING}; set it to false to keep both")
         del found[HEAD]
@@ -93,5 +110,10 @@ def _metadata(config: ModelConfig, folder: Path, tokenizer: str | None) -> dict[
     if tokenizer is None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         tokenizer = str(folder.resolve())
     spec = None if tokenizer == NO_TOKENIZER else tokenizer
-    return {"config": {"model": config.model_dump(mode="json"), "data": {"tokenizer": spec}},
-            "data": {} if spec is None else load_tokenizer(spec).info.fingerprint()}
+    loaded = None if spec is None else load_tokenizer(spec)
+    if loaded is not None:
+        require_ids(loaded, config, spec)
+    end_ids = read_end_ids(folder, config)
+    beyond = end_ids if loaded is None or end_ids != [loaded.eod_id] else []
+    return {"config": {"model": config.model_dump(mode="json"), "data": {"tokenizer": spec}}, "end_ids": beyond,
+            "data": loaded.info.fingerprint() if loaded else {}}

@@ -1,42 +1,81 @@
 """`config.json` and `generation_config.json`: our model section in Hugging Face's words, and back.
 
-Three classes of `transformers` compute what `engine.model` computes.  Llama is written unless the model has something
-that only another takes: biases on q, k and v (Qwen2), or a hidden size that is no multiple of the heads (Mistral).
-Reading takes all three, and refuses by name whatever would compute something else: a setting that is passed over in
-silence is a model that is quietly wrong.
+Several classes of `transformers` compute what `engine.model` computes: a row of `FAMILIES` each.  Llama is written
+unless the model has something that only another takes: biases on q, k and v (Qwen2), or a hidden size that is no
+multiple of the heads (Mistral).  Reading takes them all.  What a file leaves out has the value that `transformers`
+gives it, and what would compute something else is refused by name: a setting that is passed over in silence is a model
+that is quietly wrong.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from checkpoints_tools.hf_values import Settings
 from engine.config import ModelConfig
 from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError
+from engine.reading import read_object, shown
 
 Json = dict[str, Any]
 
-MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
-OWN_KEYS: dict[str, Json] = {"LlamaForCausalLM": {"attention_bias": False, "mlp_bias": False},
-                             "MistralForCausalLM": {"sliding_window": None},
-                             "Qwen2ForCausalLM": {"use_sliding_window": False}}
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A class of `transformers`.
+
+    Attributes:
+        defaults: what it takes for keys that `config.json` leaves out.
+        written: keys that only this class has, as they are written.
+        window: which of the layers look back through `sliding_window` only: all, none, or as `layer_types` says.
+        refused: settings of this class that Octant has not, and why; they must be false.
+    """
+
+    name: str
+    model_type: str
+    defaults: Json
+    written: Json
+    window: str
+    refused: tuple[tuple[str, str], ...] = ()
+    qkv_bias: bool = False
+
+
+SAME: Json = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu",
+              "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+LAYERED: Json = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+                 "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
+                 "max_window_layers": 28}
+ALSO_ON_O_PROJ = "it puts a bias on o_proj; biases are on q, k, v only"
+FAMILIES = {family.name: family for family in (
+    Family("LlamaForCausalLM", "llama",
+           {**SAME, "vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+           {"attention_bias": False, "mlp_bias": False}, "none",
+           (("attention_bias", ALSO_ON_O_PROJ), ("mlp_bias", "the feed-forward layers have no bias"))),
+    Family("MistralForCausalLM", "mistral",
+           {**SAME, "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8,
+            "max_position_embeddings": 131072, "sliding_window": 4096},
+           {"sliding_window": None}, "all"),
+    Family("Qwen2ForCausalLM", "qwen2", {**SAME, **LAYERED}, {"use_sliding_window": False}, "layer_types",
+           qkv_bias=True),
+)}
 ROPE_KEYS = {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
              "original_max_seq_len": "original_max_position_embeddings"}
+LAYER_KINDS = frozenset({"full_attention", "sliding_attention"})
+KNOWN_ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_KEYS.values()})
 
-# A setting, what is true of it where Octant computes something else, and why that is refused.
-REFUSED: tuple[tuple[str, Callable[[Json], bool], str], ...] = (
-    ("hidden_act", lambda c: c.get("hidden_act", "silu") not in ("silu", "swish"), "the feed-forward layer is SwiGLU"),
-    ("attention_bias", lambda c: bool(c.get("attention_bias")), "it puts a bias on o_proj; biases are on q, k, v only"),
-    ("mlp_bias", lambda c: bool(c.get("mlp_bias")), "the feed-forward layers have no bias"),
-    ("quantization_config", lambda c: bool(c.get("quantization_config")), "weights are read as they are trained"),
-    ("sliding_window", lambda c: _window(c) is not None,
-     "attention reaches back to the first token.  Up to the window both are the same: with max_position_embeddings in "
-     "config.json lowered to it, the model converts"),
+# A setting of any class, what is true of it where Octant computes something else, and why that is refused.
+REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("hidden_act", lambda value: value not in ("silu", "swish"), "the feed-forward layer is SwiGLU"),
+    ("quantization_config", bool, "weights are read as they are trained"),
+    ("transformers_weights", bool, "weights are read from the files of the usual names"),
+    ("partial_rotary_factor", lambda value: value not in (None, 1, 1.0), "RoPE turns whole heads"),
 )
 
 
@@ -47,35 +86,40 @@ def architecture(config: ModelConfig) -> str:
     return "MistralForCausalLM" if config.hidden_size % config.num_heads else "LlamaForCausalLM"
 
 
-def hf_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -> Json:
+def hf_config(config: ModelConfig, dtype: str, special_ids: Json) -> Json:
     """`config.json`; `dtype` as in `float32`."""
-    name = architecture(config)
+    family = FAMILIES[architecture(config)]
     scaling = None
     if config.rope_scaling is not None:
         scaling = {"rope_type": "llama3",
                    **{theirs: getattr(config.rope_scaling, ours) for ours, theirs in ROPE_KEYS.items()}}
     return {
-        "architectures": [name], "model_type": MODEL_TYPES[name],
+        "architectures": [family.name], "model_type": family.model_type,
         "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
         "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
         "vocab_size": config.vocab_size, "max_position_embeddings": config.max_seq_len,
         "rope_theta": config.rope_theta, "rope_scaling": scaling, "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings, "hidden_act": "silu", "attention_dropout": 0.0,
-        "initializer_range": 0.02, "use_cache": True, **OWN_KEYS[name], **special_ids(tokenizer), "torch_dtype": dtype}
+        "initializer_range": 0.02, "use_cache": True, **family.written, **special_ids, "torch_dtype": dtype}
 
 
-def special_ids(tokenizer: Tokenizer | None) -> Json:
-    """`bos_token_id` and so on; null where there is none, or `transformers` would put in Llama's."""
+def special_ids(tokenizer: Tokenizer | None, end_ids: Sequence[int]) -> Json:
+    """`bos_token_id` and so on; null where there is none, or `transformers` would put in Llama's.
+
+    Args:
+        end_ids: where the model ends a text; empty: at the tokenizer's end of document.
+    """
+    end: Any = end_ids[0] if len(end_ids) == 1 else list(end_ids) or None
     if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
+        return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eod_id if end is None else end,
+            "pad_token_id": tokenizer.pad_id}
 
 
-def generation_config(tokenizer: Tokenizer | None) -> Json:
+def generation_config(special_ids: Json) -> Json:
     """`generation_config.json`: where generation ends; everything else is the user's choice."""
-    return {"_from_model_config": True, **{key: value for key, value in special_ids(tokenizer).items()
-                                           if value is not None}}
+    return {"_from_model_config": True, **{key: value for key, value in special_ids.items() if value is not None}}
 
 
 def read_hf_config(folder: Path) -> tuple[str, ModelConfig]:
@@ -84,57 +128,119 @@ def read_hf_config(folder: Path) -> tuple[str, ModelConfig]:
     Raises:
         CheckpointError: there is no `config.json`, or Octant's model would compute something else.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
+    found = Settings(path, read_object(path, "the configuration of a model", CheckpointError))
+    family = _family(found)
+    found = found.over(family.defaults)
+    for key, differs, why in (*REFUSED, *((key, bool, why) for key, why in family.refused)):
+        if differs(found.get(key)):
+            raise found.refuse(key, f"which Octant's model does not have: {why}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as the configuration of a model: {error}") from None
-    names = found.get("architectures") or []
-    if len(names) != 1 or names[0] not in MODEL_TYPES:
-        raise CheckpointError(f"{path}: architectures is {names}; Octant converts {', '.join(MODEL_TYPES)}")
-    for key, differs, why in REFUSED:
-        if differs(found):
-            raise CheckpointError(f"{path}: {key} is {found.get(key)!r}, which Octant's model does not have: {why}")
-    try:
-        return names[0], ModelConfig.model_validate(_model_section(found, names[0], path))
-    except KeyError as error:
-        raise CheckpointError(f"{path}: {error.args[0]} is missing") from None
+        config = ModelConfig.model_validate(_model_section(found, family))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise CheckpointError(f"{path} describes no model that Octant has: {problems}") from None
+    _require_whole_attention(found, family, config)
+    pad = found.get("pad_token_id")
+    if pad is not None and (type(pad) is not int or not -config.vocab_size <= pad < config.vocab_size):
+        raise found.refuse("pad_token_id", f"which is outside the vocabulary of {config.vocab_size:,} ids")
+    return family.name, config
 
 
-def _model_section(found: Json, name: str, path: Path) -> Json:
-    heads = found["num_attention_heads"]
-    kv_heads = found.get("num_key_value_heads") or (heads if name == "LlamaForCausalLM" else None)
-    if kv_heads is None:
-        raise KeyError("num_key_value_heads")
-    theta, scaling = _rope(found, path)
+def read_end_ids(folder: Path, config: ModelConfig) -> list[int]:
+    """The ids at which `transformers` ends a text of this model: those of `generation_config.json`, if it is there.
+
+    Raises:
+        CheckpointError: the file is damaged, or an id is outside the vocabulary.
+    """
+    path = folder / GENERATION if (folder / GENERATION).exists() else folder / CONFIG
+    found = Settings(path, read_object(path, "settings of a model", CheckpointError))
+    return found.token_ids("eos_token_id", config.vocab_size)
+
+
+def _family(found: Settings) -> Family:
+    """The class that `transformers` would make: by `model_type`, which `architectures` may confirm."""
+    names, model_type = found.get("architectures"), found.get("model_type")
+    known = next((family for family in FAMILIES.values() if family.model_type == model_type), None)
+    if not names and known is not None:
+        return known
+    name = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else None
+    if name not in FAMILIES:
+        raise found.refuse("architectures", f"and model_type {shown(model_type)}; Octant converts "
+                           f"{', '.join(FAMILIES)}")
+    if model_type is not None and FAMILIES[name] is not known:
+        raise found.refuse("architectures", f"but model_type {shown(model_type)}, which is another model")
+    return FAMILIES[name]
+
+
+def _model_section(found: Settings, family: Family) -> Json:
+    heads, hidden = found.count("num_attention_heads"), found.count("hidden_size")
+    theta, scaling = _rope(found)
     return {
-        "num_layers": found["num_hidden_layers"], "hidden_size": found["hidden_size"], "num_heads": heads,
-        "num_kv_heads": kv_heads, "head_dim": found.get("head_dim") or found["hidden_size"] // heads,
-        "ffn_hidden_size": found["intermediate_size"], "vocab_size": found["vocab_size"],
-        "max_seq_len": found["max_position_embeddings"], "rope_theta": theta, "rope_scaling": scaling,
-        "norm_eps": found["rms_norm_eps"], "tie_embeddings": bool(found.get("tie_word_embeddings", False)),
-        "qkv_bias": name == "Qwen2ForCausalLM"}
+        "num_layers": found.count("num_hidden_layers"), "hidden_size": hidden, "num_heads": heads,
+        "num_kv_heads": found.count_or("num_key_value_heads", heads),
+        "head_dim": found.count_or("head_dim", hidden // heads),
+        "ffn_hidden_size": found.count("intermediate_size"), "vocab_size": found.count("vocab_size"),
+        "max_seq_len": found.count("max_position_embeddings"), "rope_theta": theta, "rope_scaling": scaling,
+        "norm_eps": found.number("rms_norm_eps"), "tie_embeddings": found.flag("tie_word_embeddings"),
+        "qkv_bias": family.qkv_bias}
 
 
-def _rope(found: Json, path: Path) -> tuple[float, Json | None]:
-    """Base and scaling; newer files put both into `rope_parameters`, older ones call `rope_type` just `type`."""
-    rope: Mapping[str, Any] = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", found.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(f"{path}: RoPE is of the kind {kind!r} ({dict(rope)}); Octant has the plain kind and "
-                              "llama3")
-    if kind == "default":
+def _rope(found: Settings) -> tuple[float, Json | None]:
+    """Base and scaling.
+
+    Newer files put both into `rope_parameters`; older ones have `rope_theta` beside `rope_scaling`, in which
+    `rope_type` may be called `type`.  Where both objects are given, which one counts depends on the version.
+    """
+    sections = [section for key in ("rope_scaling", "rope_parameters") if (section := found.section(key)) is not None]
+    if len(sections) == 2 and sections[0].values != sections[1].values:
+        raise found.refuse("rope_scaling", f"and rope_parameters {shown(found.get('rope_parameters'))}: versions of "
+                           "transformers differ in which of the two counts; remove the wrong one")
+    rope = Settings(found.path, {"rope_theta": 10000.0 if found.get("rope_theta") is None else found.get("rope_theta"),
+                                 **(sections[0].values if sections else {})})
+    theta, kind = rope.number("rope_theta"), rope.get("rope_type") or rope.get("type") or "default"
+    plain = kind == "default" or (kind == "linear" and rope.number("factor") == 1)
+    if not (plain or kind == "llama3") or rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise CheckpointError(f"{found.path}: RoPE is of the kind {shown(kind)} ({shown(dict(rope.values))}); Octant "
+                              "has the plain kind and llama3")
+    if unknown := rope.values.keys() - KNOWN_ROPE_KEYS:
+        raise CheckpointError(f"{found.path}: RoPE has the setting {shown(min(unknown))} ({shown(dict(rope.values))}), "
+                              "which Octant's model does not have")
+    if plain:
         return theta, None
-    return theta, {"type": "llama3", **{ours: rope[theirs] for ours, theirs in ROPE_KEYS.items()}}
+    whole = "original_max_position_embeddings"
+    if found.get(whole) is not None or rope.get(whole) is None:         # beside the section, it counts more than in it
+        stated = found if found.get(whole) is not None else Settings(
+            found.path, {whole: found.get("max_position_embeddings")})
+        rope = Settings(found.path, {**rope.values, whole: stated.count(whole)})
+    return theta, {"type": "llama3", "original_max_seq_len": rope.count(whole),
+                   **{key: rope.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}}
 
 
-def _window(found: Json) -> int | None:
-    """The sliding window, where it is in use and shorter than the longest sequence."""
-    in_use = {"LlamaForCausalLM": False, "MistralForCausalLM": True,
-              "Qwen2ForCausalLM": bool(found.get("use_sliding_window"))}[found["architectures"][0]]
+def _require_whole_attention(found: Settings, family: Family, config: ModelConfig) -> None:
+    """
+    Raises:
+        CheckpointError: a layer looks back through a window shorter than the longest sequence.
+    """
+    kinds = _layer_kinds(found, family, config.num_layers)
     window = found.get("sliding_window")
-    return window if in_use and window is not None and window < found["max_position_embeddings"] else None
+    if "sliding_attention" not in kinds or window is None:
+        return
+    if found.count("sliding_window") < config.max_seq_len:
+        raise found.refuse("sliding_window", "which Octant's model does not have: attention reaches back to the first "
+                           "token.  Up to the window both are the same: with max_position_embeddings in config.json "
+                           "lowered to it, the model converts")
+
+
+def _layer_kinds(found: Settings, family: Family, num_layers: int) -> set[str]:
+    if family.window != "layer_types":
+        return {"sliding_attention"} if family.window == "all" else set()
+    stated, windowed = found.get("layer_types"), found.flag("use_sliding_window")
+    if stated is None:
+        return {"sliding_attention"} if windowed and found.count("max_window_layers", 0) < num_layers else set()
+    if not isinstance(stated, list) or len(stated) != num_layers or not set(map(str, stated)) <= LAYER_KINDS:
+        raise found.refuse("layer_types", f"which is not one of {', '.join(sorted(LAYER_KINDS))} for each of the "
+                           f"{num_layers} layers")
+    if "sliding_attention" in stated and not windowed:
+        raise found.refuse("layer_types", "which has windows that use_sliding_window turns off")
+    return set(stated)

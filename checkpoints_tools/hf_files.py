@@ -1,34 +1,48 @@
 """Weights in a Hugging Face folder: one `model.safetensors`, or several with an index of which tensor is where.
 
+Which files count where a folder holds several kinds is `transformers`' choice, not ours: a single file before an index,
+safetensors before pickles.  An index must be of the files beside it.
+
 Tensors are read and written one at a time, with `read` and `write` rather than memory maps, so that what a process
 holds is one tensor and not whatever the kernel keeps of a file.  Writing is the checkpoint engine's own writer.
 
 `pytorch_model.bin` is a pickle.  It is read only where that was asked for, and then by torch's reader of tensors alone
-(`weights_only`), which runs no code of the file.
+(`archives`), which runs no code of the file.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 
+from checkpoints_tools.archives import read_tensors
+from checkpoints_tools.names import Part, hf_parts
 from checkpoints_tools.output import divide
+from checkpoints_tools.recognise import HUGGING_FACE, instead
 from engine.checkpoint.manifest import DamagedCheckpoint
-from engine.checkpoint.shard import DTYPES, Entry, ShardFile, write_shard
+from engine.checkpoint.shard import Entry, ShardFile, memory_of, write_shard
+from engine.config import ModelConfig
 from engine.distributed.boxes import Box
 from engine.errors import CheckpointError
+from engine.reading import read_object, shown
 
 SHARD_BYTES = 5 * 10**9                 # Hugging Face's own default
 HASH_THREADS = 2
-INDEX = "model.safetensors.index.json"
+SAFE = ".safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+FILE_NAME = re.compile(r"[^/\\\0]+\.(safetensors|bin)")
+BY_REQUEST = "these are pickles, which can run code when opened: --allow-pickle reads them as tensors alone"
+TRAINED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+EMBEDDING_OURS, EMBEDDING, HEAD = "embedding.weight", "model.embed_tokens.weight", "lm_head.weight"
+NO_WEIGHT = ".rotary_emb.inv_freq"      # computed from the configuration; old files carry it along
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class Whole(Entry):
 class _WeightFile(Protocol):
     """A file of named tensors."""
 
-    tensors: dict[str, tuple[int, ...]]         # name → shape
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
     def read(self, name: str) -> torch.Tensor: ...
 
@@ -55,82 +69,98 @@ class _WeightFile(Protocol):
 class _SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self._file = ShardFile(path)                # refuses what is not whole
-        with safe_open(path, "pt") as header:
-            slices = {name: header.get_slice(name) for name in header.keys()}
-            self._entries = {name: Whole.of(name, part.get_shape(), DTYPES[part.get_dtype()])
-                             for name, part in slices.items()}
-        self.tensors = {name: entry.global_shape for name, entry in self._entries.items()}
+        self.tensors = {name: (stored.dtype, stored.shape) for name, stored in self._file.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        entry = self._entries[name]
-        tensor = torch.empty(entry.global_shape, dtype=entry.dtype)
-        self._file.read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, self._file.locate(entry))
+        stored = self._file.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        self._file.read_into(memory_of(tensor), stored.start)
         return tensor
 
 
 class _PickleFile:
     def __init__(self, path: Path) -> None:
-        try:
-            self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"{path} is not a file of tensors alone that torch can map: {error}") from None
-        self.tensors = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self._tensors = read_tensors(path)
+        self.tensors = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._tensors[name]
-        return tensor
+        return self._tensors[name].detach()
 
 
 class HFWeights:
-    """The weights of a Hugging Face folder.
+    """The weights of a Hugging Face folder: those that `transformers` would load.
 
     Args:
         allow_pickle: read `.bin` files where there are no safetensors.
 
     Raises:
-        CheckpointError: there are no weights, a file is missing or damaged, or only pickles are there.
+        CheckpointError: there are no weights, a file is missing or damaged, an index is of other files, a tensor is in
+            two files or of a type that no weight is trained in, or only pickles are there.
     """
 
     def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
         self.folder = folder
         self._where: dict[str, _WeightFile] = {}
-        for path in _weight_files(folder, allow_pickle):
-            file: _WeightFile = _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
-            self._where.update(dict.fromkeys(file.tensors, file))
+        found, listed = _weight_files(folder, allow_pickle)
+        for path in found:
+            self._take(path, {name for name, file in listed.items() if file == path.name})
+
+    def _take(self, path: Path, expected: set[str]) -> None:
+        file: _WeightFile = _SafetensorsFile(path) if path.suffix == SAFE else _PickleFile(path)
+        if astray := expected - file.tensors.keys():
+            raise DamagedCheckpoint(f"{path} holds no {shown(min(astray))}, which the index says it does: they are not"
+                                    " of the same model")
+        for name, (dtype, _) in file.tensors.items():
+            if name in self._where:
+                raise CheckpointError(f"{path}: {name} is in another of the folder's files, too")
+            if dtype not in TRAINED and not name.endswith(NO_WEIGHT):
+                raise CheckpointError(f"{path}: {name} is {dtype}, as quantised weights are; Octant converts weights in"
+                                      " fp32, bf16 or fp16")
+            self._where[name] = file
 
     def names(self) -> set[str]:
         return set(self._where)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._where[name].tensors[name]
+        return self._where[name].tensors[name][1]
 
     def read(self, name: str) -> torch.Tensor:
         return self._where[name].read(name)
 
+    def parts(self, config: ModelConfig) -> dict[str, list[Part]]:
+        """Per parameter of ours, the tensors it is made of; one matrix that serves twice may bear the head's name."""
+        parts = hf_parts(config)
+        if config.tie_embeddings and EMBEDDING not in self._where and HEAD in self._where:
+            parts[EMBEDDING_OURS] = [replace(part, name=HEAD) for part in parts[EMBEDDING_OURS]]
+        return parts
 
-def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    pickles = ("pytorch_model.bin.index.json", "pytorch_model.bin") if allow_pickle else ()
-    for name in (INDEX, "model.safetensors", *pickles):
+
+def _weight_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], dict[str, str]]:
+    """The files to read, in `transformers`' order of preference, and which tensor an index says is where."""
+    for name in (WEIGHTS, INDEX, *(PICKLES if allow_pickle else ())):
         path = folder / name
-        if path.exists():
-            return _listed(path) if path.suffix == ".json" else [path]
+        if not path.exists():
+            continue
+        listed = _index(path) if path.suffix == ".json" else {}
+        names = sorted(set(listed.values())) if listed else [name]
+        if not allow_pickle and (pickles := [name for name in names if not name.endswith(SAFE)]):
+            raise CheckpointError(f"{path} names {', '.join(map(shown, pickles[:3]))}; {BY_REQUEST}")
+        return [folder / name for name in names], listed
     found = sorted(path.name for path in folder.glob("*.bin"))
-    hint = (f"; {', '.join(found)} are pickles, which can run code when opened: --allow-pickle reads them as tensors "
-            "alone" if found and not allow_pickle else "")
-    raise CheckpointError(f"{folder} holds neither model.safetensors nor {INDEX}{hint}")
+    hint = f"{', '.join(found[:3])}: {BY_REQUEST}" if found and not allow_pickle else instead(folder, HUGGING_FACE)
+    raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; {hint}")
 
 
-def _listed(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of weights: {error}") from None
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}, which is not a file of this folder")
-        if not (index.parent / name).exists():
-            raise DamagedCheckpoint(f"{index.parent}: {name} is missing, which {index.name} lists")
-    return [index.parent / name for name in names]
+def _index(path: Path) -> dict[str, str]:
+    """`weight_map`: tensor → file."""
+    listed = read_object(path, "an index of weights", CheckpointError).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{path} is not an index of weights: weight_map is {shown(listed)}")
+    if wrong := [name for name in listed.values() if not isinstance(name, str) or not FILE_NAME.fullmatch(name)]:
+        raise CheckpointError(f"{path} names {shown(wrong[0])}, which is not a file of weights in this folder")
+    if missing := sorted(name for name in set(listed.values()) if not (path.parent / name).exists()):
+        raise DamagedCheckpoint(f"{path.parent}: {missing[0]} is missing, which {path.name} lists")
+    return listed
 
 
 def write_hf_weights(folder: Path, entries: Sequence[Whole], fetch: Callable[[Entry], torch.Tensor],

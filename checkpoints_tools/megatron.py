@@ -9,13 +9,14 @@ masters of weights that it stores in bf16, the masters are taken: that is what o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoints_tools.check import Checked, compare
+from checkpoints_tools.check import Checked, compare, require_finite
 from checkpoints_tools.names import PREFIX, Part, megatron_parts, parameter_shapes
 from checkpoints_tools.output import committed, divide
 from checkpoints_tools.progress import Advance, Begin, quiet
@@ -27,6 +28,7 @@ from engine.checkpoint.stream import write_checkpoint
 from engine.config import ModelConfig
 from engine.distributed.boxes import Box
 from engine.errors import CheckpointError
+from engine.reading import read_bytes, shown
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MASTER = "optimizer.state.fp32_param."
@@ -34,6 +36,7 @@ STACK = "decoder.layers."
 # Modules whose state beside the weights (FP8 scales) megatron-core asks for, per layer, even where they have none.
 WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention",
                     "mlp.linear_fc1", "mlp.linear_fc2")
+MOST_TRACKER = 64                       # bytes of the file that names an iteration
 PADDED = ("embedding.weight", "output_layer.weight")
 
 
@@ -109,12 +112,13 @@ def _extra_states(config: ModelConfig) -> list[str]:
 
 def _fetch(source: Source, part: Part, entry: Entry, advance: Advance) -> torch.Tensor:
     advance(entry.num_bytes)
-    return source.read(part.ours, entry.dtype).reshape(entry.box.size)
+    return require_finite(source.read(part.ours, entry.dtype), part.ours, source.reader.path).reshape(entry.box.size)
 
 
 def _assemble(theirs: TorchDistReader, part: Part, entry: Entry, advance: Advance) -> torch.Tensor:
     advance(entry.num_bytes)
-    return _read(theirs, part).to(entry.dtype).reshape(entry.global_shape)
+    read = require_finite(_read(theirs, part), part.name, theirs.folder)
+    return read.to(entry.dtype).reshape(entry.global_shape)
 
 
 def _read(theirs: TorchDistReader, part: Part) -> torch.Tensor:
@@ -147,13 +151,20 @@ def _require_tensors(theirs: TorchDistReader, config: ModelConfig, parts: dict[s
 
 
 def _newest(folder: Path) -> Path:
-    if (folder / FORMAT_FILE).exists() or not (folder / TRACKER).exists():
+    tracker = folder / TRACKER
+    if (folder / FORMAT_FILE).exists() or not tracker.exists():
         return folder
-    return _folder_of(folder, (folder / TRACKER).read_text(encoding="utf-8").strip())
+    try:
+        newest = read_bytes(tracker, MOST_TRACKER).decode("ascii").strip()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{tracker} cannot be read as the number of an iteration: {error}") from None
+    if not re.fullmatch(r"\d{1,18}|release", newest):
+        raise CheckpointError(f"{tracker} cannot be read as the number of an iteration: it holds {shown(newest)}")
+    return _folder_of(folder, newest)
 
 
 def _folder_of(root: Path, newest: str) -> Path:
-    return root / (f"iter_{int(newest):07d}" if newest.isdigit() else "release")
+    return root / (newest if newest == "release" else f"iter_{int(newest):07d}")
 
 
 def _compare(source: Source, theirs: TorchDistReader, dtype: torch.dtype, begin: Begin) -> Checked:

@@ -94,6 +94,16 @@ def tokenizer_of(source: Source, spec: str | None) -> Tokenizer | None:
         raise DataError(f"{spec} is not the tokenizer this model was trained with ({difference}): its ids mean "
                         "something else\n"
                         "  --tokenizer PATH names the right one, --tokenizer none goes without")
-    if tokenizer.vocab_size > source.config.vocab_size:
-        raise DataError(f"{spec} has {tokenizer.vocab_size:,} ids, the model {source.config.vocab_size:,}")
+    require_ids(tokenizer, source.config, spec)
     return tokenizer
+
+
+def require_ids(tokenizer: Tokenizer, config: ModelConfig, spec: object) -> None:
+    """
+    Raises:
+        DataError: the tokenizer gives ids that the model has no embedding for.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DataError(f"the tokenizer {spec} has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}: it is"
+                        " another model's, or the model's vocabulary was not extended with it\n"
+                        "  --tokenizer PATH names the right one, --tokenizer none goes without")

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from checkpoints_tools.check import Checked, check_hf
-from checkpoints_tools.hf_config import generation_config, hf_config
+from checkpoints_tools.check import Checked, check_hf, require_finite
+from checkpoints_tools.hf_config import CONFIG, GENERATION, generation_config, hf_config, special_ids
 from checkpoints_tools.hf_files import SHARD_BYTES, Whole, write_hf_weights
 from checkpoints_tools.names import Part, hf_parts
 from checkpoints_tools.output import committed
@@ -49,8 +49,9 @@ def convert_to_hf(reader: CheckpointReader, output: Path, dtype: torch.dtype = t
     num_bytes = sum(entry.num_bytes for entry in entries)
     with committed(output, num_bytes) as folder:
         folder.mkdir()
-        _dump(folder / "config.json", hf_config(source.config, str(dtype).removeprefix("torch."), text))
-        _dump(folder / "generation_config.json", generation_config(text))
+        ids = special_ids(text, source.reader.end_ids)
+        _dump(folder / CONFIG, hf_config(source.config, str(dtype).removeprefix("torch."), ids))
+        _dump(folder / GENERATION, generation_config(ids))
         if text is not None:
             export_hf_tokenizer(text, folder)
         with begin("writing", num_bytes) as advance:
@@ -69,7 +70,8 @@ class _Cutter:
         part = self._parts[entry.key]
         if part.ours != self._name:
             self._name, self._tensor = part.ours, torch.empty(0)        # let go before the next is read
-            self._tensor = self._source.read(part.ours, self._dtype)
+            read = self._source.read(part.ours, self._dtype)
+            self._tensor = require_finite(read, part.ours, self._source.reader.path)
         self._advance(entry.num_bytes)
         return self._tensor[part.box.slices].reshape(part.shape)
 

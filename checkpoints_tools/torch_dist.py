@@ -9,7 +9,8 @@ Both directions stream: one chunk in memory at a time.  Neither needs megatron-c
 
 `.metadata` is a pickle, and a pickle may run code.  So it is read by an unpickler that knows the handful of classes
 such a file consists of, all of them plain values, and puts an inert bag of attributes in the place of everything else.
-Chunks are read by torch's reader of tensors alone (`weights_only`).  Paths that leave the folder are refused.
+Chunks are read by torch's reader of tensors alone (`archives`).  Paths that leave the folder are refused, and so are
+chunks that leave their tensor or their file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import pickletools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +27,23 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
+from checkpoints_tools.archives import is_plain_tensor, load_archive
 from checkpoints_tools.output import divide
+from checkpoints_tools.recognise import TORCH_DIST, require_format
 from engine.checkpoint.manifest import DamagedCheckpoint
+from engine.checkpoint.read import subtract
 from engine.checkpoint.shard import Entry
 from engine.distributed.boxes import Box
+from engine.distributed.pieces import inside
 from engine.errors import CheckpointError
+from engine.reading import read_bytes, read_object, regular_size, shown
 
 METADATA, FORMAT_FILE, COMMON = ".metadata", "metadata.json", "common.pt"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
           "common_backend_version": 1}
 OBJECTS = "__0_objects.distcp"
 FILE_BYTES = 5 * 10**9
+MOST_METADATA = 4 << 30                 # a model of 10,000 tensors in 2,048 chunks each has 1 GB
 VALUE_CLASSES = {(cls.__module__, cls.__qualname__): cls for cls in (
     metadata.Metadata, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata, metadata.ChunkStorageMetadata,
     metadata.TensorProperties, metadata._MEM_FORMAT_ENCODING, metadata.MetadataIndex, metadata.StorageMeta,
@@ -69,20 +77,17 @@ class TorchDistReader:
     """
 
     def __init__(self, folder: Path) -> None:
+        require_format(folder, TORCH_DIST)
         self.folder = folder
-        try:
-            stated = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder} is no checkpoint of megatron-core: {error}") from None
+        stated = read_object(folder / FORMAT_FILE, "the format of a checkpoint of megatron-core", CheckpointError)
         if stated.get("sharded_backend") != FORMAT["sharded_backend"]:
-            raise CheckpointError(f"{folder} is in the format {stated.get('sharded_backend')!r}; not torch_dist")
+            raise CheckpointError(f"{folder} is in the format {shown(stated.get('sharded_backend'))}, not torch_dist")
         try:
-            with open(folder / METADATA, "rb") as file:
-                found = _Unpickler(file).load()
+            found = _unpickle(read_bytes(folder / METADATA, MOST_METADATA))
             self.tensors = {key: _stored(folder, key, info, found.storage_data)
                             for key, info in found.state_dict_metadata.items()
                             if isinstance(info, metadata.TensorStorageMetadata)}
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:      # a pickle can hold, and lack, anything; MemoryError included
             raise DamagedCheckpoint(f"{folder / METADATA} cannot be read: {type(error).__name__}: {error}") from None
 
     def read(self, key: str, box: Box) -> torch.Tensor:
@@ -95,17 +100,31 @@ class TorchDistReader:
         exact = next((chunk for chunk in stored.chunks if chunk.box == box), None)
         if exact is not None:                               # no copy
             return _load(exact, key, stored.dtype)
-        tensor = torch.empty(box.size, dtype=stored.dtype)
-        filled = 0
+        copies, left = [], [box]
         for chunk in stored.chunks:
-            region = box.intersect(chunk.box)
-            if region is not None:
-                tensor[region.within(box)] = _load(chunk, key, stored.dtype)[region.within(chunk.box)]
-                filled += region.num_elements
-        if filled < box.num_elements:
-            missing = box.num_elements - filled
+            regions = [(part, region) for part in left if (region := part.intersect(chunk.box)) is not None]
+            copies += [(chunk, region) for _, region in regions]
+            left = [part for part in left if all(part is not taken for taken, _ in regions)]
+            left += [rest for part, region in regions for rest in subtract(part, region)]
+        if missing := sum(part.num_elements for part in left):
             raise DamagedCheckpoint(f"{self.folder}: {missing:,} elements of {key} are stored nowhere")
+        tensor = torch.empty(box.size, dtype=stored.dtype)
+        for chunk, region in copies:
+            tensor[region.within(box)] = _load(chunk, key, stored.dtype)[region.within(chunk.box)]
         return tensor
+
+
+def _unpickle(data: bytes) -> Any:
+    """The object in a pickle of plain values.
+
+    Raises:
+        ValueError: it claims more bytes than there are, or numbers the values it wants to come back to so high that the
+            unpickler, which keeps a list of them, would fill the memory.
+    """
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) and argument > number:
+            raise ValueError(f"its value {number:,} is numbered {argument:,}")
+    return _Unpickler(io.BytesIO(data)).load()
 
 
 class _Inert:
@@ -152,27 +171,53 @@ class _Window(io.RawIOBase):
 
 
 def _stored(folder: Path, key: str, info: metadata.TensorStorageMetadata, places: dict[Any, Any]) -> Stored:
+    """A tensor as the metadata describes it.
+
+    Raises:
+        ValueError: what is said of it contradicts itself, or its files.
+    """
+    shape, dtype = tuple(info.size), info.properties.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{key} is of the type {shown(dtype)}")
     chunks = []
     for chunk in info.chunks:
         box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+        if not all(type(size) is int for size in shape + box.offset + box.size) or not inside(box, shape):
+            raise ValueError(f"a chunk of {key}, {shown(shape)}, lies at {shown(box.offset)} and is {shown(box.size)}")
         place = places[metadata.MetadataIndex(key, box.offset)]
-        if Path(place.relative_path).name != place.relative_path:
-            raise ValueError(f"{key} lies in {place.relative_path!r}, which is not a file of this folder")
-        if getattr(place, "transform_descriptors", None):
-            raise ValueError(f"{key} is stored transformed ({place.transform_descriptors})")
-        chunks.append(Chunk(box, folder / place.relative_path, int(place.offset), int(place.length)))
-    return Stored(tuple(info.size), info.properties.dtype, tuple(chunks))
+        path = _inside(folder, key, place)
+        if box.num_elements * dtype.itemsize > place.length:
+            raise ValueError(f"a chunk of {key} is {shown(box.size)} of {dtype} in {place.length:,} bytes")
+        chunks.append(Chunk(box, path, place.offset, place.length))
+    return Stored(shape, dtype, tuple(chunks))
+
+
+def _inside(folder: Path, key: str, place: Any) -> Path:
+    """The file of a chunk; the chunk lies within it."""
+    name = place.relative_path
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+        raise ValueError(f"{key} lies in {shown(name)}, which is not a file of this folder")
+    if getattr(place, "transform_descriptors", None):
+        raise ValueError(f"{key} is stored transformed ({shown(place.transform_descriptors)})")
+    if not all(type(number) is int and number >= 0 for number in (place.offset, place.length)):
+        raise ValueError(f"{key} lies at byte {shown(place.offset)} of {name}, {shown(place.length)} bytes long")
+    return folder / name
 
 
 def _load(chunk: Chunk, key: str, dtype: torch.dtype) -> torch.Tensor:
     try:
+        size = regular_size(chunk.path)
+        if chunk.start + chunk.length > size:
+            raise ValueError(f"the file ends at byte {size:,}")
         with open(chunk.path, "rb", buffering=0) as file:
-            tensor = torch.load(io.BufferedReader(_Window(file, chunk)), map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            window = io.BufferedReader(_Window(file, chunk))
+            tensor = load_archive(window, window)
+    except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{chunk.path}: {key} at byte {chunk.start:,} cannot be read: {error}") from None
-    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.box.size or tensor.dtype != dtype:
+    if not is_plain_tensor(tensor) or tuple(tensor.shape) != chunk.box.size or tensor.dtype != dtype:
         raise DamagedCheckpoint(f"{chunk.path}: {key} at byte {chunk.start:,} is not what {METADATA} says")
-    return tensor
+    loaded: torch.Tensor = tensor.detach()
+    return loaded
 
 
 def write_torch_dist(folder: Path, entries: Sequence[Entry], fetch: Callable[[Entry], torch.Tensor],

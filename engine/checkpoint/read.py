@@ -91,6 +91,12 @@ class CheckpointReader:
     def metadata(self) -> dict[str, Any]:
         return self.manifest.metadata
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids at which the model ends a text where its tokenizer's end of document is not the only one."""
+        ids = self.metadata.get("end_ids")
+        return tuple(token_id for token_id in ids if type(token_id) is int) if isinstance(ids, list) else ()
+
     def keys(self) -> list[str]:
         return list(self.manifest.tensors)
 

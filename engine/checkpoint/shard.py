@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from engine.checkpoint.content_hash import TreeHash, chunks_of, hash_segments
 from engine.checkpoint.manifest import DamagedCheckpoint
 from engine.distributed.boxes import Box
 from engine.distributed.pieces import tensor_name
+from engine.reading import parse_object, regular_size, require_fetched, shown
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -36,6 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 64
 HEADER_LIMIT = 100 << 20            # what the safetensors library accepts
+MOST_DIMS = 64                      # torch's own limit
 SEGMENT_LIMIT = 1024                # IOV_MAX: buffers in one writev
 
 
@@ -159,8 +161,20 @@ def _start_writeback(descriptor: int, start: int) -> None:
         os.posix_fadvise(descriptor, start, 0, os.POSIX_FADV_DONTNEED)
 
 
+class Stored(NamedTuple):
+    """A tensor in a file: type, shape, and the position of its first byte."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
 class ShardFile:
-    """An open file of tensors.  Safe to use from several threads; closes when the last user lets go of it."""
+    """An open file of tensors.  Safe to use from several threads; closes when the last user lets go of it.
+
+    `tensors`: what the header says, by name.  It is believed only where it fits the file: plain sizes, a known type,
+    and bytes that begin where those of the tensor before end, up to the end of the file.
+    """
 
     def __init__(self, path: Path) -> None:
         """
@@ -169,30 +183,36 @@ class ShardFile:
         """
         self.path = path
         try:
+            self.num_bytes = regular_size(path)
             self._file: BinaryIO = open(path, "rb", buffering=0)
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{path}: the file is missing") from None
-        self.num_bytes = os.fstat(self._file.fileno()).st_size
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{path}: not a whole safetensors file: {error}") from None
         self._map: mmap.mmap | None = None
         try:
-            self._read_header()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.tensors = self._read_header()
+        except ValueError as error:
             raise DamagedCheckpoint(f"{path}: not a whole safetensors file: {error}") from None
 
-    def _read_header(self) -> None:
+    def _read_header(self) -> dict[str, Stored]:
         descriptor = self._file.fileno()
+        require_fetched(os.pread(descriptor, 1024, 0))
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         if not 2 <= length <= min(HEADER_LIMIT, self.num_bytes - 8):
             raise ValueError(f"a header of {length:,} bytes in a file of {self.num_bytes:,}")
-        header = json.loads(os.pread(descriptor, length, 8))
+        header = parse_object(os.pread(descriptor, length, 8))
         header.pop("__metadata__", None)
-        self._base = 8 + length
-        self._tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
-        for name, info in header.items():
-            dtype, shape, (start, stop) = DTYPES[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
-            if stop - start != prod(shape) * dtype.itemsize or not 0 <= start <= stop <= self.num_bytes - self._base:
-                raise ValueError(f"{name} claims bytes {start:,} to {stop:,}")
-            self._tensors[name] = (dtype, shape, self._base + start)
+        base = 8 + length
+        tensors = {name: _stored(name, info, base) for name, info in header.items()}
+        stop = base
+        for name, stored in sorted(tensors.items(), key=lambda item: (item[1].start, prod(item[1].shape))):
+            if stored.start != stop:
+                raise ValueError(f"{shown(name)} begins at byte {stored.start:,}; the tensor before ends at {stop:,}")
+            stop += prod(stored.shape) * stored.dtype.itemsize
+        if stop != self.num_bytes:
+            raise ValueError(f"its tensors end at byte {stop:,}, the file at {self.num_bytes:,}")
+        return tensors
 
     def locate(self, entry: Entry) -> int:
         """Position in the file of the first byte of `entry`.
@@ -200,12 +220,13 @@ class ShardFile:
         Raises:
             DamagedCheckpoint: it is not there, or is something else than the manifest says.
         """
-        dtype, shape, start = self._tensors.get(entry.name, (None, None, 0))
-        if dtype is None:
+        found = self.tensors.get(entry.name)
+        if found is None:
             raise DamagedCheckpoint(f"{self.path}: holds no {entry.name}")
-        if dtype != entry.dtype or shape != entry.box.size:
-            raise DamagedCheckpoint(f"{self.path}: {entry.name} is {dtype} {shape}, not {entry.dtype} {entry.box.size}")
-        return start
+        if found.dtype != entry.dtype or found.shape != entry.box.size:
+            raise DamagedCheckpoint(f"{self.path}: {entry.name} is {found.dtype} {found.shape}, not {entry.dtype} "
+                                    f"{entry.box.size}")
+        return found.start
 
     def read_into(self, memory: memoryview, start: int) -> None:
         """Fills `memory` with the bytes from `start` on."""
@@ -223,6 +244,31 @@ class ShardFile:
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         flat = np.frombuffer(self._map, integer_type(entry.dtype), entry.box.num_elements, start)
         return flat.reshape(entry.box.size)
+
+
+def _stored(name: str, info: Any, base: int) -> Stored:
+    """A tensor as the header describes it; its bytes are counted from `base`.
+
+    Raises:
+        ValueError: the description makes no sense.
+    """
+    described = info if isinstance(info, dict) else {}
+    kind, shape, offsets = described.get("dtype"), _sizes(described.get("shape")), _sizes(described.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2:
+        raise ValueError(f"{shown(name)} is described by {shown(info)}")
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise ValueError(f"{shown(name)} is of the type {shown(kind)}; Octant reads {', '.join(DTYPES)}")
+    dtype = DTYPES[kind]
+    if offsets[1] - offsets[0] != prod(shape) * dtype.itemsize:
+        raise ValueError(f"{shown(name)} claims bytes {offsets[0]:,} to {offsets[1]:,}, which is not its size")
+    return Stored(dtype, shape, base + offsets[0])
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """A list of plain sizes, as a tuple."""
+    plain = (isinstance(value, list) and len(value) <= MOST_DIMS
+             and all(type(size) is int and 0 <= size < 1 << 62 for size in value))
+    return tuple(value) if plain else None
 
 
 def integer_type(dtype: torch.dtype) -> str:

@@ -45,7 +45,7 @@ class Generator:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Limits,
                  first_index: int = 0) -> list[list[int]]:
-        """The new tokens of every prompt; the last one is `stop_id` where the text ended by itself.  See `stream`."""
+        """The new tokens of every prompt; the last one is a stop id where the text ended by itself.  See `stream`."""
         texts: list[list[int]] = [[] for _ in prompts]
         for tokens in self.stream(prompts, sampling, limits, first_index):
             for text, token in zip(texts, tokens, strict=True):
@@ -77,7 +77,7 @@ class Generator:
             positions = [length + step for length in lengths]
             chosen_B = self._agree(None if logits is None else choose(logits, sampling, indices, positions), fed_SB[-1])
             tokens = [None if over else token for over, token in zip(ended, chosen_B.tolist(), strict=True)]
-            ended = [over or token == limits.stop_id or step + 1 >= most
+            ended = [over or token in limits.stop_ids or step + 1 >= most
                      for over, token, most in zip(ended, tokens, room, strict=True)]
             yield tokens
             if all(ended):

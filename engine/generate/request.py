@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine.errors import RequestError
@@ -39,11 +39,11 @@ class Limits:
 
     Attributes:
         max_new_tokens: after so many; earlier where the model's maximum length is reached.
-        stop_id: after this token; None: never.
+        stop_ids: after one of these tokens; none: never.
     """
 
     max_new_tokens: int
-    stop_id: int | None = None
+    stop_ids: Collection[int] = ()
 
 
 @dataclass(frozen=True)

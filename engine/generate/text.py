@@ -87,12 +87,13 @@ def generate_text(request: TextRequest, topology: Topology, launched: LaunchEnvi
         prompts = [encode(prompt, tokenizer, request.begin) for prompt in request.prompts]
         check_prompts(prompts, config.model)
         generator = Generator(load_model(reader, config, mesh), tokenizer.vocab_size)
+        limits = Limits(request.max_new_tokens, {tokenizer.eod_id, *(() if request.token_ids else reader.end_ids)})
         say: Write = _print if mesh.rank == 0 else _keep_quiet
         timer = Timer(time.perf_counter())
         if len(prompts) == 1 and not request.as_json:
-            _stream(generator, prompts[0], tokenizer, request, say, timer)
+            _stream(generator, prompts[0], tokenizer, request, limits, say, timer)
         else:
-            _batches(generator, prompts, tokenizer, request, say, timer)
+            _batches(generator, prompts, tokenizer, request, limits, say, timer)
         if mesh.rank == 0:
             print(f"{reader.path}: {timer}\n{hint('checkpoint', 'inspect', request.checkpoint)}", file=sys.stderr)
 
@@ -109,22 +110,21 @@ def encode(prompt: str, tokenizer: Tokenizer, begin: bool) -> list[int]:
     return ids if start is None else [start, *ids]
 
 
-def _stream(generator: Generator, prompt: list[int], tokenizer: Tokenizer, request: TextRequest, say: Write,
-            timer: Timer) -> None:
+def _stream(generator: Generator, prompt: list[int], tokenizer: Tokenizer, request: TextRequest, limits: Limits,
+            say: Write, timer: Timer) -> None:
     """Prompt and text, as it is made."""
     decoder = tokenizer.stream()
     say("".join(map(decoder.push, prompt)))
-    for [token] in generator.stream([prompt], request.sampling, Limits(request.max_new_tokens, tokenizer.eod_id)):
+    for [token] in generator.stream([prompt], request.sampling, limits):
         assert token is not None                             # the stream ends with its only text
         timer.add_one()
         say(decoder.push(token))
     say(decoder.flush() + "\n")
 
 
-def _batches(generator: Generator, prompts: list[list[int]], tokenizer: Tokenizer, request: TextRequest, say: Write,
-             timer: Timer) -> None:
+def _batches(generator: Generator, prompts: list[list[int]], tokenizer: Tokenizer, request: TextRequest,
+             limits: Limits, say: Write, timer: Timer) -> None:
     """All prompts, `batch_size` at a time."""
-    limits = Limits(request.max_new_tokens, tokenizer.eod_id)
     for first in range(0, len(prompts), request.batch_size):
         part = prompts[first : first + request.batch_size]
         for number, new in enumerate(generator.generate(part, request.sampling, limits, first), first):
@@ -132,7 +132,7 @@ def _batches(generator: Generator, prompts: list[list[int]], tokenizer: Tokenize
             text = tokenizer.decode([*prompts[number], *new])
             if request.as_json:
                 say(json.dumps({"prompt": request.prompts[number], "text": text, "tokens": new,
-                                "stop": "eod" if new[-1] == tokenizer.eod_id else "length"}, ensure_ascii=False) + "\n")
+                                "stop": "eod" if new[-1] in limits.stop_ids else "length"}, ensure_ascii=False) + "\n")
             else:
                 say(f"── {number + 1} ──\n{text}\n")
 

@@ -36,11 +36,13 @@ class TrainState:
         roles: the first is the run's own model.
         step: steps done.
         consumed_samples: samples they took.
+        end_ids: `CheckpointReader.end_ids` of where the weights came from.
     """
 
     roles: tuple[RoleState, ...]
     step: int = 0
     consumed_samples: int = 0
+    end_ids: tuple[int, ...] = ()
 
     @property
     def model(self) -> ParallelModel:
@@ -68,13 +70,14 @@ class TrainState:
 
     def metadata(self, config: Config, data_fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         """What is saved beside the tensors; the first role must live on this rank."""
-        return {"config": config.to_dict(), "data": dict(data_fingerprint),
+        return {"config": config.to_dict(), "data": dict(data_fingerprint), "end_ids": self.end_ids,
                 "state": {"step": self.step, "consumed_samples": self.consumed_samples,
                           "optimizer_step": self.optimizer.num_steps()}}
 
     def load(self, reader: CheckpointReader) -> None:
         """Takes over everything from a checkpoint, whatever layout wrote it."""
         reader.load_into(self.pieces())
+        self.end_ids = reader.end_ids
         numbers = reader.metadata["state"]
         self.step, self.consumed_samples = numbers["step"], numbers["consumed_samples"]
         first, *others = self.roles
@@ -89,6 +92,7 @@ class TrainState:
     def load_weights(self, reader: CheckpointReader) -> None:
         """Takes over the first role's weights only; they may be stored in another dtype."""
         reader.load_into(self.model_pieces(), convert=True)
+        self.end_ids = reader.end_ids
         self.roles[0].publish()
 
 

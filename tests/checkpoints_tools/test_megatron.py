@@ -154,5 +154,5 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert all(torch.equal(before.read(key).bfloat16().float(), after.read(key)) for key in before.keys())
     assert cli.run(["convert", "from-megatron", str(tmp_path / "ours"), str(tmp_path / "x"), "--config",
                     str(tmp_path / "run.yaml")]) == 2
-    assert "is no checkpoint of megatron-core" in capsys.readouterr().err
+    assert "is not a torch_dist checkpoint of megatron-core" in capsys.readouterr().err
     assert {key.startswith(PREFIX) for key in after.keys()} == {True}

@@ -42,7 +42,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def expected(prompts: Sequence[str], sampling: Sampling, num_tokens: int) -> list[list[int]]:
     generator = Generator(inference_model(run_config()))
-    return generator.generate([BYTES.encode(prompt) for prompt in prompts], sampling, Limits(num_tokens, BYTES.eod_id))
+    limits = Limits(num_tokens, [BYTES.eod_id])
+    return generator.generate([BYTES.encode(prompt) for prompt in prompts], sampling, limits)
 
 
 def octant(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -81,7 +82,7 @@ def test_many_prompts_in_batches(run: str, tmp_path: Path, capsys: pytest.Captur
 def test_an_empty_prompt_begins_a_document(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["generate", run, "--prompt", "", "--max-new-tokens", "4", "--temperature", "0", "--json"]) == 0
     generator = Generator(inference_model(run_config()))
-    [new] = generator.generate([[BYTES.eod_id]], Sampling(temperature=0), Limits(4, BYTES.eod_id))
+    [new] = generator.generate([[BYTES.eod_id]], Sampling(temperature=0), Limits(4, [BYTES.eod_id]))
     assert json.loads(capsys.readouterr().out)["tokens"] == new
 
 
@@ -111,7 +112,7 @@ def test_characters_are_printed_whole_and_early(monkeypatch: pytest.MonkeyPatch)
     answer = " 你好, wörld"
     request = text.TextRequest("", ["ü"], Sampling(), 99)
     text._stream(Scripted(BYTES.encode(answer)), BYTES.encode("ü"), BYTES, request,  # type: ignore[arg-type]
-                 written.append, text.Timer(0.0))
+                 Limits(99), written.append, text.Timer(0.0))
     assert "".join(written) == "ü" + answer + "\n"
     assert {"你", "好", "ö"} <= set(written)
 

@@ -69,11 +69,11 @@ def test_texts_end_at_the_stop_id_each_by_itself() -> None:
     generator = Generator(inference_model(model_config()))
     free = generator.generate(PROMPTS, GREEDY, Limits(12))
     stop = free[0][4]
-    stopped = generator.generate(PROMPTS, GREEDY, Limits(12, stop))
+    stopped = generator.generate(PROMPTS, GREEDY, Limits(12, [stop]))
     for text, whole in zip(stopped, free, strict=True):
         assert text == (whole[: whole.index(stop) + 1] if stop in whole else whole)
     assert len(stopped[0]) <= 5 < max(map(len, stopped))
-    assert len(list(generator.stream([PROMPTS[0]], GREEDY, Limits(12, stop)))) == len(stopped[0])
+    assert len(list(generator.stream([PROMPTS[0]], GREEDY, Limits(12, [stop])))) == len(stopped[0])
 
 
 def test_the_model_s_maximum_ends_a_text() -> None:

@@ -26,13 +26,13 @@ Texts = list[list[list[int]]]
 def texts_of(config: Config) -> Texts:
     """Runs on one rank: a batch of unequal prompts per way of sampling."""
     generator = Generator(inference_model(config, mesh_for(Topology.of(config))))
-    return [generator.generate(PROMPTS, sampling, Limits(10, stop_id=7)) for sampling in SAMPLINGS]
+    return [generator.generate(PROMPTS, sampling, Limits(10, stop_ids=[7])) for sampling in SAMPLINGS]
 
 
 @cache
 def one_process(model: str) -> Texts:
     generator = Generator(inference_model(model_config(**MODELS[model])))
-    return [generator.generate(PROMPTS, sampling, Limits(10, stop_id=7)) for sampling in SAMPLINGS]
+    return [generator.generate(PROMPTS, sampling, Limits(10, stop_ids=[7])) for sampling in SAMPLINGS]
 
 
 @pytest.mark.parametrize("model", MODELS)

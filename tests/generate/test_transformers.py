@@ -22,7 +22,7 @@ def test_greedy_text_is_that_of_transformers(family: str) -> None:
     load_twin(twin, twin_names(weights, config.model))
     generator = Generator(inference_model(config))
     stop = generator.generate(PROMPTS[:1], Sampling(temperature=0), Limits(20))[0][5]
-    ours = generator.generate(PROMPTS, Sampling(temperature=0), Limits(20, stop))
+    ours = generator.generate(PROMPTS, Sampling(temperature=0), Limits(20, [stop]))
     for prompt, text in zip(PROMPTS, ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = twin.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False,
