@@ -46,6 +46,7 @@ class Sample:
     source: int
     window: int
     extra: Mapping[Field, np.ndarray] = field(default_factory=dict)  # what the objective needs besides, without rows
+    rest: tuple[Sample, ...] = ()  # further sequences that belong to the same sample: the other text of a pair
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,9 @@ class Loader:
 
     def _read(self, first: int) -> HostStep:
         config, pinned = self._config, self._mesh.device.type == "cuda"
-        microbatches = [collate([self._samples(i) for i in sample_indices(first, m, config, self._mesh.data.index)],
-                                pinned) for m in range(config.num_microbatches)]
+        samples = [[self._samples(i) for i in sample_indices(first, m, config, self._mesh.data.index)]
+                   for m in range(config.num_microbatches)]
+        microbatches = [collate([row for sample in each for row in (sample, *sample.rest)], pinned) for each in samples]
         return HostStep(microbatches, [self._objective.count(each.batch) for each in microbatches])
 
     def _count(self, counts: Sequence[Tensor | int]) -> Tensor | int:
@@ -173,13 +174,13 @@ def up_to(samples: Samples, stop: int) -> Samples:
 
     Every sample has a mask then, so that all ranks count alike (`Objective.count`).
     """
-    def sample(index: int) -> Sample:
-        real = samples(min(index, stop - 1))
-        everywhere = np.ones(len(real.tokens) - 1, dtype=bool)
-        mask = everywhere if real.loss_mask is None else real.loss_mask
-        return replace(real, loss_mask=mask if index < stop else np.zeros_like(mask))
+    def masked(row: Sample, counts: bool) -> Sample:
+        everywhere = np.ones(len(row.tokens) - 1, dtype=bool)
+        mask = everywhere if row.loss_mask is None else row.loss_mask
+        return replace(row, loss_mask=mask if counts else np.zeros_like(mask),
+                       rest=tuple(masked(other, counts) for other in row.rest))
 
-    return sample
+    return lambda index: masked(samples(min(index, stop - 1)), index < stop)
 
 
 def _use_device(device: torch.device) -> None:

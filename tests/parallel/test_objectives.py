@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import Config
+from engine.data.training_data import Sample
 from engine.distributed.collectives import all_gather
 from engine.distributed.topology import Topology
 from engine.model.context import Batch
@@ -25,7 +27,7 @@ from engine.model.transformer import Transformer
 from engine.optim.gradients import sum_over_world
 from engine.parallel.context.zigzag import positions_of
 from engine.parallel.parallelize import parallelize
-from engine.train.batches import count_all
+from engine.train.batches import Loader
 from tests.kit.distributed import mesh_for, run_distributed
 from tests.kit.layouts import check, microbatches, reference, run_layout, tiny_config
 from tests.kit.reference import Task, global_batch
@@ -129,28 +131,33 @@ def test_every_layout_is_one_process(name: str, layout: str) -> None:
     check(run_layout(config, 3, task), reference(config, 3, task))
 
 
-def counts_and_sums(config: Config, name: str) -> tuple[float, list[float]]:
-    """Runs on one rank: what the step is divided by, and the sums of its evaluation."""
+def sample_of(batch: Batch, index: int) -> Sample:
+    """A pair as a data source gives it: two rows, and what belongs to each."""
+    def row(i: int) -> Sample:
+        tokens = torch.cat((batch.tokens_SB[:1, i], batch.labels_SB[:, i]))
+        extra = {field: x.select(field.batch_dim, i).numpy() for field, x in batch.extra.items()}
+        return Sample(tokens.numpy(), batch.loss_mask_SB[:, i].numpy(), None, 0, 0, extra)
+
+    return replace(row(2 * index), rest=(row(2 * index + 1),))
+
+
+def counted_and_evaluated(config: Config, name: str) -> tuple[float, list[float]]:
+    """Runs on one rank: what a step that was read from samples is divided by, and its sums without training."""
     task, _ = TASKS[name]
     mesh = mesh_for(Topology.of(config))
-    whole = task.batch(config, 1)
-    count = config.num_microbatches * config.batch.micro * 2
-    own = [whole.rows((m * config.parallel.data_size + mesh.data.index) * config.batch.micro * 2,
-                      config.batch.micro * 2) for m in range(config.num_microbatches)]
-    assert sum(batch.tokens_SB.shape[1] for batch in own) == count
     model = parallelize(config, mesh, objective=task.objective)
     model.initialise(config.run.seed)
-    sums = model.evaluate(microbatches(config, whole, mesh))
-    totals = sum_over_world(sums, [], mesh, num_sums=len(task.objective.sums)).sums.tolist()
-    return float(count_all(task.objective, own, mesh)), totals
+    step = Loader(partial(sample_of, task.batch(config, 1)), config, mesh, task.objective).step(0)
+    own = model.evaluate(step.microbatches)
+    return float(step.divisor), sum_over_world(own, [], mesh, num_sums=len(task.objective.sums)).sums.tolist()
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_evaluation_and_divisor_are_the_step_s(name: str) -> None:
+def test_samples_bring_rows_and_fields(name: str) -> None:
     task, model = TASKS[name]
     config = tiny_config(parallel={"data": 2, "context": 2}, model=model)
     want = reference(config, 1, task).totals[0]
-    for divisor, totals in run_distributed(counts_and_sums, 4, config, name):
+    for divisor, totals in run_distributed(counted_and_evaluated, 4, config, name):
         assert divisor == config.batch.global_ and totals == pytest.approx(want, rel=1e-5)
 
 
@@ -165,7 +172,7 @@ def measured_per_token(config: Config) -> Tensor | None:
     model = parallelize(config, mesh, training=False)
     for chunk in model.chunks.values():
         for parameter in chunk.parameters():
-            values = parameter.spec.initial_values(config.run.seed, mesh.device)
+            values = parameter.spec.initial_values(config.run.seed)
             parameter.data.copy_(parameter.spec.take_local(values))
     measured = model.evaluate(microbatches(config, global_batch(config, 1), mesh), numbers_per_token)
     if measured is None:
