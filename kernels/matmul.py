@@ -6,12 +6,15 @@ fast on an AMD EPYC.  It is reached through the operator that torch's own compil
 in fp32 like MKL.
 
 *Weight gradients* are sums over tokens, and go on being summed over microbatches and ranks.  A product in bf16 would
-round each microbatch's sum to 8 bits before it is added; products of two bf16 numbers are exact in fp32, so both ways
-here keep everything: tensor cores that write fp32 (CUDA), or operands widened before the product (CPU).
+round each microbatch's sum to 8 bits before it is added; products of two bf16 numbers are exact in fp32, so all ways
+here keep everything: tensor cores that write fp32 (CUDA), or operands widened before the product (CPU).  Where a
+processor has tiles for bf16 (AMX), oneDNN may be told to multiply fp32 matrices with them: it then rounds to bf16 what
+was bf16 before, adds up in fp32, and is not slowed down by the widening.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +41,19 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=1 if accumulate else 0)
 
 
+def _cpuinfo() -> str:
+    """What the kernel says of the processor; nothing, where it doesn't."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
 def _onednn(place: Place) -> Any:
     """oneDNN's linear operator, where it is the faster one: AVX-512, and not Intel's."""
     place.require(device="cpu")
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         raise Unavailable("no AVX-512, or torch without oneDNN")
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file() or "GenuineIntel" in cpuinfo.read_text(encoding="utf-8"):
+    cpuinfo = _cpuinfo()
+    if not cpuinfo or "GenuineIntel" in cpuinfo:
         raise Unavailable("MKL is not slower on this processor")
     return torch_operator("mkldnn", "_linear_pointwise")
 
@@ -75,6 +84,29 @@ def _onednn_add_product(place: Place) -> Any:
         out.add_(product) if accumulate else out.copy_(product)
 
     return onednn_add_product
+
+
+def with_bf16_arithmetic(settings: Any) -> Callable[..., None]:
+    """Products of widened matrices, `settings.fp32_precision` set for them alone."""
+    def add_bf16_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+        before, settings.fp32_precision = settings.fp32_precision, "bf16"
+        try:
+            product = torch.mm(a.float(), b.float())
+        finally:
+            settings.fp32_precision = before
+        out.add_(product) if accumulate else out.copy_(product)
+
+    return add_bf16_product
+
+
+def _onednn_amx(place: Place) -> Any:
+    place.require(device="cpu", dtypes=(torch.bfloat16,))
+    if "amx_bf16" not in _cpuinfo():
+        raise Unavailable("this processor has no AMX")
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if not torch.backends.mkldnn.is_available() or not hasattr(settings, "fp32_precision"):
+        raise Unavailable(f"torch {torch.__version__} cannot choose oneDNN's arithmetic")
+    return with_bf16_arithmetic(settings)
 
 
 def _addmm_fp32(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
@@ -113,6 +145,7 @@ LINEAR = Operation("linear", "products of the forward pass and of input gradient
     Implementation("torch", anywhere(linear))))
 
 WEIGHT_GRADIENT = Operation("weight_gradient", "products added to fp32 accumulators", (
+    Implementation("onednn-amx", _onednn_amx),
     Implementation("onednn", _onednn_add_product),
     Implementation("addmm-fp32", _tried(_addmm_fp32)),
     Implementation("mm-fp32", _tried(_mm_fp32)),

@@ -6,6 +6,7 @@ Each rule is a function of one parsed file that returns its complaints; every co
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -180,9 +181,24 @@ def sizes_stay_readable(source: Source) -> Iterator[str]:
                    "its steps and make them functions")
 
 
+def nothing_private_of_torch_at_import(source: Source) -> Iterator[str]:
+    """An operator or a private name that is bound at import fails every command on a torch without it."""
+    bound = list(source.tree.body)
+    while bound:
+        node = bound.pop()
+        if isinstance(node, Function | ast.Lambda):
+            continue
+        bound += ast.iter_child_nodes(node)
+        name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        names = [found.name for found in _imports(node)] if isinstance(node, ast.Import | ast.ImportFrom) else [name]
+        for each in names:
+            if re.match(r"(torch|dist)\b.*\._[a-z]|torch\.ops\b", each):
+                yield f"line {node.lineno}: binds `{each}` at import: look it up in a probe (kernels/operation.py)"
+
+
 RULES: tuple[Callable[[Source], Iterator[str]], ...] = (
     imports_go_one_way, imports_stand_at_the_top, core_needs_no_extras, no_globals, environment_is_read_in_one_place,
-    everything_is_annotated, sizes_stay_readable)
+    everything_is_annotated, sizes_stay_readable, nothing_private_of_torch_at_import)
 
 
 def _sources() -> dict[str, Source]:
@@ -257,6 +273,9 @@ def test_kernels_is_no_top_level_package() -> None:
     (imports_stand_at_the_top, "engine.model.x", "def f() -> None:\n    import json"),
     (no_globals, "engine.model.x", "def f() -> None:\n    global a\n    a = 1"),
     (environment_is_read_in_one_place, "engine.model.x", "import os\nos.environ['A']"),
+    (nothing_private_of_torch_at_import, "engine.model.x", "import torch\nA = torch.ops.aten.silu"),
+    (nothing_private_of_torch_at_import, "engine.model.x", "class A:\n    f = torch._foreach_add"),
+    (nothing_private_of_torch_at_import, "engine.model.x", "from torch._C import _nn"),
     (environment_is_read_in_one_place, "engine.model.x", "from os import getenv"),
     (everything_is_annotated, "engine.model.x", "def f(a: int): return a"),
     (everything_is_annotated, "engine.model.x", "class A:\n    def f(self, *rest) -> None: ..."),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.matmul import LINEAR, WEIGHT_GRADIENT
+from engine.kernels.matmul import LINEAR, WEIGHT_GRADIENT, with_bf16_arithmetic
 from engine.kernels.operation import Operation
 from tests.kit.compare import found, random, relative_error
 
@@ -71,6 +71,21 @@ def test_many_microbatches_add_up_like_one(name: str, device: torch.device) -> N
     pairs = zip(grad.split(40), x.split(40), strict=True)
     rounded = sum((some_grad.T @ some_x).double() for some_grad, some_x in pairs)
     assert (rounded - want).norm() > 1e-3 * want.norm(), "products rounded to bf16 would not pass"
+
+
+def test_arithmetic_in_bf16_rounds_nothing_that_was_bf16_before() -> None:
+    """Whether or not this processor has the instructions; and the setting is back behind it, whatever happens."""
+    settings = torch.backends.mkldnn.matmul
+    before, add = settings.fp32_precision, with_bf16_arithmetic(settings)
+    a, b = random(1024, 136, seed=4, dtype=torch.bfloat16), random(1024, 176, seed=5, dtype=torch.bfloat16)
+    out = torch.full((136, 176), float("nan"))
+    add(out, a.T, b, accumulate=False)
+    close(out, a.double().T @ b.double())
+    add(out, a.T, b, accumulate=True)
+    close(out, 2 * (a.double().T @ b.double()))
+    with pytest.raises(RuntimeError):
+        add(out, a, b, accumulate=True)
+    assert settings.fp32_precision == before
 
 
 @every(LINEAR)
