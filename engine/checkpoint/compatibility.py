@@ -1,11 +1,13 @@
 """May this run go on from that checkpoint?  What differs, and whether it changes the meaning.
 
 Another layout, learning rate, batch or corpus is the user's right: it is noted.  Another model shape cannot be loaded;
-another RoPE base or tokenizer loads and quietly means something else, so both are refused.  The tokenizer is compared
-by the fingerprint of its content where both sides have one, because a path says nothing.
+another RoPE base or tokenizer loads and quietly means something else.  So every key of the model is refused but the few
+that are known to be harmless: one that is added to the configuration tomorrow is guarded today.  The tokenizer is
+compared by the fingerprint of its content where both sides have one, because a path says nothing.
 
 Both sides are the `metadata` of a checkpoint: `{"config": {section: {key: value}}, "data": {"tokenizer": fingerprint,
-…}}`. Sections or keys that one side does not have are not compared: a converted model has no optimizer settings.
+…}}`. Sections or keys that one side does not have are not compared: a converted model has no optimizer settings.  A key
+of the model that a checkpoint does not have is one that its version did not know, and means the default.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.config import ModelConfig
 from engine.data.tokenizer_identity import END_OF_DOCUMENT, TOKENIZER
 from engine.errors import CheckpointError
 
-SHAPE_KEYS = frozenset(f"model.{name}" for name in (
-    "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_hidden_size", "vocab_size",
-    "tie_embeddings", "qkv_bias"))
-MEANING_KEYS = SHAPE_KEYS | {"model.rope_theta", "model.rope_scaling", "model.norm_eps"}
+HARMLESS = frozenset({"model.max_seq_len"})
+# What a run that takes the weights and nothing else may change.
+STRETCHABLE = HARMLESS | {"model.rope_theta", "model.rope_scaling", "model.norm_eps"}
+UNKNOWN = "a key that this version does not know"
 TOKENIZER_PATH = "data.tokenizer"
 IRRELEVANT = ("run.dir", "run.name", "run.device", "checkpoint.", "log.", "eval.", "reliability.")
 
@@ -43,12 +46,14 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any], weights_on
 
     Args:
         weights_only: the run takes the weights and nothing else, so it may stretch RoPE, and end texts with
-            another token, as chats do; only shapes and another tokenizer are refused.
+            another token, as chats do; another model otherwise, or another tokenizer, is refused.
     """
-    refused = SHAPE_KEYS if weights_only else MEANING_KEYS
+    allowed = STRETCHABLE if weights_only else HARMLESS
     identity = {TOKENIZER} if weights_only else {TOKENIZER, END_OF_DOCUMENT}
     before, now = _flat(saved.get("config") or {}), _flat(current.get("config") or {})
-    found = [Difference(key, before[key], now[key], key in refused)
+    if any(key.startswith("model.") for key in before) and any(key.startswith("model.") for key in now):
+        before, now = _whole_model(before, now), _whole_model(now, before)
+    found = [Difference(key, before[key], now[key], key.startswith("model.") and key not in allowed)
              for key in before if key in now and before[key] != now[key] and not key.startswith(IRRELEVANT)]
     old, new = (side.get("data") or {} for side in (saved, current))
     if old.get(TOKENIZER) is None or new.get(TOKENIZER) is None:
@@ -72,6 +77,19 @@ def require_compatible(saved: Mapping[str, Any], current: Mapping[str, Any], wei
         raise CheckpointError("the checkpoint is of another model, or of another tokenizer; use its values, or start a "
                               "new run:\n  " + "\n  ".join(map(str, refused)))
     return found
+
+
+def _whole_model(flat: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """With every key of the model that `other` has: the default where it is not there, if there is one."""
+    added: dict[str, Any] = {}
+    for key in other:
+        if key.startswith("model.") and key not in flat:
+            known = ModelConfig.model_fields.get(key.removeprefix("model."))
+            if known is None:
+                added[key] = UNKNOWN
+            elif not known.is_required() and known.default_factory is None:
+                added[key] = known.default
+    return flat | added
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,24 +98,34 @@ def open_verified(path: Path, group: Group = None,
 
 
 def open_checkpoint(path: Path, progress: Progress | None = None, group: Group = None) -> CheckpointReader:
-    """For whoever only reads: the checkpoint at `path`, or the newest that verifies in a run's folder.
+    """For whoever only reads: the checkpoint at `path`, or the newest of a run's folder.
 
     Every rank of `group` must call this; all get the same answer.  Touches nothing: damaged checkpoints stay where they
-    are.
+    are.  An older one is not taken for a damaged one: whoever asked would take its numbers for the newest's.
 
     Raises:
-        CheckpointError: nothing there can be used; every attempt is listed.
+        CheckpointError: it is not there or not whole; an older one is named, to be asked for by its own path.
     """
     path = Path(path)
-    tried = []
-    for candidate in map(Path, share_json([str(found) for found in reversed(checkpoints_at(path))], group)):
-        reader, problems = open_verified(candidate, group, progress)
-        if reader is not None:
-            return reader
-        tried.append(f"{candidate}: {'; '.join(problems)}")
-    if not tried:
+    found = [Path(name) for name in share_json([str(one) for one in checkpoints_at(path)], group)]
+    if not found:
         raise no_checkpoint(path)
-    raise CheckpointError("no checkpoint there is whole:\n  " + "\n  ".join(tried))
+    newest, aside = found[-1], [Path(name) for name in share_json(_set_aside_later(found[-1], path), group)]
+    if aside:
+        raise CheckpointError(f"{aside[-1]}: the newest checkpoint was found damaged and set aside; {newest.name}, the "
+                              f"newest that is left, is to be had by its own path: {newest}")
+    reader, problems = open_verified(newest, group, progress)
+    if reader is not None:
+        return reader
+    older = f"; the one before is to be had by its own path: {found[-2]}" if len(found) > 1 else ""
+    raise CheckpointError(f"{newest}: damaged: {'; '.join(problems)}{older}")
+
+
+def _set_aside_later(newest: Path, asked: Path) -> list[str]:
+    """Damaged checkpoints of a later step than `newest`; none where that was asked for itself."""
+    if newest == asked:
+        return []
+    return [str(path) for path in corrupt_checkpoints(newest.parent) if path.name > newest.name + ".corrupt"]
 
 
 def _skip(entry: tuple[int, Path, list[str]], group: Group) -> Skipped:

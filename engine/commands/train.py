@@ -17,7 +17,7 @@ from engine.metrics.sinks import require_packages
 from engine.plan.estimate import gib, mean_state_bytes
 from engine.train.corpora import Corpora
 from engine.train.introduction import introduction
-from engine.train.run_folder import locked
+from engine.train.run_folder import locked, require_at_home
 from engine.train.stop import StopRequest
 
 STOPPED = 3
@@ -27,12 +27,24 @@ def run(args: argparse.Namespace) -> int:
     """Train as the configuration says."""
     launched = launch_environment()
     if launched is None:
-        return _start_plainly(args, load_config(args.config, args.overrides))
+        return _start_plainly(args, _load(args))
     stop = StopRequest()
-    config = resolve_layout(load_config(args.config, args.overrides), launched.world_size)
+    config = resolve_layout(_load(args), launched.world_size)
     code = run_as_rank(launched, Path(config.run.dir), lambda: _run_launched(config, launched, stop))
     stop.shut_out()
     return code
+
+
+def _load(args: argparse.Namespace) -> Config:
+    """
+    Raises:
+        ConfigError: the file, or what was changed of it, is no configuration.
+        RequestError: it is the record of a run that lies elsewhere now.
+    """
+    config = load_config(args.config, args.overrides)
+    require_at_home(Path(args.config), Path(config.run.dir), given=any(
+        override.startswith("run.dir=") for override in args.overrides))
+    return config
 
 
 def _run_launched(config: Config, launched: LaunchEnvironment, stop: StopRequest) -> int:

@@ -44,10 +44,10 @@ class Wanted:
 
 
 def open_shared(path: str | Path, mesh: Mesh) -> CheckpointReader:
-    """The checkpoint at `path`, or a run's newest that verifies; the same one on every rank.
+    """The checkpoint at `path`, or a run's newest; the same one on every rank.
 
     Raises:
-        CheckpointError: there is none, or none is whole.
+        CheckpointError: there is none, or it is damaged.
     """
     return open_checkpoint(Path(path), group=mesh.world.group)
 

@@ -60,6 +60,24 @@ def writing(run_dir: Path) -> Iterator[None]:
                            "another") from None
 
 
+def require_at_home(config_file: Path, run_dir: Path, given: bool) -> None:
+    """Keeps a run whose folder was moved or copied from beginning anew where it was before.
+
+    Args:
+        config_file: what the run is started with: perhaps the record that an earlier one has left in its folder.
+        run_dir: where it says that the run lives.
+        given: somebody has just said so.
+
+    Raises:
+        RequestError: it is such a record, of a folder that lies elsewhere now.
+    """
+    home = config_file.parent
+    recorded = config_file.name == CONFIG_FILE and (home / CHECKPOINTS).is_dir()
+    if recorded and not given and home.resolve() != run_dir.resolve():
+        raise RequestError(f"{config_file} is the record of the run in {home}, and says that it is in {run_dir}: to go "
+                           f"on here, add run.dir={home}; for another run, run.dir=SOMEWHERE")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is complete or, where the disk is full, as it was before."""
     beside = path.with_name(path.name + ".tmp")

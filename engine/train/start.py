@@ -2,7 +2,7 @@
 
     resume: auto     the newest checkpoint of run.dir that verifies; where there is none, as `never`
     resume: never    step 0, with new weights
-    resume: PATH     that checkpoint (of a run's folder: its newest that verifies), with everything in it
+    resume: PATH     that checkpoint (of a run's folder: its newest, which must be whole), with everything in it
     load: PATH       where `resume` finds nothing: step 0, with the weights of that checkpoint
 
 So the same command can be given again and again: `load` is for the first time, `auto` for all others.

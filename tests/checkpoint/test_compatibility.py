@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoint.compatibility import differences, require_compatible
+from engine.checkpoint.compatibility import HARMLESS, STRETCHABLE, differences, require_compatible
+from engine.config import ModelConfig
 from engine.errors import CheckpointError
 
 SAVED: dict[str, Any] = {
@@ -38,7 +39,9 @@ def changed(**values: Any) -> dict[str, Any]:
     ({"model__rope_theta": 5e5}, "model.rope_theta"),
     ({"model__rope_scaling": {"factor": 8.0}}, "model.rope_scaling"),
     ({"fingerprint__tokenizer": "77aa"}, "data fingerprint, tokenizer"),
-    ({"fingerprint__end_of_document": 3}, "data fingerprint, end_of_document")))
+    ({"fingerprint__end_of_document": 3}, "data fingerprint, end_of_document"),
+    ({"model__qkv_bias": True}, "model.qkv_bias: False in the checkpoint, True now"),        # not there: the default
+    ({"model__head": "score"}, "model.head: 'language_model' in the checkpoint, 'score' now")))
 def test_another_meaning_is_refused(change: dict[str, Any], key: str) -> None:
     with pytest.raises(CheckpointError, match=key) as caught:
         require_compatible(SAVED, changed(**change, optim__lr=1e-3))
@@ -80,3 +83,20 @@ def test_weights_only() -> None:
 def test_a_converted_model_has_only_a_shape() -> None:
     saved = {"config": {"model": SAVED["config"]["model"]}}
     assert require_compatible(saved, changed(optim__lr=1.0)) == []
+
+
+@pytest.mark.parametrize("name", sorted(ModelConfig.model_fields))
+def test_every_key_of_the_model_is_refused_but_the_harmless(name: str) -> None:
+    """Also those that are not there yet: nobody has to remember this table when the model learns something."""
+    before = {"config": {"model": {name: "one"}}}
+    now = {"config": {"model": {name: "another"}}}
+    for weights_only, allowed in ((False, HARMLESS), (True, STRETCHABLE)):
+        [difference] = differences(before, now, weights_only)
+        assert difference.refused == (f"model.{name}" not in allowed)
+
+
+def test_what_only_a_later_version_knows_is_refused() -> None:
+    saved = changed()
+    saved["config"]["model"]["moonshine"] = 3
+    with pytest.raises(CheckpointError, match=r"model\.moonshine: 3 in the checkpoint, .*does not know"):
+        require_compatible(saved, SAVED)

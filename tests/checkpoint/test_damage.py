@@ -95,6 +95,20 @@ def test_flipped_bits_everywhere(pristine: Path) -> None:
     assert open_checkpoint(pristine).step == 2
 
 
+def test_an_older_one_is_never_taken_for_the_newest(folder: Path) -> None:
+    """Who evaluates or converts a run gets its newest checkpoint, or hears where the one before is."""
+    flip_bit(folder / "step-00000002" / "rank-00001.safetensors")
+    with pytest.raises(CheckpointError, match=r"step-00000002: damaged: .*rank-00001.*: \S*step-00000001"):
+        open_checkpoint(folder)
+    find_latest(folder)                                                         # a training run sets it aside
+    with pytest.raises(CheckpointError, match="set aside; step-00000001, the newest that is left") as caught:
+        open_checkpoint(folder)
+    assert caught.value.exit_code == 2
+    assert open_checkpoint(folder / "step-00000001").step == 1
+    (folder / "step-00000001").rename(folder / "step-00000003")                 # and goes on to a later step
+    assert open_checkpoint(folder).step == 1
+
+
 def test_an_exchanged_file_is_noticed(folder: Path) -> None:
     """A whole file of the same size, from another rank."""
     there = folder / "step-00000002"

@@ -167,7 +167,8 @@ def test_wrong_requests(run: str, arguments: list[str], message: str, capsys: py
     assert message in err and err.startswith("octant generate: ") and not out
 
 
-def test_no_checkpoint_and_damaged_ones(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_checkpoint_and_damaged_ones(run: str, corpus: str, tmp_path: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["generate", str(tmp_path), "--prompt", "x"]) == 2
     assert "no checkpoint there" in capsys.readouterr().err
     shutil.copytree(run, tmp_path / "run")
@@ -177,8 +178,15 @@ def test_no_checkpoint_and_damaged_ones(run: str, tmp_path: Path, capsys: pytest
     damaged = bytearray(shard.read_bytes())
     damaged[-1] ^= 1
     shard.write_bytes(damaged)
-    assert cli.run(["generate", str(tmp_path / "run"), "--prompt", "x", "--max-new-tokens", "2"]) == 0
-    assert f"step-{STEP:08d}" in capsys.readouterr().err                       # the newest that verifies
+    for command in (["generate", str(tmp_path / "run"), "--prompt", "x"],
+                    ["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "hf")],
+                    ["eval", str(tmp_path / "run"), "--data", corpus]):
+        assert cli.run(command) == 2
+        said = capsys.readouterr().err
+        assert "step-00000009: damaged" in said and f"by its own path: {checkpoints / f'step-{STEP:08d}'}" in said
+    older = str(checkpoints / f"step-{STEP:08d}")
+    assert cli.run(["generate", older, "--prompt", "x", "--max-new-tokens", "2"]) == 0
+    assert older in capsys.readouterr().err
 
 
 def test_eval(run: str, corpus: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,19 @@ def test_its_config_runs_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[
         [row[1] for row in before]
 
 
+def test_a_moved_run_does_not_begin_anew_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its record names the old folder, where nothing is left that could be gone on with."""
+    config, moved = run_config(tmp_path, "run"), tmp_path / "moved"
+    octant_train(config)
+    Path(config.run.dir).rename(moved)
+    capsys.readouterr()
+    assert cli.run(["train", str(moved / "config.yaml")]) == 2
+    assert f"to go on here, add run.dir={moved}" in capsys.readouterr().err
+    assert not Path(config.run.dir).exists()
+    assert cli.run(["train", str(moved / "config.yaml"), f"run.dir={moved}", "steps=6"]) == 0
+    assert saved_steps(run_config(tmp_path, "moved")) == [2, 4, 5, 6]
+
+
 def test_the_validation_loss_is_that_of_the_held_out_samples(tmp_path: Path) -> None:
     config = run_config(tmp_path, "run", steps=2, eval={"every": 2, "batches": 3})
     octant_train(config)
