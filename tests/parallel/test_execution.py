@@ -130,3 +130,16 @@ def test_levels_change_no_order(level: int) -> None:
     """What data parallelism does happens inside the actions."""
     recordings: list[Recording] = record_layout(config_of("zb-h1", 1, 2, 8, data=2, zero=level))
     assert all(recording.actions == recording.extra["program"] for recording in recordings)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_weight_gradients_are_left_to_w(recompute: str) -> None:
+    """Of recomputed layers too, whose weights autograd holds under another name."""
+    for recording in record_layout(config_of("zb-h1", 1, 2, 4, recompute=recompute)):
+        action, inside = "", set()
+        for event in recording.events:
+            if event.what == "action":
+                action = event.name
+            elif event.name == "weight gradient":
+                inside.add(action)
+        assert inside == {name for name in recording.actions if "W" in name and "BW" not in name}
