@@ -27,7 +27,7 @@ once for it: one process runs the same code as 2,048.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -45,6 +45,7 @@ class Axis:
         ranks: their numbers in the job.
         index: this rank's place among them.
         checked: collectives compare what the ranks bring before they run.
+        size: how many they are; a field, since every collective of every layer asks.
     """
 
     name: str
@@ -52,10 +53,10 @@ class Axis:
     index: int
     group: dist.ProcessGroup | None
     checked: bool = False
+    size: int = field(init=False)
 
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", len(self.ranks))
 
     @staticmethod
     def single(name: str, rank: int = 0) -> Axis:

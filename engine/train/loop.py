@@ -122,7 +122,7 @@ class Trainer:
             for note in notes:
                 journal.note(note)
         profiler = StepProfiler(config.profile, directory, mesh.device, mesh.rank, journal.note)
-        if mesh.rank in config.profile.ranks:
+        if config.profile.steps and mesh.rank in config.profile.ranks:
             phases.listeners.append(profiler)
         loader = Loader(corpora.train.sample, config, mesh, model.objective, uses=len(model.chunks), ahead=True)
         return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, phases, profiler,

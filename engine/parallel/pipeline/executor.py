@@ -46,6 +46,7 @@ class Executor:
             Kind.REDUCE_GRAD: self._reduce_grad,
         }
         self.peak_in_flight = 0      # activations held at once in the latest step: (chunk, microbatch), F to W
+        self._labels: dict[Action, str] = {}
         self._scale: Tensor | None = None
         self._reset([], None)
 
@@ -79,12 +80,18 @@ class Executor:
             torch.full((), scale, dtype=torch.float32, device=self.messenger.device)
         self.peak_in_flight = 0
         for action in program:
-            with record_function(str(action)):
+            with record_function(self._label(action)):
                 self._do[action.kind](action)
         self.messenger.wait_sent()
         measured = torch.stack(self._measured) if self._measured else None
         self._reset([], None)
         return measured
+
+    def _label(self, action: Action) -> str:
+        """Its printed name, made once: programs are the same in every step."""
+        if action not in self._labels:
+            self._labels[action] = str(action)
+        return self._labels[action]
 
     def _forward(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)

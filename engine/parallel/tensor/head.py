@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.distributed.boxes import Box
 from engine.distributed.collectives import all_gather, all_reduce, my_part
 from engine.distributed.mesh import Axis
 from engine.model.spec import spec_of
@@ -24,15 +25,16 @@ class ParallelHead:
 
     def __init__(self, chunk: Transformer, tensor: TensorContext, context: Axis) -> None:
         self._chunk, self._tensor, self._context = chunk, tensor, context
+        self._columns = {} if chunk.output_layer is None else self._own_columns(spec_of(chunk.output_layer.weight).box)
 
     def token_losses(self, x_SBH: Tensor, labels_SB: Tensor) -> Tensor:
-        losses = self._tensor.operations.cross_entropy(self._chunk.logits(x_SBH), labels_SB, **self._columns())
+        losses = self._tensor.operations.cross_entropy(self._chunk.logits(x_SBH), labels_SB, **self._columns)
         return losses
 
     def token_log_probs_and_entropy(self, x_SBH: Tensor, labels_SB: Tensor,
                                     temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         compute = self._tensor.operations.log_probs
-        return compute(self._chunk.logits(x_SBH), labels_SB, temperature=temperature, **self._columns())
+        return compute(self._chunk.logits(x_SBH), labels_SB, temperature=temperature, **self._columns)
 
     def scores(self, x_SBH: Tensor) -> Tensor:
         scores = self._chunk.scores(x_SBH)
@@ -48,11 +50,8 @@ class ParallelHead:
     def once(self, x: Tensor) -> Tensor:
         return x if self._context.index == 0 else x * 0.0          # stays in the graph: gradients meet on their way
 
-    def _columns(self) -> dict[str, Any]:
+    def _own_columns(self, box: Box) -> dict[str, Any]:
         """Which part of the vocabulary is here, and how to hear from those who have the others."""
-        output = self._chunk.output_layer
-        assert output is not None
-        box = spec_of(output.weight).box
         return {"first": box.offset[0], "num_valid": box.size[0],
                 "gather": self._gather if self._tensor.axis.size > 1 else None}
 
