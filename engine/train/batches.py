@@ -79,10 +79,14 @@ class Microbatches(Sequence[Batch]):
 
 @dataclass(frozen=True)
 class HostStep:
-    """A data rank's samples of one step, and the objective's count of them (an int: of any rank's, by shapes alone)."""
+    """A data rank's samples of one step.
+
+    Attributes:
+        count: the objective's, of all of them; an int where it follows from shapes, the same on all data ranks.
+    """
 
     microbatches: Sequence[HostBatch]
-    counts: Sequence[Tensor | int]
+    count: int | float
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Loader:
         self._next = None
         if self._reader is not None and following < self._config.steps * self._config.batch.global_:
             self._next = following, self._reader.submit(self._read, following)
-        return StepBatches(Microbatches(host.microbatches, self._mesh, self._uses), self._count(host.counts))
+        return StepBatches(Microbatches(host.microbatches, self._mesh, self._uses), self._count(host.count))
 
     def close(self) -> None:
         """Reads no further."""
@@ -139,13 +143,15 @@ class Loader:
         samples = [[self._samples(i) for i in sample_indices(first, m, config, self._mesh.data.index)]
                    for m in range(config.num_microbatches)]
         microbatches = [collate([row for sample in each for row in (sample, *sample.rest)], pinned) for each in samples]
-        return HostStep(microbatches, [self._objective.count(each.batch) for each in microbatches])
+        counts = [self._objective.count(each.batch) for each in microbatches]
+        by_shape = all(isinstance(count, int) for count in counts)
+        return HostStep(microbatches, sum(map(int, counts)) if by_shape else float(sum(map(float, counts))))
 
-    def _count(self, counts: Sequence[Tensor | int]) -> Tensor | int:
+    def _count(self, count: int | float) -> Tensor | int:
         """Over all data ranks: arithmetic where it is, else a sum (fp32)."""
-        if all(isinstance(count, int) for count in counts):
-            return sum(map(int, counts)) * self._mesh.data.size
-        total = torch.full((), float(sum(map(float, counts))), device=self._mesh.device)
+        if isinstance(count, int):
+            return count * self._mesh.data.size
+        total = torch.full((), count, dtype=torch.float32, device=self._mesh.device)
         all_reduce(total, self._mesh.data)
         return total
 

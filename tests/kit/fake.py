@@ -16,11 +16,11 @@ from engine.distributed.mesh import Job
 
 
 @contextmanager
-def fake_rank(rank: int, world_size: int) -> Iterator[Job]:
+def fake_rank(rank: int, world_size: int, device: str = "cpu", backend: str = "fake") -> Iterator[Job]:
     """This process as one rank of a job that is not there."""
     fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
-    dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=fake_pg.FakeStore(), rank=rank, world_size=world_size)
     try:
-        yield Job("cpu")
+        yield Job(device)
     finally:
         dist.destroy_process_group()

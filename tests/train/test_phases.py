@@ -71,6 +71,35 @@ def test_time_is_split_over_phases_and_what_is_besides_a_step_is_not_in_it() -> 
     assert phases.taken().steps == 0 and not phases.taken().by_phase
 
 
+def test_on_a_gpu_marks_are_events_and_nobody_waits_before_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for CUDA's stream of work: events get their times when the device gets there."""
+    device, waited = Clock(), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.milliseconds = 1000 * device()
+
+        def synchronize(self) -> None:
+            waited.append(self)
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.milliseconds - self.milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    phases = Phases(torch.device("cuda"))
+    for step in (1, 2):
+        with phases.step(step), phases("update"):
+            device.seconds += 5
+        with phases("save"):
+            device.seconds += 7
+    assert not waited
+    taken = phases.taken()
+    assert (taken.by_phase, taken.in_steps) == ({"update": 12.0, "save": 16.0}, 16.0) and waited
+
+
 def test_a_run_tells_its_phases_in_order(tmp_path: Path) -> None:
     """A listener hears every phase as it begins; it may end the run there, as a fault to inject does."""
     config = run_config(tmp_path, "run", steps=3, checkpoint={"every": 2}, eval={"every": 3, "batches": 1},
