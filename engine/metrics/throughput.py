@@ -11,8 +11,6 @@ TFLOP/s) is 48.5 % with causal attention counted, 49.5 % with full.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 
@@ -49,33 +47,3 @@ def throughput(tokens: int, seconds: float, flops_per_token: float, num_devices:
     tokens_per_second = tokens / seconds
     tflops_per_device = tokens_per_second * flops_per_token / num_devices / 1e12
     return Throughput(tokens_per_second, tflops_per_device, None if peak is None else tflops_per_device / peak)
-
-
-class StepTimer:
-    """Wall-clock seconds of a step, and nothing else.
-
-    Whatever lies between `stop` and the next `start` (evaluation, saving) isn't counted.  A device works behind
-    the program's back: `synchronize` waits for it, so that the time belongs to the step that caused it.
-    """
-
-    def __init__(self, synchronize: Callable[[], None] | None = None,
-                 clock: Callable[[], float] = time.perf_counter) -> None:
-        self._synchronize = synchronize
-        self._clock = clock
-        self._started: float | None = None
-
-    def start(self) -> None:
-        """Begin a step."""
-        self._started = self._now()
-
-    def stop(self) -> float:
-        """End the step and return its seconds."""
-        if self._started is None:
-            raise RuntimeError("StepTimer.stop() without start()")
-        seconds, self._started = self._now() - self._started, None
-        return seconds
-
-    def _now(self) -> float:
-        if self._synchronize is not None:
-            self._synchronize()
-        return self._clock()

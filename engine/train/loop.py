@@ -186,8 +186,8 @@ class Trainer:
             self.verdict = self.tally.late()
 
     def _finish(self) -> None:
-        """Saves the state at the end, unless it never changed."""
-        if self.state.step and self.state.optimizer.num_steps() == 0:
+        """Saves the state; but a run that has come to its end without an update has failed."""
+        if self.state.step >= self.config.steps and self.state.optimizer.num_steps() == 0:
             self.verdict = self.tally.read()[1]
             self._give_up()
         if self.saved_step != self.state.step:

@@ -114,6 +114,15 @@ def test_zero_never_gives_up_but_a_run_without_any_update_is_no_success(tmp_path
     assert run_poisoned(run_config(tmp_path, "other", steps=4, reliability={"max_skips": 0}), range(2, 30))[0] == ""
 
 
+def test_a_request_to_stop_is_heard_among_skipped_steps(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "run", steps=30, checkpoint={"every": 0}, eval={"every": 0})
+    trainer = Trainer.start(config, single_mesh(), Corpora.open(config), lambda: trainer.state.step >= 2)
+    poison(trainer, range(1, 30))
+    assert not trainer.run()
+    trainer.close()
+    assert saved_steps(config) == [3]
+
+
 def write_documents(prefix: Path, lengths: list[int]) -> str:
     with IndexedWriter(prefix, np.uint16) as writer:
         for length in lengths:
