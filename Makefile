@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 FUZZ ?= 2000
-INSTALL = $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install $(PIP_FLAGS) --constraint constraints.txt --editable
+INSTALL = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off $(PIP_FLAGS) --constraint constraints.txt --editable
 
 .PHONY: demo test check fuzz clean
 

@@ -60,9 +60,17 @@ def test_make_targets_and_scripts_exist() -> None:
             assert (ROOT / command[1]).is_file(), command
 
 
-def test_every_file_named_is_there() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    folders = "engine|tests|docs|kernels|launch|configs|benchmarks|checkpoints_tools"
-    paths = re.findall(rf"`((?:{folders})/[\w./-]+)`", README)
+def test_the_translation_has_the_same_commands() -> None:
+    text = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).splitlines()
+    assert [shlex.split(line, comments=True) for line in lines if line] == COMMANDS
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "CONTRIBUTING.md"])
+def test_every_file_named_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    folders = "engine|corpus_tools|tests|docs|kernels|launch|configs|benchmarks|checkpoints_tools"
+    paths = re.findall(rf"`((?:{folders})/[\w./-]+)`", text)
     missing = [path for path in (*links, *paths) if "://" not in path and not (ROOT / path).exists()]
     assert not missing
