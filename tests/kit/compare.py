@@ -1,4 +1,10 @@
-"""A kernel beside its reference: same inputs, same upstream gradients, outputs and gradients compared."""
+"""A kernel beside its reference: same inputs, same upstream gradients, outputs and gradients compared.
+
+An error is measured against the size of the tensor it is in.  Where the reference is zero, up to rounding, there is
+nothing to measure against: a gradient in which everything cancels, such as that of a query with a single key (the
+softmax over one number does not move).  There a kernel may be off by the rounding of what cancelled, and that has the
+size of the other gradients.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +39,21 @@ def found(operation: Operation, name: str, device: torch.device, dtype: torch.dt
         pytest.skip(f"{operation.name}: {name} is not available ({reason})")
 
 
-def relative_error(got: Tensor, want: Tensor, least: float = 0.0) -> float:
-    """Largest difference, relative to the largest magnitude of `want`, or to `least` where that is larger."""
-    scale = max(want.double().abs().max().item(), least)
-    return (got.double() - want.double()).abs().max().item() / (scale or 1.0)
+def size(x: Tensor) -> float:
+    """Largest magnitude."""
+    return x.double().abs().max().item()
+
+
+def relative_error(got: Tensor, want: Tensor, cancelled: float = 0.0) -> float:
+    """Largest difference, relative to the largest magnitude of `want`.
+
+    Args:
+        cancelled: the size of the terms that cancel where `want` is zero up to their rounding; 0: there are none.
+    """
+    difference, scale = size(got.double() - want.double()), size(want)
+    if scale <= torch.finfo(want.dtype).eps * cancelled:
+        scale = cancelled
+    return difference / scale if scale else (float("inf") if difference else 0.0)
 
 
 def forward_backward(function: Function, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -49,18 +66,14 @@ def forward_backward(function: Function, inputs: Sequence[Tensor], dtype: torch.
 
 
 def assert_equal(fast: Function, reference: Function, inputs: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Outputs and gradients of `fast` in `dtype` are those of `reference`, and have the inputs' dtype and shape.
-
-    A tensor that is far smaller than the others is a difference of such as these (the gradient of a softmax over one
-    number is none at all), and cannot be more exact than they are.
-    """
+    """Outputs and gradients of `fast` in `dtype` are those of `reference`, and have the inputs' dtype and shape."""
     rounded = [x.to(dtype) for x in inputs]
     got = forward_backward(fast, rounded, dtype)
     want = forward_backward(reference, rounded, torch.float32 if dtype == torch.bfloat16 else dtype)
     for gradient, x in zip(got[-len(inputs):], rounded, strict=True):
         assert gradient.dtype == dtype and gradient.shape == x.shape
-    least = 1e-2 * max(theirs.abs().max().item() for theirs in want)
+    largest_gradient = max(size(gradient) for gradient in want[-len(inputs):])
     for i, (mine, theirs) in enumerate(zip(got, want, strict=True)):
         assert mine.shape == theirs.shape
-        error = relative_error(mine, theirs, least)
+        error = relative_error(mine, theirs, largest_gradient)
         assert error < TOLERANCE[dtype], f"tensor {i}: {error:.1e}"

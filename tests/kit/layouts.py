@@ -22,6 +22,7 @@ from engine.optim.schedule import learning_rate
 from engine.parallel.context.zigzag import context_part
 from engine.parallel.data.buckets import Bucket
 from engine.parallel.parallelize import ParallelModel, parallelize
+from tests.kit.compare import relative_error
 from tests.kit.distributed import mesh_for, run_distributed
 from tests.kit.reference import PRETRAINING, Reference, Task, train_reference
 
@@ -127,11 +128,6 @@ def assemble(parts: Iterable[Shards]) -> dict[str, Tensor]:
 
 def run_layout(config: Config, num_steps: int, task: Task = PRETRAINING) -> list[Result]:
     return run_distributed(train_layout, config.parallel.world_size, config, num_steps, task)
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Largest difference relative to the largest magnitude of the tensor."""
-    return ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
 
 
 @cache

@@ -17,8 +17,9 @@ from engine.optim.adamw import AdamW
 from engine.parallel.parallelize import parallelize
 from engine.train.role import Role, RoleState
 from engine.train.state import TrainState
+from tests.kit.compare import relative_error
 from tests.kit.distributed import mesh_for, run_distributed
-from tests.kit.layouts import Shards, assemble, parameters_match, relative_error
+from tests.kit.layouts import Shards, assemble, parameters_match
 from tests.kit.runs import LAYOUTS, metrics, run_config, saved_steps, state_shards, train, trained
 
 
