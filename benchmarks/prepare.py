@@ -159,7 +159,7 @@ def processor_seconds(run: Callable[[], None], workers: int) -> float:
 
 def ours(corpus: Path, spec: str, output: Path, workers: int, backend: str) -> None:
     name = "auto" if backend == "gigatoken" else backend
-    prepare([corpus], spec, output, workers=workers, backend=name, say=lambda _: None)
+    prepare([corpus], spec, output, workers=workers, backend=name, overwrite=True, say=lambda _: None)
 
 
 def compare(kind: str, spec: str, corpus: Path, folder: Path, args: argparse.Namespace) -> list[Comparison]:

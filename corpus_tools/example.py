@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.errors import RequestError
+from engine.writing import refuse_other_files, write_errors, write_whole
 
 DEFAULT_BYTES = 3_000_000                # enough to learn from, quick to prepare
 LEAST_BYTES_OF_A_MODULE = 2000
@@ -43,11 +43,8 @@ def write_example(path: Path, num_bytes: int) -> int:
         RequestError: something else is there, or it cannot be written.
     """
     content = as_json_lines(standard_library(num_bytes))
-    try:
-        if path.exists() and path.read_bytes() != content.encode():
-            raise RequestError(f"{path} is there already and holds something else: choose another name")
+    refuse_other_files([path], lambda data: data == content.encode())
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"cannot write {path}: {error.strerror}") from None
+        write_whole(path, content)
     return content.count("\n")

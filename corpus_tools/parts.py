@@ -8,36 +8,30 @@ block is.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import shutil
+import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.indexed import IndexedWriter, merge
-from engine.data.sidecar import make_sidecar, sidecar_path
+from corpus_tools.outputs import commit
+from engine.data.indexed import IndexedDataset, IndexedWriter, merge
+from engine.data.sidecar import make_sidecar
 from engine.data.tokenizer_identity import TokenizerInfo
-from engine.errors import DataError
+from engine.errors import DataError, RequestError
 
 NUM_EXAMPLES = 10  # of unusable records, kept for the report
-
-
-@contextmanager
-def named_write_errors(path: str | Path) -> Iterator[None]:
-    """A full disk or a forbidden folder becomes a DataError that names what was being written."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # that is the terminal's reader, not a file
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}; nothing that was finished is lost") from error
+MERGED = "merged"  # the passing name of the whole corpus
+OURS = re.compile(r"(part-\d{5}|merged)\.(tmp|(bin|idx|json|lengths)(\.partial)?)")
 
 
 @dataclass(frozen=True, order=True)
@@ -63,6 +57,7 @@ class Counts:
     empty_documents: int = 0
     skipped_records: int = 0
     skipped_examples: list[str] = field(default_factory=list)
+    was_there: bool = False  # the corpus was made before, so nothing went through
 
     def add(self, other: Counts) -> None:
         """Add another count to this one; of the examples the first few are kept."""
@@ -112,8 +107,9 @@ class Part:
         try:
             record = json.loads(path.read_text())
             part = Part(record["key"], Position(**record["end"]), Counts(**record["counts"]), record["num_bytes"])
-            whole = path.with_suffix(".bin").stat().st_size == part.num_bytes and path.with_suffix(".idx").exists()
-        except (OSError, ValueError, KeyError, TypeError):
+            whole = path.with_suffix(".bin").stat().st_size == part.num_bytes
+            IndexedDataset(path.with_suffix(""))
+        except (OSError, ValueError, KeyError, TypeError, DataError):
             return None
         return part if whole else None
 
@@ -126,6 +122,7 @@ class Parts:
 
     def __init__(self, folder: Path, key_of: Callable[[Position], str], dtype: npt.DTypeLike, seconds: float) -> None:
         self._folder = folder
+        self._lock = -1
         self._key_of = key_of
         self._dtype = np.dtype(dtype)
         self._seconds = seconds
@@ -136,8 +133,27 @@ class Parts:
         self._open_counts = Counts()  # of blocks since the last document ended
         self.finished: list[Part] = []
         folder.mkdir(parents=True, exist_ok=True)
+        self._take()
         self._keep_finished()
         self._boundary = self.end  # behind the last block that ended its document
+
+    def _take(self) -> None:
+        """Keep other processes out, and other files where they are.
+
+        Raises RequestError where another process writes here, or something here is not of our making.
+        """
+        self._lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with suppress(OSError):  # some network file systems have no locks
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RequestError(f"{self._folder} is in use: another process prepares this corpus") from None
+        for path in self._folder.iterdir():
+            if not OURS.fullmatch(path.name):
+                raise RequestError(
+                    f"{path} is not of octant's making, and {self._folder} is removed when the corpus is complete: "
+                    "move it elsewhere, or give another --output"
+                )
 
     @property
     def end(self) -> Position:
@@ -202,14 +218,34 @@ class Parts:
             total.add(part.counts)
         return total
 
-    def join(self, prefix: Path, tokenizer: TokenizerInfo) -> None:
+    def join(self, prefix: Path, tokenizer: TokenizerInfo, made_from: str) -> None:
         """All parts -> `prefix.bin`, `.idx` and `.json`, renamed into place whole; then the folder is removed."""
-        merged = self._folder / "merged"
+        merged = self._folder / MERGED
         merge([self._path(index).with_suffix("") for index in range(len(self.finished))], merged)
         total = self.total()
-        sidecar = make_sidecar(merged, tokenizer, total.documents, total.tokens, self._dtype.name)
-        sidecar_path(prefix).unlink(missing_ok=True)  # it describes the files that are replaced now
-        for suffix in (".bin", ".idx"):
-            os.replace(f"{merged}{suffix}", f"{prefix}{suffix}")
-        sidecar.write(prefix)
-        shutil.rmtree(self._folder)
+        make_sidecar(merged, tokenizer, total.documents, total.tokens, self._dtype.name, made_from).write(merged)
+        commit(merged, prefix)
+        remove_parts(self._folder)
+
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes in."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove a folder of parts that nobody needs any more, and nothing else."""
+    with suppress(OSError):  # what is left over does no harm
+        for path in folder.iterdir():
+            if OURS.fullmatch(path.name):
+                path.unlink()
+        folder.rmdir()

@@ -6,14 +6,12 @@ The reader cuts the corpus into blocks by content alone and the writer takes the
 same byte for byte with one worker or sixty.  A few blocks per worker are under way at a time, so memory doesn't grow
 with the corpus.  What is written goes to parts (`corpus_tools.parts`): after a kill the same command keeps the finished
 ones, as long as the tokenizer, the options and the files they were made of (path, size, time of change) are what they
-were.
+were.  A corpus that is there already is kept (`corpus_tools.outputs`).
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,16 +22,19 @@ import numpy.typing as npt
 
 from corpus_tools.inputs import InputFile, expand_inputs
 from corpus_tools.ordered_map import ordered_map
-from corpus_tools.parts import NUM_EXAMPLES, Counts, Documents, Parts, Position, named_write_errors
+from corpus_tools.outputs import files_of, finish_commit, is_made, output_prefix, recipe
+from corpus_tools.parts import MERGED, NUM_EXAMPLES, Counts, Documents, Parts, Position, remove_parts
 from corpus_tools.progress import Progress
 from corpus_tools.readers import Block, read_blocks, records_of
 from corpus_tools.records import BadRecord
-from corpus_tools.shards import shard_of, shard_prefix
+from corpus_tools.shards import shard_of
 from corpus_tools.tokenizers.fast_backend import FastTokenizer, accelerated
 from engine.data.indexed import best_dtype
+from engine.data.sidecar import Sidecar
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.distributed.environment import available_cores
 from engine.errors import DataError, RequestError
+from engine.writing import write_errors
 
 PART_SECONDS = 20.0  # how much work a kill may cost
 VERSION = 1  # part of every key: raised when the same input gives other tokens
@@ -111,6 +112,7 @@ def prepare(
     append_eod: bool = True,
     backend: str = "auto",
     shard: tuple[int, int] | None = None,
+    overwrite: bool = False,
     part_seconds: float = PART_SECONDS,
     say: Callable[[str], None] = print,
 ) -> Counts:
@@ -119,7 +121,8 @@ def prepare(
     `workers`: processes, by default one per core.  `on_error`: `stop` at the first unusable record, or `skip` it and
     count.  `backend`: `auto` uses gigatoken where it is installed and agrees (`fast_backend`), `reference` never does.
     `shard=(k, n)`: only the k-th of n runs of files, into `output`-0000k-of-0000n; merged in order (`shards`) they are
-    what one run would have written.  Raises DataError for the corpus (file and line) and RequestError for the request.
+    what one run would have written.  `overwrite`: replace what is there under these names; else the same corpus is left
+    as it is and any other refused.  Raises DataError for the corpus (file and line) and RequestError for the request.
     """
     if on_error not in ("stop", "skip"):
         raise RequestError(f"--on-error {on_error}: use stop or skip")
@@ -128,16 +131,23 @@ def prepare(
     if workers is not None and workers < 1:
         raise RequestError(f"--workers {workers}: at least one process is needed")
     inputs = expand_inputs(files)
+    prefix = output_prefix(output, shard)
     if shard is not None:
-        inputs, output = shard_of(inputs, *shard), shard_prefix(output, *shard)
+        inputs = shard_of(inputs, *shard)
+    _refuse_own_input(inputs, prefix)
     loaded = load_tokenizer(tokenizer)
     dtype = best_dtype(loaded.vocab_size)
-    prefix = Path(output)
-    key_of = functools.partial(_key, (VERSION, loaded.sha256, loaded.eod_id, text_field, on_error, append_eod), inputs)
+    options = (VERSION, loaded.sha256, loaded.eod_id, text_field, on_error, append_eod)
+    made_from = recipe("prepare", options, [asdict(file) for file in inputs])
+    folder = Path(f"{prefix}.parts")
+    if finish_commit(folder / MERGED, prefix, made_from) or is_made(prefix, made_from, overwrite):
+        remove_parts(folder)
+        say(f"nothing to do: {prefix} is there, made from these files with this tokenizer and these options")
+        return _counts_of(prefix)
+    key_of = functools.partial(_key, options, inputs)
     encoder = functools.partial(_encoder, str(tokenizer), backend, text_field, append_eod, dtype.name)
     num_workers = _useful_workers(workers or available_cores(), inputs)
-    with named_write_errors(prefix):
-        parts = Parts(Path(f"{prefix}.parts"), key_of, dtype, part_seconds)
+    with write_errors(prefix, "nothing that was finished is lost"), Parts(folder, key_of, dtype, part_seconds) as parts:
         if parts.finished:
             megabytes = parts.total().text_bytes / 1e6
             say(f"{prefix}: {len(parts.finished)} finished part(s) kept, {megabytes:,.0f} MB of text")
@@ -152,23 +162,37 @@ def prepare(
                     progress.update(*where, answer.documents.counts.text_bytes)
         finally:
             parts.finish()  # also after an error: what came before it needn't be done again
-        return _join(parts, prefix, loaded)
+        counts = parts.total()
+        _require_documents(counts)
+        parts.join(prefix, loaded.info, made_from)
+        return counts
 
 
-def _join(parts: Parts, prefix: Path, tokenizer: Tokenizer) -> Counts:
-    counts = parts.total()
-    if counts.documents == 0:
-        examples = "".join(f"\n  {example}" for example in counts.skipped_examples)
-        such_as = f", such as:{examples}" if examples else ""
-        raise DataError(f"no documents: {counts.empty_documents} empty, {counts.skipped_records} unusable{such_as}")
-    parts.join(prefix, tokenizer.info)
-    return counts
+def _refuse_own_input(inputs: Sequence[InputFile], prefix: Path) -> None:
+    outputs = {path.resolve() for path in files_of(prefix)}
+    for file in inputs:
+        if file.path != "-" and Path(file.path).resolve() in outputs:
+            raise RequestError(f"--output {prefix} would replace the input {file.path}: give another --output")
+
+
+def _counts_of(prefix: Path) -> Counts:
+    sidecar = Sidecar.read(prefix)
+    assert sidecar is not None
+    return Counts(sidecar.num_documents, sidecar.num_tokens, was_there=True)
+
+
+def _require_documents(counts: Counts) -> None:
+    if counts.documents:
+        return
+    examples = "".join(f"\n  {example}" for example in counts.skipped_examples)
+    such_as = f", such as:{examples}" if examples else ""
+    raise DataError(f"no documents: {counts.empty_documents} empty, {counts.skipped_records} unusable{such_as}")
 
 
 def _key(options: tuple[Any, ...], inputs: Sequence[InputFile], end: Position) -> str:
     """Everything the tokens before `end` depend on, as one hash."""
     read = [asdict(file) for file in inputs[: end.file + (end.block > 0)]]
-    return hashlib.sha256(json.dumps([options, read, asdict(end)]).encode()).hexdigest()
+    return recipe(options, read, asdict(end))
 
 
 def _tasks(inputs: Sequence[InputFile], start: Position, text_field: str, join_texts: bool) -> Iterator[Task]:

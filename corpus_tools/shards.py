@@ -5,14 +5,18 @@ Shards are runs of consecutive files, so that the merged shards are byte for byt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 
 from corpus_tools.inputs import InputFile
+from corpus_tools.outputs import commit, files_of, finish_commit, is_made, output_prefix, recipe
+from engine.data.corpus import Corpus
 from engine.data.indexed import merge
-from engine.data.sidecar import Sidecar, make_sidecar, sidecar_path
+from engine.data.sidecar import Sidecar, make_sidecar
 from engine.errors import DataError, RequestError
+from engine.writing import write_errors
 
 
 def shard_of(inputs: Sequence[InputFile], index: int, count: int) -> list[InputFile]:
@@ -31,34 +35,48 @@ def shard_of(inputs: Sequence[InputFile], index: int, count: int) -> list[InputF
     return mine
 
 
-def shard_prefix(output: str | Path, index: int, count: int) -> str:
-    """Where a shard of the corpus `output` goes."""
-    return f"{output}-{index:05d}-of-{count:05d}"
-
-
-def merge_corpora(prefixes: Sequence[str | Path], output: str | Path) -> Sidecar:
+def merge_corpora(
+    prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool = False, say: Callable[[str], None] = print
+) -> Sidecar:
     """Corpora of one tokenizer, in the order given, as one with a side file of its own.
 
-    Raises DataError where side files are missing, tokenizers differ, or `output` is among them.
+    `overwrite`: replace what is there under these names; else the same corpus is left as it is and any other refused.
+    Raises DataError where side files are missing, tokenizers differ, or `output` is among them; RequestError where
+    something else is there.
     """
-    if Path(output).resolve() in [Path(prefix).resolve() for prefix in prefixes]:
-        raise DataError(f"{output} is among the corpora to merge: give the merged one another name")
-    sidecars = []
-    for prefix in prefixes:
-        sidecar = Sidecar.read(prefix)
-        if sidecar is None:
-            raise DataError(f"{prefix} has no side file {prefix}.json, so nothing says which tokenizer made it")
-        sidecars.append(sidecar)
-    for prefix, sidecar in zip(prefixes, sidecars, strict=True):
+    prefix = output_prefix(output)
+    if prefix.resolve() in [Path(part).resolve() for part in prefixes]:
+        raise DataError(f"{prefix} is among the corpora to merge: give the merged one another name")
+    sidecars = [_sidecar_of(part) for part in prefixes]
+    for part, sidecar in zip(prefixes, sidecars, strict=True):
         if difference := sidecars[0].tokenizer.difference(sidecar.tokenizer):
             raise DataError(
-                f"{prefixes[0]} and {prefix} were made with different tokenizers: {difference}; prepare them with the "
+                f"{prefixes[0]} and {part} were made with different tokenizers: {difference}; prepare them with the "
                 "same one"
             )
-    sidecar_path(output).unlink(missing_ok=True)  # it described what is replaced now
-    merge(prefixes, output)
-    num_documents = sum(sidecar.num_documents for sidecar in sidecars)
-    num_tokens = sum(sidecar.num_tokens for sidecar in sidecars)
-    whole = make_sidecar(output, sidecars[0].tokenizer, num_documents, num_tokens, sidecars[0].dtype)
-    whole.write(output)
+    made_from = recipe("merge", [asdict(sidecar) for sidecar in sidecars])
+    staged = prefix.with_name(f".{prefix.name}.merging")
+    if finish_commit(staged, prefix, made_from) or is_made(prefix, made_from, overwrite):
+        say(f"nothing to do: {prefix} is there, merged from these corpora")
+        return _sidecar_of(prefix)
+    with write_errors(prefix):
+        try:
+            merge(prefixes, staged)
+            num_documents = sum(sidecar.num_documents for sidecar in sidecars)
+            num_tokens = sum(sidecar.num_tokens for sidecar in sidecars)
+            made_by, dtype = sidecars[0].tokenizer, sidecars[0].dtype
+            whole = make_sidecar(staged, made_by, num_documents, num_tokens, dtype, made_from)
+            whole.write(staged)
+        except BaseException:
+            for path in files_of(staged):
+                path.unlink(missing_ok=True)
+            raise
+        commit(staged, prefix)
     return whole
+
+
+def _sidecar_of(prefix: str | Path) -> Sidecar:
+    sidecar = Corpus.open(prefix).sidecar
+    if sidecar is None:
+        raise DataError(f"{prefix} has no side file {prefix}.json, so nothing says which tokenizer made it")
+    return sidecar

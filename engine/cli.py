@@ -68,12 +68,18 @@ def _tokenizer(p: Parser) -> None:
         action.add_argument("--field", default="text", help="key of the text in JSON and parquet (default: text)")
     train.add_argument("--vocab-size", type=int, required=True)
     train.add_argument("--output", required=True, help="the .model file to write")
+    for action in (train, extend):
+        _overwrite(action, "replace the files of these names if they are there")
     extend.add_argument("model", metavar="MODEL", help="the .model whose ids stay as they are")
     extend.add_argument("--with", dest="with_model", required=True, metavar="MODEL", help="the .model to take from")
     extend.add_argument("--only", choices=("han", "all"), default="han",
                         help="pieces to take: those with Han characters leave English as it was (default: %(default)s)")
     extend.add_argument("--output", required=True, help="the .model file to write")
     verify.add_argument("--tokenizer", required=True, metavar="MODEL")
+
+
+def _overwrite(p: Parser, what: str) -> None:
+    p.add_argument("--overwrite", action="store_true", help=f"{what} (default: refuse)")
 
 
 def _prepare(p: Parser) -> None:
@@ -88,6 +94,7 @@ def _prepare(p: Parser) -> None:
     p.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True,
                    help="end every document with the end-of-document id (default: on)")
     p.add_argument("--shard", metavar="K/N", help="only the K-th of N runs of files, into PREFIX-0000K-of-0000N")
+    _overwrite(p, "replace a corpus made from anything else that is there")
     p.add_argument("--backend", choices=("auto", "reference"), default="auto",
                    help="auto: gigatoken where it is installed and gives the same ids (default: %(default)s)")
 
@@ -106,6 +113,7 @@ def _data(p: Parser) -> None:
     example.add_argument("--bytes", type=int, default=3_000_000, metavar="N", help="of text (default: %(default)s)")
     merge.add_argument("target", nargs="+", metavar="PREFIX", help="corpora, in the order they shall have")
     merge.add_argument("--output", required=True, metavar="PREFIX")
+    _overwrite(merge, "replace a corpus made from anything else that is there")
     for action in (inspect, verify):
         action.add_argument("target", nargs="+", metavar="TARGET", help="prefix of a corpus, or a file")
         action.add_argument("--json", action="store_true", help="one JSON object per line")
@@ -114,6 +122,7 @@ def _data(p: Parser) -> None:
     inspect.add_argument("--tokenizer", metavar="T", help="show text, not only ids")
     clean.add_argument("files", nargs="*", metavar="FILE", help=".txt .jsonl .json .parquet, each also .gz or .zst")
     clean.add_argument("--output", metavar="DIR", help="gets clean-*.jsonl.gz, report.md and _report.json")
+    _overwrite(clean, "replace what was cleaned from other files, or with other rules")
     clean.add_argument("--rules", metavar="FILE.yaml", help="your rules (default: those of --print-rules)")
     clean.add_argument("--print-rules", action="store_true", help="print the default rules, to be changed")
     clean.add_argument("--decontaminate", nargs="+", default=[], metavar="FILE", help="evaluation texts to keep out")

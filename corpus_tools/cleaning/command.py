@@ -6,6 +6,7 @@ import argparse
 
 from corpus_tools.cleaning.pipeline import clean
 from corpus_tools.cleaning.rules import DEFAULT_RULES, load_rules
+from corpus_tools.outputs import unused_prefix
 from engine.errors import RequestError
 from engine.hints import hint
 
@@ -26,8 +27,9 @@ def run(args: argparse.Namespace) -> int:
         text_field=args.field,
         on_error=args.on_error,
         num_examples=args.examples,
+        overwrite=args.overwrite,
     )
     print("\n".join([report.summary(), "", *report.table(), ""]))
     print(f"examples of what each rule removed: {args.output}/report.md")
-    print(hint("prepare", args.output, "--tokenizer", "bytes", "--output", "data/clean"))
+    print(hint("prepare", args.output, "--tokenizer", "bytes", "--output", unused_prefix("data/clean")))
     return 0

@@ -11,24 +11,28 @@ from __future__ import annotations
 import functools
 import gzip
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from corpus_tools.cleaning.contamination import EvaluationIndex, evaluation_index
 from corpus_tools.cleaning.document import DOCUMENT, Removal, clean_document
 from corpus_tools.cleaning.duplicates import Deduplicator, Fingerprint, fingerprint
+from corpus_tools.cleaning.output import UNFINISHED, begin, finish
 from corpus_tools.cleaning.report import Report
 from corpus_tools.cleaning.rules import Rules
 from corpus_tools.inputs import InputFile, expand_inputs
 from corpus_tools.ordered_map import ordered_map
-from corpus_tools.parts import named_write_errors
+from corpus_tools.outputs import recipe
 from corpus_tools.progress import Progress
 from corpus_tools.readers import Block, read_blocks, records_of
 from corpus_tools.records import BadRecord
 from engine.distributed.environment import available_cores
 from engine.errors import DataError, RequestError
+from engine.writing import write_errors
 
 SHARD_BYTES = 1 << 28  # of text per output file
 GZIP_LEVEL = 3  # three times as fast as the default, 10 % larger
@@ -102,25 +106,35 @@ def clean(
     text_field: str = "text",
     on_error: str = "stop",
     num_examples: int = 5,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
 ) -> Report:
     """Clean `files` into the folder `output`: `clean-00000.jsonl.gz` …, `report.md`, `_report.json`.
 
-    `evaluation_files`: texts that must not be in the result.  `num_examples`: shown per rule.  Raises RequestError
-    where the output folder holds anything this didn't write, DataError for a record that cannot be read (with
-    `on_error="stop"`).
+    `evaluation_files`: texts that must not be in the result.  `num_examples`: shown per rule.  `overwrite`: replace
+    what was cleaned into this folder before.  Raises RequestError where the output folder holds anything else,
+    DataError for a record that cannot be read (with `on_error="stop"`).
     """
     if on_error not in ("stop", "skip"):
         raise RequestError(f"--on-error {on_error}: use stop or skip")
     if workers is not None and workers < 1:
         raise RequestError(f"--workers {workers}: at least one process is needed")
     inputs = expand_inputs(files)
+    held_out = [asdict(file) for file in (expand_inputs(evaluation_files) if evaluation_files else ())]
+    options = (rules.model_dump(mode="json"), text_field, on_error, num_examples)
+    made_from = recipe("clean", [asdict(file) for file in inputs], held_out, options)
+    folder = Path(output)
+    with write_errors(output):
+        done = begin(folder, inputs, made_from, overwrite)
+    if done is not None:
+        say(f"nothing to do: {folder} is there, cleaned from these files with these rules")
+        return done
     evaluation = evaluation_index(evaluation_files, rules.contamination)
     deduplicator = Deduplicator(rules.duplicates)
-    report = Report(num_examples)
+    report = Report(num_examples, made_from=made_from)
     setup = functools.partial(_cleaner, Cleaner(rules, evaluation, text_field, num_examples))
-    with named_write_errors(output), Progress(inputs) as progress:
-        folder = _output_folder(Path(output), inputs)
-        shards = _Shards(folder)
+    with write_errors(output), _removed_on_error(folder / UNFINISHED) as unfinished, Progress(inputs) as progress:
+        shards = _Shards(unfinished)
         for cleaned in ordered_map(setup, _tasks(inputs, text_field), workers or available_cores()):
             if cleaned.bad and on_error == "stop":
                 raise DataError(f"{cleaned.bad[0]} (--on-error skip leaves such records out)")
@@ -128,8 +142,19 @@ def clean(
             _keep_new(cleaned.candidates, deduplicator, shards, report)
             progress.update(cleaned.file, cleaned.file_position, cleaned.report.bytes_in)
         shards.finish()
-        report.write(folder)
+        report.write(unfinished)
+    with write_errors(output):
+        finish(folder)
     return report
+
+
+@contextmanager
+def _removed_on_error(folder: Path) -> Iterator[Path]:
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _keep_new(candidates: Sequence[Candidate], deduplicator: Deduplicator, shards: _Shards, report: Report) -> None:
@@ -148,20 +173,6 @@ def _tasks(inputs: Sequence[InputFile], text_field: str) -> Iterator[Task]:
     for index, file in enumerate(inputs):
         for block in read_blocks(file, text_field, join_texts=False):
             yield Task(block, index)
-
-
-def _output_folder(folder: Path, inputs: Sequence[InputFile]) -> Path:
-    """The folder, made where it is missing and emptied of what an earlier run wrote, and only of that."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ours = {path for pattern in ("clean-*.jsonl.gz*", "_report.json", "report.md") for path in folder.glob(pattern)}
-    foreign = sorted(path.name for path in set(folder.iterdir()) - ours)
-    if foreign:
-        raise RequestError(f"--output {folder} holds other files ({', '.join(foreign[:3])}); give an empty folder")
-    if any(Path(file.path).resolve().is_relative_to(folder.resolve()) for file in inputs if file.path != "-"):
-        raise RequestError(f"--output {folder} holds the input; give another folder")
-    for path in ours:
-        path.unlink()
-    return folder
 
 
 class _Shards:

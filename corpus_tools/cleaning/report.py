@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from corpus_tools.cleaning.document import DOCUMENT, LINE, MASK, Removal
+from engine.writing import write_whole
 
 EXCERPT_CHARACTERS = 160
+REPORT, REPORT_TEXT = "_report.json", "report.md"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Report:
     unusable_records: int = 0
     unusable_examples: list[str] = field(default_factory=list)
     rules: dict[str, Removed] = field(default_factory=dict)
+    made_from: str = ""  # a hash of files, rules and options
 
     def count(self, removals: Iterable[Removal], source: str) -> None:
         """Book removals from one document."""
@@ -77,9 +80,18 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """`_report.json` and `report.md` in the folder."""
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
-        (folder / "_report.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / REPORT_TEXT).write_text(self.markdown(), encoding="utf-8")
+        write_whole(folder / REPORT, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+    @staticmethod
+    def read(folder: Path) -> Report | None:
+        """The report in a folder, without its examples; None where there is none."""
+        try:
+            fields = json.loads((folder / REPORT).read_bytes())
+            rules = {label: Removed(**{**removed, "examples": []}) for label, removed in fields.pop("rules").items()}
+            return Report(**fields, rules=rules)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
 
     def summary(self) -> str:
         """One line."""

@@ -14,6 +14,7 @@ into; the plan lists them, and `expanded_rows` applies it to any weight with one
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from corpus_tools.tokenizers.training import model_path
 from engine.data.sentencepiece_model import (
     BPE,
     NORMAL,
@@ -33,6 +35,7 @@ from engine.data.sentencepiece_model import (
     with_settings,
 )
 from engine.errors import RequestError
+from engine.writing import refuse_existing, write_errors, write_whole
 
 HAN = re.compile("[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
 
@@ -70,12 +73,18 @@ class ExpansionPlan:
         return ExpansionPlan(**{**record, "rows": [NewRow(**row) for row in record["rows"]]})
 
 
-def extend_tokenizer(base: str | Path, other: str | Path, output: str | Path, *, only: str = "han") -> ExpansionPlan:
+def extend_tokenizer(
+    base: str | Path, other: str | Path, output: str | Path, *, only: str = "han", overwrite: bool = False
+) -> ExpansionPlan:
     """Append `other`'s pieces that `base` lacks (`only`: those with Han characters, or all) and write `output`.
 
-    Raises RequestError where `base` isn't a BPE model, DataError where a file is no model.
+    The plan goes to a `.plan.json` beside it.  `overwrite`: replace what is there under these names.  Raises
+    RequestError where `base` isn't a BPE model or the files cannot be written, DataError where a file is no model.
     """
-    base, output = Path(base), Path(output)
+    base, output = Path(base), model_path(output)
+    if output.resolve() in (base.resolve(), Path(other).resolve()):
+        raise RequestError(f"--output {output} would replace one of the models it is made from: give another name")
+    refuse_existing((output, plan_path(output)), overwrite)
     old = read_model(base)
     if old.model_type != BPE:
         raise RequestError(f"{base} is not a BPE model; the scores of other kinds cannot be extended")
@@ -84,9 +93,7 @@ def extend_tokenizer(base: str | Path, other: str | Path, output: str | Path, *,
     new = _new_pieces(old, read_model(other), only)
     data = base.read_bytes() + b"".join(map(encode_piece, new))
     data = with_settings(data, vocab_size=len(old.pieces) + len(new))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(data)
-    return ExpansionPlan(
+    plan = ExpansionPlan(
         base_sha256=hashlib.sha256(base.read_bytes()).hexdigest(),
         sha256=hashlib.sha256(data).hexdigest(),
         old_vocab_size=len(old.pieces),
@@ -94,6 +101,16 @@ def extend_tokenizer(base: str | Path, other: str | Path, output: str | Path, *,
         rows=_rows(base, len(old.pieces), new),
         unreachable=_unreachable(old, new),
     )
+    with write_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(plan_path(output), json.dumps(plan.to_json(), ensure_ascii=False))
+        write_whole(output, data)
+    return plan
+
+
+def plan_path(model: Path) -> Path:
+    """Where the plan of an extended model is."""
+    return model.with_suffix(".plan.json")
 
 
 def _new_pieces(old: SentencePieceModel, other: SentencePieceModel, only: str) -> list[Piece]:

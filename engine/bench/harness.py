@@ -34,7 +34,9 @@ from typing import Any
 import torch
 
 from engine import __version__
+from engine.errors import RequestError
 from engine.report.charts import number
+from engine.writing import refuse_other_files, write_errors, write_whole
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -188,7 +190,7 @@ def _timed(case: Case, synchronize: Callable[[], None] | None, clock: Callable[[
 def add_options(parser: argparse.ArgumentParser, repeats: int = 9) -> None:
     """The options every benchmark has: `--repeats`, `--json FILE` and `--markdown FILE`."""
     parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help="rounds (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--json", type=_results_file, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="append the results to a Markdown file")
 
 
@@ -197,10 +199,28 @@ def publish(results: Sequence[Comparison], args: argparse.Namespace) -> None:
     print("\n\n".join(result.text(environment=result is results[-1]) for result in results))
     if args.json is not None:
         content = json.dumps([result.to_dict() for result in results], indent=1, ensure_ascii=False)
-        args.json.write_text(content + "\n", encoding="utf-8")
+        with write_errors(args.json):
+            write_whole(args.json, content + "\n")
     if args.markdown is not None:
-        with args.markdown.open("a", encoding="utf-8") as file:
+        with write_errors(args.markdown), args.markdown.open("a", encoding="utf-8") as file:
             file.write("\n".join(result.markdown(environment=result is results[-1]) for result in results) + "\n")
+
+
+def _results_file(name: str) -> Path:
+    """Refused before anything is measured where it holds something else than results."""
+    try:
+        refuse_other_files([Path(name)], _is_published)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(name)
+
+
+def _is_published(data: bytes) -> bool:
+    """Whether a file holds earlier results."""
+    try:
+        return all({"title", "cases", "environment"} <= set(result) for result in json.loads(data))
+    except (ValueError, TypeError):
+        return False
 
 
 def describe_environment(packages: Sequence[str] = ()) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,11 +24,12 @@ from rich.progress import (
 from corpus_tools.cleaning.command import run as clean
 from corpus_tools.example import write_example
 from corpus_tools.inspect import histogram_lines, segments, share_lines, statistics
+from corpus_tools.outputs import output_prefix
 from corpus_tools.shards import merge_corpora
 from corpus_tools.verify import num_bytes_to_read, verify
 from engine.config import load_config
-from engine.data.indexed import IndexedDataset, bin_path, idx_path
-from engine.data.sidecar import Sidecar
+from engine.data.corpus import Corpus
+from engine.data.indexed import bin_path, idx_path
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.data.training_data import Sample
 from engine.errors import DataError, RequestError
@@ -52,9 +54,10 @@ def _example(args: argparse.Namespace) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     prefixes = list(dict.fromkeys(map(_prefix, args.target)))  # a glob names .bin, .idx and .json of each
-    whole = merge_corpora(prefixes, args.output)
-    print(f"{args.output}: {len(prefixes)} corpora, {whole.num_documents:,} documents, {whole.num_tokens:,} tokens")
-    print(hint("data", "inspect", args.output))
+    output = output_prefix(args.output)
+    whole = merge_corpora(prefixes, output, overwrite=args.overwrite)
+    print(f"{output}: {len(prefixes)} corpora, {whole.num_documents:,} documents, {whole.num_tokens:,} tokens")
+    print(hint("data", "inspect", output))
     return 0
 
 
@@ -82,8 +85,8 @@ def _prefix(target: str) -> str:
 
 
 def _print_statistics(prefix: str, as_json: bool) -> None:
-    dataset, sidecar = IndexedDataset(prefix), Sidecar.read(prefix)
-    found = statistics(dataset)
+    corpus = Corpus.open(prefix)
+    sidecar, found = corpus.sidecar, statistics(corpus.dataset)
     if as_json:
         fields = asdict(found) | {"prefix": prefix, "mean_length": found.mean_length}
         print(json.dumps(fields | {"tokenizer": asdict(sidecar.tokenizer) if sidecar else None}, ensure_ascii=False))
@@ -103,14 +106,29 @@ def _print_statistics(prefix: str, as_json: bool) -> None:
 
 
 def _print_document(prefix: str, number: int, tokenizer: Tokenizer | None, as_json: bool) -> None:
-    tokens = IndexedDataset(prefix).document(number).tolist()
-    text = tokenizer.decode(tokens) if tokenizer else None
+    corpus = Corpus.open(prefix)
+    made_by = corpus.sidecar.tokenizer if corpus.sidecar else None
+    if tokenizer and made_by and (difference := made_by.difference(tokenizer.info)):
+        raise DataError(f"{prefix} was made with another tokenizer: {difference}")
+    tokens = corpus.dataset.document(number).tolist()
     if as_json:
         fields = {"prefix": prefix, "document": number, "tokens": tokens}
-        print(json.dumps(fields | ({"text": text} if tokenizer else {}), ensure_ascii=False))
+        print(json.dumps(fields | ({"text": _text(tokens, tokenizer)} if tokenizer else {}), ensure_ascii=False))
         return
     print(f"{prefix}, document {number}: {len(tokens):,} tokens")
-    print(text if tokenizer else " ".join(map(str, tokens)))
+    print(_text(tokens, tokenizer))
+
+
+def _text(ids: list[int], tokenizer: Tokenizer | None) -> str:
+    """What ids say; without a tokenizer the ids.  Raises DataError for ids that are none of the tokenizer's."""
+    if tokenizer is None:
+        return " ".join(map(str, ids))
+    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+        raise DataError(
+            f"ids from {min(ids)} to {max(ids)}: the tokenizer {tokenizer.name} has those from 0 to "
+            f"{tokenizer.vocab_size - 1}, so another one made them"
+        )
+    return tokenizer.decode(ids)
 
 
 def _inspect_config(args: argparse.Namespace) -> int:
@@ -142,16 +160,16 @@ def _inspect_config(args: argparse.Namespace) -> int:
 
 
 def _range(text: str) -> tuple[int, int]:
-    first, colon, last = text.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-        raise RequestError(f"--samples {text}: give A:B for samples A to B - 1, such as 0:8.")
-    return int(first), int(last)
+    found = re.fullmatch(r"(\d{1,18}):(\d{1,18})", text, re.ASCII)
+    if not found or int(found[1]) > int(found[2]):
+        raise RequestError(f"--samples {text[:80]}: give A:B for samples A to B - 1, such as 0:8.")
+    return int(found[1]), int(found[2])
 
 
 def _print_sample_json(index: int, sample: Sample, tokenizer: Tokenizer | None) -> None:
     tokens = sample.tokens.tolist()
     fields = {"index": index, "source": sample.source, "window": sample.window, "tokens": tokens}
-    print(json.dumps(fields | ({"text": tokenizer.decode(tokens)} if tokenizer else {}), ensure_ascii=False))
+    print(json.dumps(fields | ({"text": _text(tokens, tokenizer)} if tokenizer else {}), ensure_ascii=False))
 
 
 def _print_sample(index: int, sample: Sample, name: str, tokenizer: Tokenizer | None) -> None:
@@ -161,8 +179,7 @@ def _print_sample(index: int, sample: Sample, name: str, tokenizer: Tokenizer | 
     for segment in segments(sample):
         learned = "" if segment.learned else ", not learned"
         print(f"   document {segment.document}, {len(segment.tokens):,} tokens{learned}")
-        ids = segment.tokens.tolist()
-        print(tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids)))
+        print(_text(segment.tokens.tolist(), tokenizer))
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -183,7 +200,7 @@ def _verify(args: argparse.Namespace) -> int:
                 print(f"{prefix}: {'DAMAGED' if verdict.problems else 'whole'}")
                 print("".join(f"  {line}\n" for line in (*verdict.problems, *verdict.notes)), end="")
     if not args.json and failed:
-        print("next: prepare the damaged corpora again, or copy them from where they are whole")
+        print("prepare the damaged corpora again, or copy them from where they are whole")
     elif not args.json:
         print(hint("data", "inspect", prefixes[0]))
     return 1 if failed else 0

@@ -21,6 +21,7 @@ from corpus_tools.example import as_json_lines, standard_library
 from engine.errors import OctantError, RequestError
 from engine.hints import hint
 from engine.report.runs import read_run
+from engine.writing import write_errors
 
 CORPUS_BYTES = 3_000_000              # of the standard library's sources
 HELD_OUT_EVERY = 20                   # one module in so many is kept for validation
@@ -29,6 +30,8 @@ STEPS, SAVED_STEP = 160, 120          # the run, and the checkpoint from which i
 LAYOUTS = {1: {"tensor": 1, "pipeline": 1}, 2: {"tensor": 1, "pipeline": 2}, 4: {"tensor": 2, "pipeline": 2}}
 PROMPT = "def main():\n"
 
+OURS = {"demo.yaml", "tokenizer.model", "tokenizer.vocab", "run", "resumed", "hf",
+        *(f"{part}{suffix}" for part in ("train", "valid") for suffix in (".jsonl", ".bin", ".idx", ".json", ".parts"))}
 MARK = "# Written by `octant demo`."
 CONFIG = MARK + """
 run: {{dir: {directory}/run}}
@@ -74,12 +77,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _make_room(directory: Path, config: Path) -> None:
     """An empty folder; an earlier demo in it is replaced, anything else is left alone and refused."""
-    if config.exists() and config.read_text(encoding="utf-8").startswith(MARK):
-        print(f"replacing the earlier demo in {directory}")
-        shutil.rmtree(directory)
-    if directory.exists() and any(directory.iterdir()):
+    content = sorted(directory.iterdir()) if directory.is_dir() else []
+    if content and not (config.is_file() and config.read_bytes().startswith(MARK.encode())):
         raise RequestError(f"{directory} is not empty and no earlier demo; give another folder with --dir")
-    directory.mkdir(parents=True, exist_ok=True)
+    if foreign := [path.name for path in content if path.name not in OURS]:
+        raise RequestError(f"{directory} holds an earlier demo and other files ({', '.join(foreign[:3])}); move them "
+                           "elsewhere, or give another folder with --dir")
+    with write_errors(directory):
+        if content:
+            print(f"replacing the earlier demo in {directory}")
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
 
 
 def write_texts(directory: Path) -> int:

@@ -7,10 +7,10 @@ from importlib import import_module
 from pathlib import Path
 
 from engine.config import Config, load_config, resolve_layout
-from engine.errors import RequestError
 from engine.hints import hint
 from engine.plan.timeline import timeline
 from engine.report.schedule_picture import schedule_svg, title
+from engine.writing import write_picture
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,11 +45,7 @@ def resolved(config: Config, num_gpus: int | None) -> Config:
 
 def _draw(config: Config, path: Path) -> None:
     drawn = timeline(config)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(schedule_svg(drawn), encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"cannot write the picture to {path}: {error.strerror}") from None
+    write_picture(path, schedule_svg(drawn))
     print(f"{title(drawn)}, where 1 is the forward pass of the stage with the most work; drawn in {path}")
 
 

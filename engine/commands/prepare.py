@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 
+from corpus_tools.outputs import output_prefix
+from corpus_tools.parts import Counts
 from corpus_tools.prepare import prepare
-from corpus_tools.shards import shard_prefix
 from engine.errors import RequestError
 from engine.hints import hint
 
@@ -15,10 +17,10 @@ def _shard(text: str | None) -> tuple[int, int] | None:
     """`3/16` -> (3, 16)."""
     if text is None:
         return None
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal()):
-        raise RequestError(f"--shard {text}: write K/N, such as 0/16")
-    return int(index), int(count)
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if not found:
+        raise RequestError(f"--shard {text[:80]}: write K/N, such as 0/16")
+    return int(found[1]), int(found[2])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,8 +36,15 @@ def run(args: argparse.Namespace) -> int:
         append_eod=args.append_eod,
         backend=args.backend,
         shard=shard,
+        overwrite=args.overwrite,
     )
-    seconds = time.monotonic() - start
+    if not counts.was_there:
+        _report(counts, time.monotonic() - start)
+    print(hint("data", "inspect", output_prefix(args.output, shard)))
+    return 0
+
+
+def _report(counts: Counts, seconds: float) -> None:
     print(
         f"{counts.documents:,} documents, {counts.text_bytes:,} bytes of text -> {counts.tokens:,} tokens "
         f"({counts.text_bytes / max(1, counts.tokens):.2f} bytes per token) in {seconds:.1f} s, "
@@ -47,5 +56,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"{counts.skipped_records:,} unusable records were skipped, such as:")
         for example in counts.skipped_examples:
             print(f"  {example}")
-    print(hint("data", "inspect", args.output if shard is None else shard_prefix(args.output, *shard)))
-    return 0

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from shutil import get_terminal_size
 
-from engine.errors import RequestError
 from engine.hints import hint
 from engine.report.schedule_picture import number, schedule_grid, schedule_svg, title
 from engine.schedules.lowering import lower
 from engine.schedules.simulate import Costs, Timeline, simulate
 from engine.schedules.table import build_schedule, default_num_chunks, schedule_names
+from engine.writing import write_picture
 
 
 def run(args: Namespace) -> int:
@@ -28,7 +28,7 @@ def run(args: Namespace) -> int:
     costs = Costs(args.cost_forward, args.cost_backward, args.cost_weight, args.cost_comm)
     timeline = simulate(schedule, costs)
     if args.svg:
-        _write(Path(args.svg), schedule_svg(timeline))
+        write_picture(Path(args.svg), schedule_svg(timeline))
     if args.json:
         print(json.dumps(_as_json(timeline), indent=1))
         return 0
@@ -70,11 +70,3 @@ def _next(timeline: Timeline) -> str:
                     schedule.num_microbatches)
     return (f"next: train with one of them: parallel.pipeline={schedule.num_stages} parallel.schedule={schedule.name} "
             f"parallel.virtual_stages={schedule.num_chunks}")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"cannot write the picture to {path}: {error.strerror}") from error

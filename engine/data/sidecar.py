@@ -111,7 +111,12 @@ def describe_file(path: str | os.PathLike[str]) -> FileInfo:
 
 
 def make_sidecar(
-    prefix: str | os.PathLike[str], tokenizer: TokenizerInfo, num_documents: int, num_tokens: int, dtype: str
+    prefix: str | os.PathLike[str],
+    tokenizer: TokenizerInfo,
+    num_documents: int,
+    num_tokens: int,
+    dtype: str,
+    made_from: str | None = None,
 ) -> Sidecar:
     """The side file for a finished corpus: its counts as given, its files hashed."""
     return Sidecar(
@@ -120,4 +125,5 @@ def make_sidecar(
         num_tokens,
         dtype,
         {suffix: describe_file(f"{os.fspath(prefix)}{suffix}") for suffix in SUFFIXES},
+        made_from,
     )

@@ -20,6 +20,7 @@ from engine.report.charts import STYLE, Chart, Series, line_chart, moving_median
 from engine.report.layout_picture import layout_picture
 from engine.report.runs import Run
 from engine.schedules.table import build_schedule
+from engine.writing import write_picture
 
 PAGE_STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --muted: #667085; --edge: #e3e7ee; --paper: #ffffff;
@@ -188,9 +189,8 @@ def write_report(runs: Sequence[Run], page: Path, pictures: Path) -> list[Path]:
     files = {page: _page(runs, drawn)} | {pictures / f"{name}.svg": standalone(svg) for name, svg in drawn.items()}
     if len(runs) == 1 and (layout := layout_svg(runs[0].config)):
         files[pictures / "layout.svg"] = standalone(layout)
-    pictures.mkdir(parents=True, exist_ok=True)
     for path, text in files.items():
-        path.write_text(text, encoding="utf-8")
+        write_picture(path, text)
     return list(files)
 
 

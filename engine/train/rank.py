@@ -20,7 +20,8 @@ from engine.kernels.table import describe
 from engine.train.corpora import Corpora
 from engine.train.journal import Journal
 from engine.train.loop import Trainer
-from engine.train.run_folder import CONFIG_FILE, DOCTOR_FILE, locked, write_whole, writing
+from engine.train.run_folder import CONFIG_FILE, DOCTOR_FILE, locked, writing
+from engine.writing import write_whole
 
 
 def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | None, doctor_report: str,
@@ -45,9 +46,9 @@ def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | N
             try:
                 if mesh.rank == 0:
                     with writing(directory):
-                        write_whole(directory / CONFIG_FILE, config.dump())
                         report = [doctor_report, "\nOperations of this run", *describe(trainer.state.model.operations)]
-                        write_whole(directory / DOCTOR_FILE, "\n".join(report) + "\n")
+                        write_whole(directory / DOCTOR_FILE, "\n".join(report) + "\n")   # first: the sign of a run
+                        write_whole(directory / CONFIG_FILE, config.dump())
                     for note in (_about(mesh.device, config), *notes):
                         trainer.journal.note(note)
                     if not exclusive:

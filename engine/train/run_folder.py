@@ -33,8 +33,11 @@ def locked(run_dir: Path) -> Iterator[bool]:
     """Creates the folder and keeps other runs out of it; yields False where its file system has no locks.
 
     Raises:
-        RequestError: another run holds it, or it cannot be written.
+        RequestError: another run holds it, it cannot be written, or it holds a configuration that no run wrote there.
     """
+    if (run_dir / CONFIG_FILE).exists() and not (run_dir / DOCTOR_FILE).exists():
+        raise RequestError(f"run.dir {run_dir} holds a {CONFIG_FILE} that no run wrote, and a run would replace it: "
+                           "choose another run.dir")
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         file = open(run_dir / LOCK_FILE, "ab+", buffering=0)
@@ -76,17 +79,6 @@ def require_at_home(config_file: Path, run_dir: Path, given: bool) -> None:
     if recorded and not given and home.resolve() != run_dir.resolve():
         raise RequestError(f"{config_file} is the record of the run in {home}, and says that it is in {run_dir}: to go "
                            f"on here, add run.dir={home}; for another run, run.dir=SOMEWHERE")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is complete or, where the disk is full, as it was before."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def _take(descriptor: int, run_dir: Path) -> bool:

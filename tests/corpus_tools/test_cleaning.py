@@ -336,7 +336,8 @@ def test_fasttext_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _arguments(**changes: Any) -> argparse.Namespace:
     defaults = {"action": "clean", "files": [], "output": None, "rules": None, "print_rules": False, "examples": 5,
-                "decontaminate": [], "workers": 1, "field": "text", "on_error": "stop"}  # fmt: skip
+                "decontaminate": [], "workers": 1, "field": "text", "on_error": "stop",
+                "overwrite": False}  # fmt: skip
     return argparse.Namespace(**{**defaults, **changes})
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -242,7 +243,7 @@ def test_side_files_are_no_input(tmp_path: Path) -> None:
 def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("ab", "cd"):  # the second time nothing of the first may be taken for it
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(_json_lines([text]))))
-        prepare(["-"], "bytes", tmp_path / "out", workers=1)
+        prepare(["-"], "bytes", tmp_path / "out", workers=1, overwrite=True)
         assert _documents(tmp_path / "out") == [[*text.encode(), 256]]
 
 
@@ -327,14 +328,14 @@ def test_the_first_bad_record_is_reported_with_many_workers(tmp_path: Path, monk
 def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = _write(tmp_path / "a.jsonl", ["text"])
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"cannot write .*file/out: Not a directory"):
+    with pytest.raises(RequestError, match=r"cannot write .*file/out: Not a directory"):
         prepare([file], "bytes", tmp_path / "file" / "out", workers=1)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("engine.data.indexed.IndexedWriter.add_documents", full)
-    with pytest.raises(DataError, match=r"cannot write .*out: No space left on device"):
+    with pytest.raises(RequestError, match=r"cannot write .*out: No space left on device"):
         prepare([file], "bytes", tmp_path / "out", workers=1)
     assert not (tmp_path / "out.idx").exists()
 
@@ -472,7 +473,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.jsonl").write_bytes(_json_lines(["one", "", "two"]) + b"{\n")
     arguments = argparse.Namespace(
         files=[str(tmp_path / "a.jsonl")], tokenizer="bytes", output=str(tmp_path / "sub" / "out"), workers=None,
-        field="text", on_error="skip", append_eod=True, backend="auto", shard=None,
+        field="text", on_error="skip", append_eod=True, backend="auto", shard=None, overwrite=False,
     )  # fmt: skip
     assert command.run(arguments) == 0
     printed = capsys.readouterr().out
@@ -488,11 +489,15 @@ def test_shards_merge_into_what_one_run_writes(model: str, tmp_path: Path, capsy
         prepare(files, model, tmp_path / "web", workers=1, shard=(index, 3))
     shards = sorted(tmp_path.glob("web-*"))
     assert [path.name for path in shards if path.suffix == ".bin"] == [f"web-0000{i}-of-00003.bin" for i in range(3)]
-    arguments = argparse.Namespace(action="merge", target=list(map(str, shards)), output=str(tmp_path / "merged"))
+    names = list(map(str, shards))
+    arguments = argparse.Namespace(action="merge", target=names, output=str(tmp_path / "merged"), overwrite=False)
     assert data_command.run(arguments) == 0
     assert "3 corpora, 26 documents" in capsys.readouterr().out
     prepare(files, model, tmp_path / "whole", workers=1)
-    assert _bytes(tmp_path / "merged") == _bytes(tmp_path / "whole")
+    assert _bytes(tmp_path / "merged")[:2] == _bytes(tmp_path / "whole")[:2]
+    merged, whole = Sidecar.read(tmp_path / "merged"), Sidecar.read(tmp_path / "whole")
+    assert merged is not None and whole is not None
+    assert replace(merged, made_from=whole.made_from) == whole
 
 
 def test_shards_that_cannot_be(tmp_path: Path) -> None:

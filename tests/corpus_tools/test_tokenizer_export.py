@@ -176,8 +176,9 @@ def test_gigatoken_gives_the_same_ids(model: Path, hf_folder: Path) -> None:
 def test_train_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("\n".join(english_texts(3)), encoding="utf-8")
     arguments = argparse.Namespace(
-        action="train", files=[str(tmp_path / "a.txt")], field="text", vocab_size=500, output=str(tmp_path / "t.model")
-    )
+        action="train", files=[str(tmp_path / "a.txt")], field="text", vocab_size=500,
+        output=str(tmp_path / "t.model"), overwrite=False
+    )  # fmt: skip
     assert command.run(arguments) == 0
     assert load_tokenizer(tmp_path / "t.model").vocab_size == 500
     assert capsys.readouterr().out.splitlines()[-1].startswith("next: octant prepare")

@@ -42,7 +42,8 @@ def _load(path: Path) -> SentencePieceTokenizer:
 
 @pytest.mark.parametrize("only", ["han", "all"])
 def test_union_of_pieces(folder: Path, only: str) -> None:
-    plan = extend_tokenizer(folder / "en.model", folder / "zh.model", folder / f"{only}.model", only=only)
+    output = folder / f"{only}.model"
+    plan = extend_tokenizer(folder / "en.model", folder / "zh.model", output, only=only, overwrite=True)
     old, other, merged = (read_model(folder / f"{name}.model") for name in ("en", "zh", only))
     old_texts = [piece.text for piece in old.pieces]
     wanted = {piece.text for piece in other.pieces if piece.type == 1 and (only == "all" or HAN.search(piece.text))}
@@ -57,7 +58,7 @@ def test_union_of_pieces(folder: Path, only: str) -> None:
 
 
 def test_english_is_cut_as_before_and_chinese_shorter(folder: Path) -> None:
-    extend_tokenizer(folder / "en.model", folder / "zh.model", folder / "han.model")
+    extend_tokenizer(folder / "en.model", folder / "zh.model", folder / "han.model", overwrite=True)
     old, new = _load(folder / "en.model"), _load(folder / "han.model")
     lines = [line for text in english_texts() for line in text.split("\n") if not HAN.search(line)]
     assert len(lines) > 10_000
@@ -69,14 +70,14 @@ def test_english_is_cut_as_before_and_chinese_shorter(folder: Path) -> None:
 
 @pytest.mark.parametrize("only", ["han", "all"])
 def test_verify_the_extended_model(folder: Path, only: str) -> None:
-    extend_tokenizer(folder / "en.model", folder / "zh.model", folder / f"{only}.model", only=only)
+    extend_tokenizer(folder / "en.model", folder / "zh.model", folder / f"{only}.model", only=only, overwrite=True)
     report = verify_tokenizer(_load(folder / f"{only}.model"), [*english_texts(3), *chinese_texts(20)])
     assert report.differences == 0, report.text()
 
 
 def test_rows_are_means_of_the_pieces_replaced(folder: Path) -> None:
     torch = pytest.importorskip("torch")
-    plan = extend_tokenizer(folder / "en.model", folder / "zh.model", folder / "han.model")
+    plan = extend_tokenizer(folder / "en.model", folder / "zh.model", folder / "han.model", overwrite=True)
     old = _load(folder / "en.model")
     by_piece = {row.piece: row for row in plan.rows}
     assert [old.model.pieces[i].text for i in by_piece["的"].replaces] == ["<0xE7>", "<0x9A>", "<0x84>"]
@@ -95,7 +96,7 @@ def test_rows_are_means_of_the_pieces_replaced(folder: Path) -> None:
 
 def test_unreachable_pieces_are_named(folder: Path) -> None:
     """No text is cut into them, and each of the others is what some text is cut into when it stands alone."""
-    plan = extend_tokenizer(folder / "en.model", folder / "zh.model", folder / "han.model")
+    plan = extend_tokenizer(folder / "en.model", folder / "zh.model", folder / "han.model", overwrite=True)
     new = _load(folder / "han.model")
     texts = {row.id: row.piece for row in plan.rows}
     produced = {i for text in [*chinese_texts(200), *texts.values()] for i in new.encode(text)}
@@ -110,7 +111,7 @@ def test_unreachable_pieces_are_named(folder: Path) -> None:
 def test_command_writes_model_and_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = argparse.Namespace(
         action="extend", model=str(folder / "en.model"), with_model=str(folder / "zh.model"), only="han",
-        output=str(folder / "by_command.model"),
+        output=str(folder / "by_command.model"), overwrite=False,
     )  # fmt: skip
     assert command.run(arguments) == 0
     plan = ExpansionPlan.from_json(json.loads((folder / "by_command.plan.json").read_text(encoding="utf-8")))
@@ -121,11 +122,11 @@ def test_command_writes_model_and_plan(folder: Path, capsys: pytest.CaptureFixtu
 
 def test_a_base_that_is_not_bpe_is_refused(folder: Path) -> None:
     with pytest.raises(RequestError, match="not a BPE model"):
-        extend_tokenizer(folder / "zh.model", folder / "en.model", folder / "no.model")
+        extend_tokenizer(folder / "zh.model", folder / "en.model", folder / "no.model", overwrite=True)
 
 
 def test_the_model_file_stays_one_message_per_section(folder: Path) -> None:
     """Readers that don't merge repeated sections, as protobuf does, must see the whole trainer section."""
-    extend_tokenizer(folder / "en.model", folder / "zh.model", folder / "han.model")
+    extend_tokenizer(folder / "en.model", folder / "zh.model", folder / "han.model", overwrite=True)
     old, new = (parse_model((folder / f"{name}.model").read_bytes()) for name in ("en", "han"))
     assert (new.model_type, new.byte_fallback, new.charsmap) == (old.model_type, old.byte_fallback, old.charsmap)

@@ -58,7 +58,7 @@ def test_alone_it_prints_the_summary(capsys: pytest.CaptureFixture[str]) -> None
     (["--explain-rank", "2048"], "there is no rank 2048"),
     (["--explain-rank", "0", "--gpus", "100"], "does not make world size 100"),
     (["--explain-rank", "0", "--gpus", "0"], "does not make world size 0"),
-    (["--schedule-svg", "/dev/null/x.svg"], "cannot write the picture to /dev/null/x.svg"),
+    (["--schedule-svg", "/dev/null/x.svg"], "cannot write /dev/null/x.svg"),
     (["parallel.tenser=2", "--explain-rank", "0"], "did you mean `tensor`?"),
 ])
 def test_wrong_requests(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,7 @@ def test_the_command_draws_and_names_the_next_one(tmp_path: Path, capsys: pytest
     ("zb-v --stages 2 --microbatches 4 --chunks 3", "(it is 3)"),
     ("1f1b --stages 0 --microbatches 4", "stages = 0"),
     ("1f1b --stages 2 --microbatches 4 --cost-forward -1", "cost of forward = -1.0"),
-    ("1f1b --stages 2 --microbatches 4 --svg /dev/null/x.svg", "cannot write the picture"),
+    ("1f1b --stages 2 --microbatches 4 --svg /dev/null/x.svg", "cannot write /dev/null/x.svg"),
 ])
 def test_a_wrong_request_ends_with_code_2(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["schedule", *arguments.split()]) == 2
