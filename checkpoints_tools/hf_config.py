@@ -48,7 +48,7 @@ class Family:
 
 
 SAME: Json = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu",
-              "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+              "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0}
 LAYERED: Json = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
                  "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
                  "max_window_layers": 28}
@@ -196,9 +196,9 @@ def _rope(found: Settings) -> tuple[float, Json | None]:
     if len(sections) == 2 and sections[0].values != sections[1].values:
         raise found.refuse("rope_scaling", f"and rope_parameters {shown(found.get('rope_parameters'))}: versions of "
                            "transformers differ in which of the two counts; remove the wrong one")
-    rope = Settings(found.path, {"rope_theta": 10000.0 if found.get("rope_theta") is None else found.get("rope_theta"),
-                                 **(sections[0].values if sections else {})})
-    theta, kind = rope.number("rope_theta"), rope.get("rope_type") or rope.get("type") or "default"
+    stated = sections[0].values if sections else {}
+    rope = Settings(found.path, {"rope_theta": found.get("rope_theta"), **stated})
+    theta, kind = rope.number("rope_theta"), stated.get("rope_type", stated.get("type", "default"))
     plain = kind == "default" or (kind == "linear" and rope.number("factor") == 1)
     if not (plain or kind == "llama3") or rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise CheckpointError(f"{found.path}: RoPE is of the kind {shown(kind)} ({shown(dict(rope.values))}); Octant "
@@ -210,9 +210,7 @@ def _rope(found: Settings) -> tuple[float, Json | None]:
         return theta, None
     whole = "original_max_position_embeddings"
     if found.get(whole) is not None or rope.get(whole) is None:         # beside the section, it counts more than in it
-        stated = found if found.get(whole) is not None else Settings(
-            found.path, {whole: found.get("max_position_embeddings")})
-        rope = Settings(found.path, {**rope.values, whole: stated.count(whole)})
+        rope = Settings(found.path, {**rope.values, whole: found.get(whole) or found.get("max_position_embeddings")})
     return theta, {"type": "llama3", "original_max_seq_len": rope.count(whole),
                    **{key: rope.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}}
 

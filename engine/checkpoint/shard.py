@@ -202,7 +202,9 @@ class ShardFile:
         if not 2 <= length <= min(HEADER_LIMIT, self.num_bytes - 8):
             raise ValueError(f"a header of {length:,} bytes in a file of {self.num_bytes:,}")
         header = parse_object(os.pread(descriptor, length, 8))
-        header.pop("__metadata__", None)
+        about = header.pop("__metadata__", {})
+        if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
+            raise ValueError(f"__metadata__ is {shown(about)}, not texts by name")
         base = 8 + length
         tensors = {name: _stored(name, info, base) for name, info in header.items()}
         stop = base
@@ -252,7 +254,7 @@ def _stored(name: str, info: Any, base: int) -> Stored:
     Raises:
         ValueError: the description makes no sense.
     """
-    described = info if isinstance(info, dict) else {}
+    described = info if isinstance(info, dict) and len(info) == 3 else {}
     kind, shape, offsets = described.get("dtype"), _sizes(described.get("shape")), _sizes(described.get("data_offsets"))
     if shape is None or offsets is None or len(offsets) != 2:
         raise ValueError(f"{shown(name)} is described by {shown(info)}")
