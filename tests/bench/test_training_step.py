@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.training_step import SIZES, octant_step, running_layout, transformers_step, with_torch_products
+from benchmarks.training_step import SIZES, TORCH_PRODUCTS, octant_step, running_layout, transformers_step
 from engine.distributed.mesh import single_mesh
 
 
 def test_steps_of_one_process_run() -> None:
     pytest.importorskip("transformers")
     config = SIZES["tiny"].config()
-    ours = octant_step(config, single_mesh())
-    ours()
-    with_torch_products(ours)()
+    octant_step(config, single_mesh())()
+    octant_step(config.with_changes(kernels=TORCH_PRODUCTS), single_mesh())()
     transformers_step(config)()
     transformers_step(config, fused=False)()
 

@@ -125,6 +125,7 @@ class Box:
             theirs.close()
             self.pipe = ours
             return
+        ours.close()                                         # so that it ends when whoever asks has ended
         try:
             self._serve(theirs)
         finally:
