@@ -31,9 +31,8 @@ from checkpoints_tools.archives import is_plain_tensor, load_archive
 from checkpoints_tools.output import divide
 from checkpoints_tools.recognise import TORCH_DIST, require_format
 from engine.checkpoint.manifest import DamagedCheckpoint
-from engine.checkpoint.read import subtract
 from engine.checkpoint.shard import Entry
-from engine.distributed.boxes import Box
+from engine.distributed.boxes import Box, subtract
 from engine.distributed.pieces import inside
 from engine.errors import CheckpointError
 from engine.reading import read_bytes, read_object, regular_size, shown

@@ -2,8 +2,8 @@
 
 The ranks meet in the directory that is being written:
 
-    every rank    writes `rank-00003.safetensors`, fsyncs it, then leaves `rank-00003.done` (what the file holds, its
-                  hash) or `rank-00003.failed` (why not)
+    every rank    writes `rank-00003.safetensors`, fsyncs it, then leaves `rank-00003.done` (its size and hash; what it
+                  holds was settled before) or `rank-00003.failed` (why not)
     first rank    waits for all of them.  All done: it writes the manifest, fsyncs the directory, renames it: committed.
                   One failed, or time is up: it renames the directory away and deletes it: withdrawn.
     other ranks   wait until the directory has gone from its writing name, and look whether it is the one
@@ -34,10 +34,10 @@ from engine.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
     StoredFile,
-    assemble_tensors,
     encode_manifest,
 )
-from engine.checkpoint.shard import CODES, Entry, WrittenFile, file_bytes, write_shard
+from engine.checkpoint.plan import Division
+from engine.checkpoint.shard import Entry, WrittenFile, file_bytes, write_shard
 
 POINTS = ("directory made", "shard created", "chunk written", "shard written", "shard synced", "rank done",
           "manifest written", "directory synced", "renamed", "pruned")
@@ -88,8 +88,8 @@ def begin(save: Save) -> None:
 
 
 def write_and_commit(save: Save, entries: Sequence[Entry], fetch: Callable[[Entry], torch.Tensor],
-                     metadata: dict[str, Any], pool: Executor) -> Pruned:
-    """Writes this rank's file and sees the save through.
+                     metadata: dict[str, Any], division: Division, pool: Executor) -> Pruned:
+    """Writes this rank's file and sees the save through; `division` says which file holds what.
 
     Returns:
         What was done to older checkpoints (first rank only).
@@ -112,7 +112,7 @@ def write_and_commit(save: Save, entries: Sequence[Entry], fetch: Callable[[Entr
         _await_outcome(save, inode)
         return Pruned()
     try:
-        _commit(save, _await_parts(save), metadata)
+        _commit(save, _await_parts(save), metadata, division)
     except Exception as error:
         _withdraw(save)
         raise SaveFailed(explain(error, save.writing, entries)) from error
@@ -137,10 +137,8 @@ def _write_part(save: Save, entries: Sequence[Entry], fetch: Callable[[Entry], t
     file: WrittenFile | None = None
     if entries:
         file = write_shard(save.file, entries, fetch, pool, save.on_point)
-    rows = [[e.key, CODES[e.dtype], e.global_shape, e.box.offset, e.box.size] for e in entries]
-    part = {"file": file and [file.name, file.num_bytes, file.sha256], "tensors": rows}
     unfinished = save.marker(save.rank, "unfinished")
-    unfinished.write_text(json.dumps(part))
+    unfinished.write_text(json.dumps(file and [file.name, file.num_bytes, file.sha256]))
     unfinished.rename(save.marker(save.rank, "done"))
     save.on_point("rank done")
 
@@ -152,8 +150,8 @@ def _remove_part(save: Save) -> None:
             leftover.unlink()
 
 
-def _await_parts(save: Save) -> list[dict[str, Any]]:
-    """The first rank waits for every rank's marker."""
+def _await_parts(save: Save) -> list[StoredFile]:
+    """The first rank waits for every rank's marker; the files written, by rank."""
     waiting = set(range(save.world_size))
     for _ in _patience(save.timeout_seconds, save.world_size):
         names = {entry.name for entry in os.scandir(save.writing)}
@@ -163,20 +161,18 @@ def _await_parts(save: Save) -> list[dict[str, Any]]:
             raise SaveFailed(reasons)
         waiting = {rank for rank in waiting if save.marker(rank, "done").name not in names}
         if not waiting:
-            return [json.loads(save.marker(rank, "done").read_text()) for rank in range(save.world_size)]
+            told = [json.loads(save.marker(rank, "done").read_text()) for rank in range(save.world_size)]
+            return [StoredFile(*file) for file in told if file]
     some = ", ".join(map(str, sorted(waiting)[:8])) + (", …" if len(waiting) > 8 else "")
     raise SaveFailed(f"{save.writing}: {len(waiting)} of {save.world_size} ranks (rank {some}) did not finish within "
                      f"{save.timeout_seconds:,.0f} s; do all nodes share this file system?")
 
 
-def _commit(save: Save, parts: Sequence[dict[str, Any]], metadata: dict[str, Any]) -> None:
+def _commit(save: Save, files: Sequence[StoredFile], metadata: dict[str, Any], division: Division) -> None:
     """Markers out, manifest in, fsync, rename."""
     for rank in range(save.world_size):
         save.marker(rank, "done").unlink()
-    written = [part for part in parts if part["file"]]
-    files = tuple(StoredFile(*part["file"]) for part in written)
-    manifest = Manifest(save.step, metadata, files, assemble_tensors([part["tensors"] for part in written]))
-    write_manifest(save.writing, manifest)
+    write_manifest(save.writing, Manifest(save.step, metadata, tuple(files), division.files))
     save.on_point("manifest written")
     sync_directory(save.writing)
     save.on_point("directory synced")

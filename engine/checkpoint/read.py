@@ -1,21 +1,19 @@
-"""Reading: any box of any tensor, whatever boxes it was saved in.
+"""Reading: any piece of any tensor, whatever pieces it was saved in.
 
-A wanted box is covered by intersecting it with the stored boxes; what the first one gives is taken off, the rest is
-looked for in the next, until nothing is left.  A stretch that is contiguous on both sides goes straight from the file
-into the tensor's memory; anything else is copied out of a memory map, so only the pages that hold wanted bytes are
-read.
+The manifest's ledger says which stored tiles a wanted box overlaps, and where (`engine.distributed.ledger`).  A stretch
+that is contiguous on both sides goes straight from the file into the tensor's memory; anything else is copied out of a
+memory map, so only the pages that hold wanted bytes are read.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,9 @@ import torch
 from engine.checkpoint.content_hash import hash_file
 from engine.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint, StoredTensor, decode_manifest
 from engine.checkpoint.shard import DTYPES, Entry, ShardFile, integer_type, memory_of
-from engine.distributed.boxes import Box
-from engine.distributed.pieces import Piece, inside
+from engine.distributed.boxes import Box, contiguous_in, flat_position, inside, strides_of
+from engine.distributed.ledger import cover
+from engine.distributed.pieces import Piece
 from engine.errors import CheckpointError
 
 READ_BYTES = 16 << 20           # one thread's share of a large contiguous read
@@ -44,13 +43,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class _Copy:
-    """`region` of a stored box goes to the same region of a tensor that holds `target_box`."""
+    """`region` of what a file holds goes to the same region of a piece."""
 
     file: int
     entry: Entry
     region: Box
-    target: torch.Tensor
-    target_box: Box
+    target: Piece
 
 
 class CheckpointReader:
@@ -59,29 +57,21 @@ class CheckpointReader:
     Args:
         path: the checkpoint's directory.
         threads: for reading and hashing; None: up to 4.
+        manifest: the bytes of its manifest, where somebody has read them already.
     """
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, manifest: bytes | None = None) -> None:
         """
         Raises:
             DamagedCheckpoint: the manifest is missing or not what was written.
             CheckpointError: there is no such directory, or its format is of another version.
         """
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: no such checkpoint")
-        try:
-            data = (self.path / MANIFEST_NAME).read_bytes()
-        except FileNotFoundError:
-            raise DamagedCheckpoint(f"{self.path}: {MANIFEST_NAME} is missing") from None
+        data = read_manifest(self.path) if manifest is None else manifest
         self.manifest = decode_manifest(data, self.path / MANIFEST_NAME)
-        for key, tensor in self.manifest.tensors.items():
-            if tensor.dtype not in DTYPES:
-                raise DamagedCheckpoint(f"{self.path}: {key} has the unknown type {tensor.dtype}")
         self._pool: Executor = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1),
                                                   thread_name_prefix="checkpoint-read")
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
-        self._corners: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def step(self) -> int:
@@ -110,8 +100,10 @@ class CheckpointReader:
         return DTYPES[self._stored(key).dtype]
 
     def boxes(self, key: str) -> tuple[Box, ...]:
-        """The boxes in which the tensor is stored."""
-        return self._stored(key).boxes
+        """The boxes in which the tensor is stored; those of a tile that is a flat range one by one."""
+        self._stored(key)
+        ledger = self.manifest.ledger
+        return tuple(box for tile in ledger.tiles_of(key) for box in ledger.boxes(tile))
 
     def read(self, key: str, box: Box | None = None) -> torch.Tensor:
         """A new CPU tensor with the values of `box`, or of the whole tensor.
@@ -121,8 +113,10 @@ class CheckpointReader:
         """
         shape = self.global_shape(key)
         box = Box.whole(shape) if box is None else box
+        if not inside(box, shape):
+            raise CheckpointError(f"{key} has the shape {list(shape)}; {box} leaves it")
         tensor = torch.empty(box.size, dtype=self.dtype(key))
-        self._run(self._cover(key, box, tensor))
+        self._run(self._cover(Piece(key, shape, box, tensor)))
         return tensor
 
     def load_into(self, pieces: Sequence[Piece], strict: bool = True, convert: bool = False) -> list[str]:
@@ -148,9 +142,11 @@ class CheckpointReader:
                 continue
             self._check(piece, convert)
             if piece.tensor.dtype == self.dtype(piece.key) and piece.tensor.device.type == "cpu":
-                direct += self._cover(piece.key, piece.box, piece.tensor)
+                direct += self._cover(piece)
             else:
-                piece.tensor.detach().copy_(self.read(piece.key, piece.box))
+                values = torch.empty(piece.tensor.shape, dtype=self.dtype(piece.key))
+                self._run(self._cover(replace(piece, tensor=values)))
+                piece.tensor.detach().copy_(values)
         self._run(direct)
         return missing
 
@@ -187,18 +183,24 @@ class CheckpointReader:
         if hash_file(path, self._pool, progress) != stored.sha256:
             return "the content has changed since it was written"
         file = ShardFile(path)
-        for entry in self._held[index]:
-            file.locate(entry)
+        order, edges = self._tiles_by_file
+        for tile in order[edges[index] : edges[index + 1]]:
+            file.locate(self._entry(int(tile)))
         return None
 
     @cached_property
-    def _held(self) -> dict[int, list[Entry]]:
-        """What the manifest says each file holds."""
-        held: dict[int, list[Entry]] = defaultdict(list)
-        for key, tensor in self.manifest.tensors.items():
-            for box, file in zip(tensor.boxes, tensor.files, strict=True):
-                held[file].append(Entry(key, tensor.shape, box, DTYPES[tensor.dtype]))
-        return held
+    def _tiles_by_file(self) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of the tiles in the order of their files, and where each file's begin."""
+        files = self.manifest.ledger.holders
+        order = np.argsort(files, kind="stable")
+        return order, np.searchsorted(files[order], np.arange(len(self.manifest.files) + 1))
+
+    def _entry(self, tile: int) -> Entry:
+        """What the file of a tile holds there."""
+        ledger = self.manifest.ledger
+        block = ledger.blocks[ledger.block[tile]]
+        return Entry(block.key, block.shape, block.box, getattr(torch, block.dtype), int(ledger.start[tile]),
+                     int(ledger.stop[tile]))
 
     def _stored(self, key: str) -> StoredTensor:
         if key not in self.manifest.tensors:
@@ -217,39 +219,17 @@ class CheckpointReader:
             raise CheckpointError(f"{piece.key} is {dtype} in {self.path}, {piece.tensor.dtype} here; "
                                   "a conversion would change values and was not asked for")
 
-    def _cover(self, key: str, box: Box, target: torch.Tensor) -> list[_Copy]:
-        """The copies that fill `target`, which holds `box`: boxes ∩ boxes."""
-        stored = self._stored(key)
-        if not inside(box, stored.shape):
-            raise CheckpointError(f"{key} has the shape {list(stored.shape)}; {box} leaves it")
+    def _cover(self, piece: Piece) -> list[_Copy]:
+        """The copies that fill a piece."""
+        ledger = self.manifest.ledger
         copies: list[_Copy] = []
-        left = [box] if box.num_elements else []
-        for index in self._touching(key, stored, box):
-            source, still_left = stored.boxes[index], []
-            for part in left:
-                region = part.intersect(source)
-                if region is None:
-                    still_left.append(part)
-                    continue
-                entry = Entry(key, stored.shape, source, DTYPES[stored.dtype])
-                copies.append(_Copy(stored.files[index], entry, region, target, box))
-                still_left += subtract(part, region)
-            left = still_left
-        if left:
-            raise CheckpointError(f"{self.path}: {sum(part.num_elements for part in left):,} elements of {key} "
-                                  f"are stored nowhere, such as {left[0]}")
+        for box, _ in piece.parts():
+            found, left = cover(ledger, piece.key, box)
+            if left:
+                raise CheckpointError(f"{self.path}: {sum(part.num_elements for part in left):,} elements of "
+                                      f"{piece.key} are stored nowhere, such as {left[0]}")
+            copies += [_Copy(int(ledger.holders[tile]), self._entry(tile), region, piece) for tile, region in found]
         return copies
-
-    def _touching(self, key: str, stored: StoredTensor, box: Box) -> Iterable[int]:
-        """Indices of the stored boxes that overlap `box`; a tensor may be stored in thousands."""
-        if key not in self._corners:
-            shape = (len(stored.boxes), len(stored.shape))
-            offsets = np.array([b.offset for b in stored.boxes], np.int64).reshape(shape)
-            self._corners[key] = offsets, offsets + np.array([b.size for b in stored.boxes], np.int64).reshape(shape)
-        starts, stops = self._corners[key]
-        box_start = np.array(box.offset, np.int64)
-        overlap = (np.maximum(starts, box_start) < np.minimum(stops, box_start + np.array(box.size, np.int64))).all(1)
-        return (int(index) for index in np.flatnonzero(overlap))
 
     def _run(self, copies: list[_Copy]) -> None:
         """Carries the copies out, file by file, spread over threads; few at a time, as each keeps a file open."""
@@ -263,13 +243,13 @@ class CheckpointReader:
             future.result()
 
     def _jobs(self, copy: _Copy) -> Iterator[Callable[[], None]]:
-        file = self._file(copy.file)
-        view = copy.target.detach()[copy.region.within(copy.target_box)]
-        if not (view.is_contiguous() and contiguous_in(copy.region, copy.entry.box)):
+        file, entry = self._file(copy.file), copy.entry
+        view = copy.target.view(copy.region).detach()
+        if not (view.is_contiguous() and contiguous_in(copy.region, entry.box)):
             yield partial(_copy_strided, file, copy, view)
             return
         memory = memory_of(view)
-        start = file.locate(copy.entry) + flat_position(copy.region, copy.entry.box) * copy.entry.dtype.itemsize
+        start = file.locate(entry) + (flat_position(copy.region, entry.box) - entry.start) * entry.dtype.itemsize
         for done in range(0, len(memory), READ_BYTES):
             yield partial(file.read_into, memory[done:done + READ_BYTES], start + done)
 
@@ -285,35 +265,24 @@ class CheckpointReader:
 
 def _copy_strided(file: ShardFile, copy: _Copy, view: torch.Tensor) -> None:
     """Bits move as integers of the same width: NumPy maps read-only memory, and has no bfloat16."""
-    source = file.array(copy.entry)[copy.region.within(copy.entry.box)]
-    same_width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[copy.entry.dtype.itemsize]
-    np.copyto(view.view(same_width).numpy().view(integer_type(copy.entry.dtype)), source)
+    entry, width = copy.entry, copy.entry.dtype.itemsize
+    flat = file.array(entry).reshape(-1)[flat_position(copy.region, entry.box) - entry.start :]
+    strides = tuple(step * width for step in strides_of(entry.box.size))
+    source = np.lib.stride_tricks.as_strided(flat, copy.region.size, strides, writeable=False)
+    same_width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+    np.copyto(view.view(same_width).numpy().view(integer_type(entry.dtype)), source)
 
 
-def contiguous_in(region: Box, outer: Box) -> bool:
-    """Is `region` one stretch of the row-major tensor that holds `outer`?
+def read_manifest(path: Path) -> bytes:
+    """The bytes of a checkpoint's manifest, as they are.
 
-    So it is if it takes single indices of the first dimensions, a range of the next, and all of the others.
+    Raises:
+        DamagedCheckpoint: it is missing.
+        CheckpointError: there is no such directory.
     """
-    widest = next((d for d, size in enumerate(region.size) if size > 1), len(region.size))
-    return region.size[widest + 1:] == outer.size[widest + 1:]
-
-
-def flat_position(region: Box, outer: Box) -> int:
-    """Position of the first element of `region` in the row-major tensor that holds `outer`."""
-    return sum((r - o) * prod(outer.size[d + 1:])
-               for d, (r, o) in enumerate(zip(region.offset, outer.offset, strict=True)))
-
-
-def subtract(box: Box, hole: Box) -> list[Box]:
-    """What remains of `box` without `hole`, which lies inside it: disjoint boxes, at most two per dimension."""
-    parts: list[Box] = []
-    for dim in range(len(box.size)):
-        before = hole.offset[dim] - box.offset[dim]
-        after = box.size[dim] - before - hole.size[dim]
-        if before:
-            parts.append(box.narrow(dim, 0, before))
-        if after:
-            parts.append(box.narrow(dim, before + hole.size[dim], after))
-        box = box.narrow(dim, before, hole.size[dim])
-    return parts
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        return (path / MANIFEST_NAME).read_bytes()
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path}: {MANIFEST_NAME} is missing") from None

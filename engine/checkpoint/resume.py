@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint.agree import Group, gather_json, rank_in, share_json, size_of
 from engine.checkpoint.folder import (
     checkpoints_at,
     committed_steps,
@@ -21,7 +20,8 @@ from engine.checkpoint.folder import (
     tidy,
 )
 from engine.checkpoint.manifest import DamagedCheckpoint
-from engine.checkpoint.read import CheckpointReader
+from engine.checkpoint.read import CheckpointReader, read_manifest
+from engine.distributed.agree import Group, gather_json, rank_in, share_bytes, share_json, size_of
 from engine.errors import CheckpointError
 
 Progress = Callable[[int], None]
@@ -82,7 +82,7 @@ def open_verified(path: Path, group: Group = None,
     """
     reader, problems, refusal = None, [], None
     try:
-        reader = CheckpointReader(path)
+        reader = CheckpointReader(path, manifest=_shared_manifest(path, group))
         share = rank_in(group), size_of(group)
         problems = [f"{problem.file}: {problem.what}" for problem in reader.verify(share, progress=progress)]
     except DamagedCheckpoint as error:
@@ -95,6 +95,28 @@ def open_verified(path: Path, group: Group = None,
             raise CheckpointError(f"rank {rank}: {verdict['refusal']}")
     found = list(dict.fromkeys(problem for verdict in verdicts for problem in verdict["problems"]))
     return (None if found else reader), found
+
+
+def _shared_manifest(path: Path, group: Group) -> bytes:
+    """Read by the first rank and sent on: thousands of ranks need not all fetch it from the file system.
+
+    Raises:
+        DamagedCheckpoint, CheckpointError: on every rank, what the first has found.
+    """
+    data, damaged, refused = b"", None, None
+    if rank_in(group) == 0:
+        try:
+            data = read_manifest(path)
+        except DamagedCheckpoint as error:
+            damaged = str(error)
+        except (CheckpointError, OSError) as error:
+            refused = str(error)
+    damaged, refused = share_json([damaged, refused], group)
+    if damaged is not None:
+        raise DamagedCheckpoint(damaged)
+    if refused is not None:
+        raise CheckpointError(refused)
+    return share_bytes(data, group)
 
 
 def open_checkpoint(path: Path, progress: Progress | None = None, group: Group = None) -> CheckpointReader:

@@ -25,15 +25,12 @@ import numpy as np
 import torch
 
 from engine.checkpoint.content_hash import TreeHash, chunks_of, hash_segments
-from engine.checkpoint.manifest import DamagedCheckpoint
+from engine.checkpoint.manifest import NAMES, DamagedCheckpoint
 from engine.distributed.boxes import Box
-from engine.distributed.pieces import tensor_name
+from engine.distributed.pieces import Piece, tensor_name
 from engine.reading import parse_object, regular_size, require_fetched, shown
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in NAMES.items()}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 64
 HEADER_LIMIT = 100 << 20            # what the safetensors library accepts
@@ -43,20 +40,38 @@ SEGMENT_LIMIT = 1024                # IOV_MAX: buffers in one writev
 
 @dataclass(frozen=True)
 class Entry:
-    """A box that a file holds or will hold."""
+    """What a file holds or will hold: a box, or the flat range [start, stop) of one; `stop` None: to its end."""
 
     key: str
     global_shape: tuple[int, ...]
     box: Box
     dtype: torch.dtype
+    start: int = 0
+    stop: int | None = None
 
     @property
     def name(self) -> str:
-        return tensor_name(self.key, self.box)
+        return tensor_name(self.key, self.box, self.start, self.stop)
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Shape of the tensor in the file."""
+        if self.start == 0 and self.stop in (None, self.box.num_elements):
+            return self.box.size
+        return (self.num_elements,)
+
+    @property
+    def num_elements(self) -> int:
+        return (self.box.num_elements if self.stop is None else self.stop) - self.start
 
     @property
     def num_bytes(self) -> int:
-        return self.box.num_elements * self.dtype.itemsize
+        return self.num_elements * self.dtype.itemsize
+
+
+def entry_of(piece: Piece) -> Entry:
+    """What a file holds when it holds this piece."""
+    return Entry(piece.key, tuple(piece.global_shape), piece.box, piece.tensor.dtype, piece.start, piece.stop)
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,7 @@ def encode_header(entries: Sequence[Entry]) -> bytes:
             raise TypeError(f"{entry.key}: tensors of type {entry.dtype} cannot be saved; cast it to one of "
                             f"{', '.join(str(d) for d in CODES)}")
         stop = start + entry.num_bytes
-        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.box.size), "data_offsets": [start, stop]}
+        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.size), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
@@ -121,8 +136,8 @@ def write_shard(path: Path, entries: Sequence[Entry], fetch: Callable[[Entry], t
         yield memoryview(encode_header(ordered))
         for entry in ordered:
             tensor = fetch(entry)
-            if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.box.size:
-                raise TypeError(f"{entry.name}: planned {entry.dtype} {entry.box.size}, "
+            if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.size:
+                raise TypeError(f"{entry.name}: planned {entry.dtype} {entry.size}, "
                                 f"got {tensor.dtype} {tuple(tensor.shape)}")
             yield tensor_bytes(tensor)
 
@@ -225,9 +240,9 @@ class ShardFile:
         found = self.tensors.get(entry.name)
         if found is None:
             raise DamagedCheckpoint(f"{self.path}: holds no {entry.name}")
-        if found.dtype != entry.dtype or found.shape != entry.box.size:
+        if found.dtype != entry.dtype or found.shape != entry.size:
             raise DamagedCheckpoint(f"{self.path}: {entry.name} is {found.dtype} {found.shape}, not {entry.dtype} "
-                                    f"{entry.box.size}")
+                                    f"{entry.size}")
         return found.start
 
     def read_into(self, memory: memoryview, start: int) -> None:
@@ -244,8 +259,8 @@ class ShardFile:
         start = self.locate(entry)
         if self._map is None:
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        flat = np.frombuffer(self._map, integer_type(entry.dtype), entry.box.num_elements, start)
-        return flat.reshape(entry.box.size)
+        flat = np.frombuffer(self._map, integer_type(entry.dtype), entry.num_elements, start)
+        return flat.reshape(entry.size)
 
 
 def _stored(name: str, info: Any, base: int) -> Stored:

@@ -15,12 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.checkpoint.commit import write_manifest
 from engine.checkpoint.folder import leftover_path, make_directory, publish, sync_directory
-from engine.checkpoint.manifest import Manifest, StoredFile, assemble_tensors
-from engine.checkpoint.shard import CODES, Entry, file_bytes, write_shard
+from engine.checkpoint.manifest import Manifest, StoredFile
+from engine.checkpoint.shard import Entry, file_bytes, write_shard
+from engine.distributed.ledger import Block, Ledger
 from engine.errors import CheckpointError
 
 BOX_BYTES = 256 << 20           # larger boxes are cut, which bounds memory
@@ -46,7 +48,7 @@ def write_checkpoint(path: Path, step: int, metadata: dict[str, Any], files: Seq
     try:
         make_directory(writing)
         with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
-            manifest = Manifest(step, metadata, *_write_files(writing, files, fetch, pool))
+            manifest = _write_files(writing, step, metadata, files, fetch, pool)
         write_manifest(writing, manifest)
         sync_directory(writing)
         publish(writing, path, save_id)
@@ -58,14 +60,28 @@ def write_checkpoint(path: Path, step: int, metadata: dict[str, Any], files: Seq
     return path
 
 
-def _write_files(writing: Path, files: Sequence[Sequence[Entry]], fetch: Callable[[Entry], torch.Tensor],
-                 pool: ThreadPoolExecutor) -> tuple[tuple[StoredFile, ...], dict[str, Any]]:
-    rows = [[[e.key, CODES.get(e.dtype), e.global_shape, e.box.offset, e.box.size] for e in entries]
-            for entries in files]
-    tensors = assemble_tensors(rows)                # before hours of writing
+def _write_files(writing: Path, step: int, metadata: dict[str, Any], files: Sequence[Sequence[Entry]],
+                 fetch: Callable[[Entry], torch.Tensor], pool: ThreadPoolExecutor) -> Manifest:
+    ledger = ledger_of(files)                       # before hours of writing
     written = [write_shard(writing / f"rank-{index:05d}.safetensors", entries, fetch, pool, lambda _: None)
                for index, entries in enumerate(files)]
-    return tuple(StoredFile(file.name, file.num_bytes, file.sha256) for file in written), tensors
+    return Manifest(step, metadata, tuple(StoredFile(file.name, file.num_bytes, file.sha256) for file in written),
+                    ledger)
+
+
+def ledger_of(files: Sequence[Sequence[Entry]]) -> Ledger:
+    """Who holds what, from the list of what each file holds.
+
+    Raises:
+        ValueError: files disagree about a tensor, or together do not hold all of it.
+    """
+    catalogues = [[Block(e.key, str(e.dtype).removeprefix("torch."), tuple(e.global_shape), e.box) for e in entries]
+                  for entries in files]
+    ranges = [np.array([(e.start, e.start + e.num_elements) for e in entries], np.int64).reshape(-1, 2)
+              for entries in files]
+    ledger = Ledger.of(catalogues, list(enumerate(ranges)))
+    ledger.require_all("the files")
+    return ledger
 
 
 def spread(entries: Iterable[Entry], num_files: int) -> list[list[Entry]]:

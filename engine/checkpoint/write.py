@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.agree import Group, rank_in, size_of
 from engine.checkpoint.commit import Save, SaveFailed, begin, explain, write_and_commit
 from engine.checkpoint.folder import checkpoint_name, tidy
-from engine.checkpoint.plan import Agreement, Planner
-from engine.checkpoint.shard import Entry, file_bytes
+from engine.checkpoint.plan import Agreement, Division, Planner
+from engine.checkpoint.shard import Entry, entry_of, file_bytes
 from engine.checkpoint.staging import Staging
+from engine.distributed.agree import Group, rank_in, size_of
 from engine.distributed.pieces import Piece
 from engine.errors import CheckpointError
 
@@ -139,10 +139,10 @@ class CheckpointWriter:
             self._reports.append(_timed(replace(report, error=reason), start, stalled=True))
             return
         mine = [pieces[index] for index in agreement.mine]
-        entries = [Entry(p.key, p.global_shape, p.box, p.tensor.dtype) for p in mine]
+        entries = [entry_of(piece) for piece in mine]
         tensors = [p.tensor for p in mine]
         if not self._asynchronous:
-            report = self._write(attempt, entries, _source_of(entries, tensors), metadata, report)
+            report = self._write(attempt, entries, _source_of(entries, tensors), metadata, agreement.division, report)
             self._reports.append(_timed(report, start, stalled=True))
             return
         try:
@@ -152,7 +152,7 @@ class CheckpointWriter:
         report = _timed(report, start, stalled=True)
 
         def write() -> None:
-            written = self._write(attempt, entries, fetch, metadata, report)
+            written = self._write(attempt, entries, fetch, metadata, agreement.division, report)
             self._reports.append(_timed(written, start, stalled=False))
 
         self._thread = threading.Thread(target=write, name=f"checkpoint-{step}", daemon=True)
@@ -196,9 +196,9 @@ class CheckpointWriter:
                     self._timeout_seconds, self._on_point)
 
     def _write(self, attempt: Save, entries: Sequence[Entry], fetch: Source,
-               metadata: dict[str, Any], report: SaveReport) -> SaveReport:
+               metadata: dict[str, Any], division: Division, report: SaveReport) -> SaveReport:
         try:
-            pruned = write_and_commit(attempt, entries, fetch, metadata, self._pool)
+            pruned = write_and_commit(attempt, entries, fetch, metadata, division, self._pool)
         except SaveFailed as error:
             return replace(report, error=str(error))
         return replace(report, path=attempt.final, num_bytes=file_bytes(entries), removed=pruned.removed,

@@ -75,7 +75,7 @@ def _inspect(args: argparse.Namespace) -> int:
             "path": str(reader.path), "step": reader.step, "bytes": manifest.num_bytes, "metadata": reader.metadata,
             "files": [{"name": f.name, "bytes": f.num_bytes, "sha256": f.sha256} for f in manifest.files]}
         if args.tensors:
-            report["tensors"] = {key: {"dtype": t.dtype, "shape": t.shape, "boxes": len(t.boxes)}
+            report["tensors"] = {key: {"dtype": t.dtype, "shape": t.shape, "boxes": t.num_parts}
                                  for key, t in manifest.tensors.items()}
         _print_json(report)
         return 0
@@ -89,7 +89,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.tensors:
         for key, tensor in manifest.tensors.items():
             shape = "×".join(map(str, tensor.shape)) or "scalar"
-            print(f"  {tensor.dtype:<8} {shape:<20} {len(tensor.boxes):>5} boxes  {key}")
+            print(f"  {tensor.dtype:<8} {shape:<20} {tensor.num_parts:>5} parts  {key}")
     print(hint("checkpoint", "verify", reader.path))
     return 0
 

@@ -8,7 +8,7 @@ What a rank holds of a parameter is a list of boxes:
   tensor: an incomplete first row, the complete rows, an incomplete last row, and so on inward.
 
 Moving state from any layout to any other is then one algorithm: intersect the boxes at the source with the boxes at the
-destination and copy the overlaps.  This module is pure arithmetic and imports nothing.
+destination and copy the overlaps (`ledger`).  This module is pure arithmetic and imports nothing.
 """
 
 from __future__ import annotations
@@ -94,3 +94,43 @@ def _range_boxes(box: Box, dim: int, start: int, stop: int, origin: int) -> list
 def _inner(box: Box, dim: int, row: int, start: int, stop: int, stride: int, origin: int) -> list[tuple[Box, int]]:
     base = row * stride
     return _range_boxes(box.narrow(dim, row, 1), dim + 1, start - base, stop - base, origin - base)
+
+
+def strides_of(size: tuple[int, ...]) -> tuple[int, ...]:
+    """How far apart neighbours lie along each dimension of a row-major tensor."""
+    return tuple(prod(size[dim + 1:]) for dim in range(len(size)))
+
+
+def flat_position(region: Box, outer: Box) -> int:
+    """Position of the first element of `region` in the row-major tensor that holds `outer`."""
+    return sum((r - o) * stride for r, o, stride in
+               zip(region.offset, outer.offset, strides_of(outer.size), strict=True))
+
+
+def contiguous_in(region: Box, outer: Box) -> bool:
+    """Is `region` one stretch of the row-major tensor that holds `outer`?
+
+    So it is if it takes single indices of the first dimensions, a range of the next, and all of the others.
+    """
+    widest = next((d for d, size in enumerate(region.size) if size > 1), len(region.size))
+    return region.size[widest + 1:] == outer.size[widest + 1:]
+
+
+def subtract(box: Box, hole: Box) -> list[Box]:
+    """What remains of `box` without `hole`, which lies inside it: disjoint boxes, at most two per dimension."""
+    parts: list[Box] = []
+    for dim in range(len(box.size)):
+        before = hole.offset[dim] - box.offset[dim]
+        after = box.size[dim] - before - hole.size[dim]
+        if before:
+            parts.append(box.narrow(dim, 0, before))
+        if after:
+            parts.append(box.narrow(dim, before + hole.size[dim], after))
+        box = box.narrow(dim, before, hole.size[dim])
+    return parts
+
+
+def inside(box: Box, shape: tuple[int, ...]) -> bool:
+    """Does `box` lie within a tensor of `shape`?"""
+    return (len(box.offset) == len(box.size) == len(shape)
+            and all(0 <= o and 0 <= s and o + s <= n for o, s, n in zip(box.offset, box.size, shape, strict=True)))

@@ -113,9 +113,8 @@ class ParallelModel:
 
     def shards(self, prefix: str, vectors: Sequence[Tensor]) -> list[Piece]:
         """What vectors laid out like the buckets' shards (masters, moments) hold of each parameter; the live ones."""
-        return [Piece(f"{prefix}.{spec.name}", spec.shape, box, view)
-                for bucket, vector in zip(self.buckets, vectors, strict=True)
-                for spec, box, view in bucket.boxes(vector) if box.num_elements]
+        return [piece for bucket, vector in zip(self.buckets, vectors, strict=True)
+                for piece in bucket.pieces(prefix, vector)]
 
     def weights(self) -> list[Piece]:
         """This rank's part of the weights that the layers use; the tensors are the live ones, padding left out.
@@ -126,7 +125,7 @@ class ParallelModel:
             return self.shards("model", [bucket.param_shard for bucket in self.buckets])
         once = dict.fromkeys(parameter for chunk in self.chunks.values() for parameter in chunk.parameters())
         return [Piece(f"model.{spec.name}", spec.shape, spec.box, parameter.detach()[Box.whole(spec.box.size).slices])
-                for parameter, spec in ((parameter, spec_of(parameter)) for parameter in once) if spec.box.num_elements]
+                for parameter, spec in ((parameter, spec_of(parameter)) for parameter in once)]
 
     def publish(self) -> None:
         """Makes the masters, all shards of them, the weights that the layers use."""

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.checkpoint.agree import Group, rank_in
 from engine.checkpoint.compatibility import require_compatible
 from engine.checkpoint.folder import CHECKPOINTS
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import find_latest, open_checkpoint
 from engine.config import Config
 from engine.data.skipping import require_same_past
+from engine.distributed.agree import Group, rank_in
 from engine.errors import CheckpointError
 from engine.train.corpora import Corpora
 from engine.train.run_folder import begin_another_line

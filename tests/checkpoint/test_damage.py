@@ -19,7 +19,7 @@ from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import find_latest, open_checkpoint
 from engine.checkpoint.stream import write_checkpoint
 from engine.errors import CheckpointError
-from tests.kit.pieces import Layout, files_of, value
+from tests.kit.pieces import Layout, fetch, files_of, value
 
 LAYOUT = Layout(tensor=2, data=2)
 
@@ -29,8 +29,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Steps 1 and 2, in four files each."""
     folder = tmp_path_factory.mktemp("pristine")
     for step in (1, 2):
-        write_checkpoint(folder / f"step-{step:08d}", step, {"step": step}, files_of(LAYOUT),
-                         lambda entry: value(entry.key, entry.global_shape)[entry.box.slices])
+        write_checkpoint(folder / f"step-{step:08d}", step, {"step": step}, files_of(LAYOUT), fetch)
     return folder
 
 
@@ -164,13 +163,19 @@ def test_paths_that_leave_the_directory_are_refused(folder: Path, name: str) -> 
 
 
 def _first_box(body: dict) -> list:
-    return next(iter(body["tensors"].values()))["boxes"][0]
+    return next(iter(body["tensors"].values()))["blocks"][0]
 
 
 CONTRADICTIONS: dict[str, Callable[[dict], object]] = {
-    "box outside": lambda body: _first_box(body)[1].__setitem__(0, 10_000),
-    "negative offset": lambda body: _first_box(body)[1].__setitem__(0, -1),
-    "no such file": lambda body: _first_box(body).__setitem__(0, 99),
+    "box outside": lambda body: _first_box(body)[0].__setitem__(0, 10_000),
+    "negative offset": lambda body: _first_box(body)[0].__setitem__(0, -1),
+    "no such file": lambda body: _first_box(body).__setitem__(2, 99),
+    "run beyond its block": lambda body: _first_box(body).__setitem__(2, [[1, 10_000, 1, 0, 0]]),
+    "run of too many": lambda body: _first_box(body).__setitem__(2, [[0, 0, 1 << 60, 0, 0]]),
+    "run that goes on beyond the files": lambda body: _first_box(body).__setitem__(2, [[0, 1, 2, 0, 99]]),
+    "run with a number too large": lambda body: _first_box(body).__setitem__(2, [[1 << 70, 1, 1, 0, 0]]),
+    "run of text": lambda body: _first_box(body).__setitem__(2, [["a", 1, 1, 0, 0]]),
+    "run too short": lambda body: _first_box(body).__setitem__(2, [[0, 1]]),
     "unknown type": lambda body: next(iter(body["tensors"].values())).update(dtype="PICKLE"),
     "step is text": lambda body: body.update(step="2"),
     "no files": lambda body: body.pop("files"),
@@ -187,14 +192,14 @@ def test_manifests_that_make_no_sense(folder: Path, change: Callable[[dict], obj
 
 
 def test_a_box_stored_nowhere_is_noticed_when_it_is_read(folder: Path) -> None:
-    rewrite_manifest(folder / "step-00000002", lambda body: body["tensors"]["model.embedding.weight"]["boxes"].pop())
+    rewrite_manifest(folder / "step-00000002", lambda body: body["tensors"]["model.embedding.weight"]["blocks"].pop())
     reader = CheckpointReader(folder / "step-00000002")
     with pytest.raises(CheckpointError, match="stored nowhere"):
         reader.read("model.embedding.weight")
 
 
 def test_a_newer_format_is_refused_but_not_called_corrupt(folder: Path) -> None:
-    rewrite_manifest(folder / "step-00000002", lambda body: body.update(version=2))
-    with pytest.raises(CheckpointError, match="format version 2, this Octant reads version 1"):
+    rewrite_manifest(folder / "step-00000002", lambda body: body.update(version=3))
+    with pytest.raises(CheckpointError, match="format version 3, this Octant reads versions up to 2"):
         find_latest(folder)
     assert (folder / "step-00000002").exists()

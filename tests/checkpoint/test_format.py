@@ -49,15 +49,15 @@ def test_the_manifest_is_json_with_everything_in_it(tmp_path: Path) -> None:
     path = save(tmp_path, 500, [piece], metadata, keep=None)
     assert path == tmp_path / "step-00000500"
     body = json.loads((path / "manifest.json").read_text())
-    assert (body["format"], body["version"], body["step"], body["metadata"]) == ("octant-checkpoint", 1, 500, metadata)
+    assert (body["format"], body["version"], body["step"], body["metadata"]) == ("octant-checkpoint", 2, 500, metadata)
     [file] = body["files"]
     assert file["name"] == "rank-00000.safetensors"
     assert file["bytes"] == (path / file["name"]).stat().st_size
-    assert body["tensors"] == {"model.w": {"dtype": "F32", "shape": [2, 3], "boxes": [[0, [0, 0], [2, 3]]]}}
+    assert body["tensors"] == {"model.w": {"dtype": "F32", "shape": [2, 3], "blocks": [[[0, 0], [2, 3], 0]]}}
     assert sorted(entry.name for entry in path.iterdir()) == ["manifest.json", "rank-00000.safetensors"]
     reader = CheckpointReader(path)
     assert (reader.step, reader.metadata, reader.keys()) == (500, metadata, ["model.w"])
-    assert reader.manifest.tensors["model.w"] == StoredTensor("F32", (2, 3), (Box((0, 0), (2, 3)),), (0,))
+    assert reader.manifest.tensors["model.w"] == StoredTensor("F32", (2, 3), 1)
 
 
 def test_numbers_that_json_does_not_know_survive(tmp_path: Path) -> None:

@@ -13,19 +13,20 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.checkpoint.read import CheckpointReader, contiguous_in, flat_position, subtract
+from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.reshard import reshard
 from engine.checkpoint.resume import find_latest
 from engine.checkpoint.stream import write_checkpoint
 from engine.checkpoint.write import save
-from engine.distributed.boxes import Box
+from engine.distributed.boxes import Box, contiguous_in, flat_position, subtract
 from engine.distributed.pieces import Piece
 from engine.errors import CheckpointError
 from tests.kit.distributed import run_distributed
-from tests.kit.pieces import Layout, assert_loaded, files_of, pieces_of, value
+from tests.kit.pieces import Layout, assert_loaded, fetch, files_of, pieces_of, value
 
 LAYOUTS = (Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(pipeline=2, virtual=2), Layout(data=3),
-           Layout(tensor=2, pipeline=2, data=2), Layout(tensor=4, data=2, zero=0), Layout(tensor=3, pipeline=4, data=5))
+           Layout(tensor=2, pipeline=2, data=2), Layout(tensor=4, data=2, zero=0), Layout(tensor=3, pipeline=4, data=5),
+           Layout(data=4, zero=2), Layout(tensor=2, pipeline=2, data=3, zero=2))
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Checkp
 
     def get(layout: Layout) -> CheckpointReader:
         if layout not in readers:
-            path = write_checkpoint(folder / str(layout), 7, {}, files_of(layout),
-                                    lambda entry: value(entry.key, entry.global_shape)[entry.box.slices])
+            path = write_checkpoint(folder / str(layout), 7, {}, files_of(layout), fetch)
             readers[layout] = CheckpointReader(path)
             assert readers[layout].verify() == []
         return readers[layout]
@@ -88,7 +88,8 @@ def _load(directory: str, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("layout", (Layout(tensor=2, pipeline=2), Layout(pipeline=2, virtual=2, data=2),
-                                    Layout(data=4), Layout(tensor=2, data=2, zero=0)), ids=str)
+                                    Layout(data=4), Layout(tensor=2, data=2, zero=0),
+                                    Layout(tensor=2, data=2, zero=2)), ids=str)
 def test_real_processes(tmp_path: Path, layout: Layout) -> None:
     results = run_distributed(_save_and_load, 4, str(tmp_path), layout)
     assert {step for step, _ in results} == {3}

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.checkpoint.folder import committed_steps
-from engine.checkpoint.plan import assign
+from engine.checkpoint.plan import divide
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import find_latest
 from engine.checkpoint.write import CheckpointWriter, SaveReport, save
@@ -28,6 +27,7 @@ from engine.distributed.boxes import Box
 from engine.distributed.pieces import Piece
 from engine.errors import CheckpointError
 from tests.kit.distributed import run_distributed
+from tests.kit.pieces import ledger_of_ranks
 
 
 def pieces_at(step: int, rows: int = 8) -> list[Piece]:
@@ -297,17 +297,20 @@ def test_files_belong_to_their_readers(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), max_size=10), min_size=1, max_size=6))
-def test_each_box_is_written_once(holdings: list[list[tuple[int, int]]]) -> None:
-    """Boxes are (name, size); a name has one size; empty ones are skipped."""
+def test_each_piece_is_written_once(holdings: list[list[tuple[int, int]]]) -> None:
+    """Pieces are (name, size); a name has one size; empty ones are skipped, and a rank may list one twice."""
     sizes = {name: size for rank in holdings for name, size in rank}
-    everyone = [np.array([[name, sizes[name]] for name, _ in rank], np.int64).reshape(-1, 2) for rank in holdings]
-    plan = assign(everyone)
-    written = [int(rows[index, 0]) for rows, mine in zip(everyone, plan, strict=True) for index in mine]
-    assert sorted(written) == sorted(name for name, size in sizes.items() if size)
+    everyone = [[Piece(f"w{name}", (sizes[name],), Box.whole((sizes[name],)), torch.zeros(sizes[name]))
+                 for name, _ in rank] for rank in holdings]
+    division = divide(ledger_of_ranks(everyone))
+    written = [pieces[index].key for rank, pieces in enumerate(everyone) for index in division.of(rank)]
+    assert sorted(written) == sorted(f"w{name}" for name, size in sizes.items() if size)
 
 
 def test_replicas_are_spread_evenly() -> None:
     """Without ZeRO all data-parallel ranks hold the same: each writes about its share."""
-    rows = np.array([[name, 100 + name % 7] for name in range(64)], np.int64)
-    loads = [sum(int(rows[i, 1]) for i in mine) for mine in assign([rows] * 4)]
-    assert max(loads) - min(loads) <= 107
+    pieces = [Piece(f"w{name}", (100 + name % 7,), Box.whole((100 + name % 7,)), torch.zeros(100 + name % 7))
+              for name in range(66)]
+    division = divide(ledger_of_ranks([pieces] * 4))
+    loads = [sum(pieces[i].tensor.numel() for i in division.of(rank)) for rank in range(4)]
+    assert max(loads) - min(loads) <= 106

@@ -104,7 +104,8 @@ def train_here(config: Config, stop_at: int | None = None, crash_after: int | No
 
 def state_shards(state: TrainState) -> Shards:
     """Copies of everything a rank holds, as `tests.kit.layouts.assemble` takes it."""
-    return [(piece.key, piece.global_shape, piece.box, piece.tensor.clone()) for piece in state.pieces()]
+    return [(piece.key, piece.global_shape, box, values.clone()) for piece in state.pieces()
+            for box, values in piece.parts()]
 
 
 def metrics(config: Config) -> list[dict[str, Any]]:

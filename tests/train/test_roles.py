@@ -108,6 +108,7 @@ def train_roles(placement: Placement, where: Job) -> dict[str, Result]:
                 state.publish()
             assert (totals is not None) == state.lives_here
             if totals is not None:
+                out[state.role.name].totals.append(totals.sums.tolist())
                 out[state.role.name].losses.append(totals.sums.item() * scale)
                 out[state.role.name].grad_norms.append(totals.grad_norm.item())
     for state in states:
@@ -194,7 +195,8 @@ def load_here(placement: Placement, directory: str) -> Shards:
 
 
 def held(state: TrainState) -> Shards:
-    return [(piece.key, piece.global_shape, piece.box, piece.tensor.clone()) for piece in state.pieces()]
+    return [(piece.key, piece.global_shape, box, values.clone()) for piece in state.pieces()
+            for box, values in piece.parts()]
 
 
 def test_all_roles_are_saved_together_and_loaded_in_another_placement(tmp_path: Path) -> None:

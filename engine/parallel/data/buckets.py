@@ -48,6 +48,7 @@ from engine.distributed.collectives import (
     reduce_scatter_into,
 )
 from engine.distributed.mesh import Mesh
+from engine.distributed.pieces import Piece
 from engine.model.spec import ParamSpec, spec_of
 from engine.parallel.gradients import GradSlot, attach_slot
 
@@ -325,6 +326,17 @@ class Bucket:
             for box, position in flat_range_boxes(entry.spec.box, first, stop - entry.offset):
                 at = start - self.shard.start + position
                 yield entry.spec, box, vector[at : at + box.num_elements].view(box.size)
+
+    def pieces(self, prefix: str, vector: Tensor) -> Iterator[Piece]:
+        """The same as pieces called `prefix.…`: one per parameter, empty where this rank's shard has none of it."""
+        for entry in self.entries:
+            total = entry.spec.box.num_elements                      # without padding, which comes last
+            low, high = (min(max(edge - entry.offset, 0), total) for edge in self._overlap(entry))
+            low, high = (low, high) if low < high else (0, 0)
+            at = max(entry.offset + low - self.shard.start, 0)
+            values, whole = vector[at : at + high - low], high - low == total
+            yield Piece(f"{prefix}.{entry.spec.name}", entry.spec.shape, entry.spec.box,
+                        values.view(entry.spec.box.size) if whole else values, low)
 
     def _overlap(self, entry: Entry) -> tuple[int, int]:
         """The part of the bucket that belongs both to the parameter and to this rank's shard."""
