@@ -243,6 +243,9 @@ def _bench(p: Parser) -> None:
 
 def _report(p: Parser) -> None:
     p.add_argument("run_dir", metavar="RUN_DIR", nargs="+", help="a run's folder; several are drawn on the same axes")
+    p.add_argument("--output", metavar="PATH", help="a folder, or a .html file (default: the first run's folder)")
+    p.add_argument("--watch", type=int, metavar="SECONDS", help="write it again while the run goes on; the page loads "
+                                                                "itself again as often")
 
 
 def _config(p: Parser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.config import Config, load_config, resolve_layout
 from engine.hints import hint
-from engine.plan.timeline import timeline
+from engine.parallel.pipeline.timeline import timeline
 from engine.report.schedule_picture import schedule_svg, title
 from engine.writing import write_picture
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from engine.config import Config
 from engine.distributed.topology import Topology
 from engine.model.flops import count_parameters
+from engine.parallel.pipeline.timeline import timeline
 from engine.plan.explain import Explanation, explain
-from engine.plan.timeline import timeline
 from engine.plan.words import counted, memory_size, table
 from engine.schedules.simulate import Timeline
 

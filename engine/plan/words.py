@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from engine.distributed.boxes import Box
 from engine.distributed.topology import AXES
+from engine.parallel.pipeline.timeline import timeline
 from engine.plan.explain import Explanation, Part
-from engine.plan.timeline import timeline
 from engine.schedules.action import Action, Kind
 
 FIRST_ACTIONS = 12

@@ -72,7 +72,7 @@ class Chart:
         series: back to front.
         log: logarithmic y-axis; only where every value is positive.
         from_zero: the y-axis begins at zero.
-        clipped: the y-axis covers the central values only (not on a logarithmic axis).
+        clipped: the y-axis covers the central values, and some room around them.
         marks: steps to be marked at the foot of the plot.
         mark_label: what the marks mean.
         width, height: of the picture in pixels.
@@ -156,7 +156,7 @@ def line_chart(chart: Chart) -> str:
         f'<text class="title" x="16" y="24">{escape(chart.title)}</text>',
         *_legend(chart, y),
         *_frame(chart, x, y),
-        f'<clipPath id="{(clip := _identifier(chart.title))}"><rect x="{LEFT}" y="{TOP - 2}" '
+        f'<clipPath id="{(clip := _identifier(f"{chart.title} {chart.width}"))}"><rect x="{LEFT}" y="{TOP - 2}" '
         f'width="{chart.right - LEFT + 4}" height="{chart.foot - TOP + 4}"/></clipPath>',
         f'<g clip-path="url(#{clip})">',
         *(_path(series, x, y) for series in chart.series),
@@ -217,16 +217,25 @@ def _span(chart: Chart, values: list[float], log: bool) -> tuple[float, float]:
         return 0.0, 1.0
     low, high = values[0], values[-1]
     if log:
+        if chart.clipped:
+            middle_low, middle_high = central(values)
+            room = max(middle_high / middle_low, 10.0)       # as many decades as they cover, and at least one
+            low, high = max(low, middle_low / room), min(high, middle_high * room)
         return low / 1.15, high * 1.15
     if chart.clipped:
-        margin = len(values) // 50                           # the central 96 %
-        middle_low, middle_high = values[margin], values[-1 - margin]
+        middle_low, middle_high = central(values)
         room = 2 * max(middle_high - middle_low, 0.1 * abs(middle_high))
         low, high = max(low, middle_low - room), min(high, middle_high + room)
     if chart.from_zero:
         low = min(low, 0.0)
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return low if chart.from_zero and low == 0 else low - pad, high + pad
+
+
+def central(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of the central 96 % of sorted values."""
+    margin = len(values) // 50
+    return values[margin], values[-1 - margin]
 
 
 def _frame(chart: Chart, x: Axis, y: Axis) -> list[str]:

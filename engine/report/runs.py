@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,7 @@ from typing import Any
 
 from engine.config import Config, load_config
 from engine.errors import DataError, RequestError
+from engine.metrics.events import Event, read_events
 from engine.metrics.sinks import METRICS_FILE
 from engine.report.charts import Point
 
@@ -30,6 +32,8 @@ class Run:
     directory: Path
     config: Config
     records: Sequence[dict[str, Any]]
+    starts: Sequence[Event] = ()                             # each time it was started, as it said then
+    last_written: datetime | None = None                     # when its last record was
 
     def points(self, key: str) -> list[Point]:
         """(step, value) of the records that have `key`; the value is None where it wasn't finite."""
@@ -47,6 +51,14 @@ class Run:
     def latest(self, key: str) -> float | None:
         """The last finite value of `key`."""
         return next(reversed(self.values(key)), None)
+
+    def step_seconds(self) -> float | None:
+        """Seconds that all steps took together; a record speaks for those since the one before."""
+        if not self.values("step_seconds"):
+            return None
+        steps = [0, *(record["step"] for record in self.records)]
+        return sum((record.get("step_seconds") or 0.0) * (step - before)
+                   for record, (before, step) in zip(self.records, pairwise(steps), strict=True))
 
     def skipped_at(self) -> list[int]:
         """The records' steps at which the count of skipped updates had grown."""
@@ -70,7 +82,9 @@ def read_run(directory: str | Path) -> Run:
         raise RequestError(f"{directory} is not a folder; give the folder of a run (run.dir of its configuration)")
     records = read_metrics(directory / METRICS_FILE)
     config = load_config(directory / "config.yaml")
-    return Run(config.run.name or directory.resolve().name, directory, config, records)
+    starts = [event for event in read_events(directory) if event.kind == "start"]
+    written = datetime.fromtimestamp((directory / METRICS_FILE).stat().st_mtime).astimezone()
+    return Run(config.run.name or directory.resolve().name, directory, config, records, starts, written)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

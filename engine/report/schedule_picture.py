@@ -22,16 +22,17 @@ ROW_PX, BAR_PX, LEFT_PX, RIGHT_PX, TOP_PX = 34, 28, 66, 76, 84
 MIN_PLOT_PX, MAX_PLOT_PX = 640, 4000
 EVENT_PX = 24                                      # wide enough for a number
 STYLE = """
-svg { --ink: #1c2430; --muted: #667085; --grid: #e6e9ef; --idle: #f4f6f9; --paper: #ffffff; background: var(--paper);
-  font: 12px system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums; }
-@media (prefers-color-scheme: dark) { svg { --ink: #e6eaf2; --muted: #94a0b4; --grid: #2a3342; --idle: #1e2633;
-  --paper: #161c27; } }
-text { fill: var(--muted); }
-.title { fill: var(--ink); font-size: 15px; font-weight: 600; }
-.idle { fill: var(--idle); }
-.grid { stroke: var(--grid); }
-.bar { stroke: #1c2430; stroke-opacity: .25; stroke-width: .5; }
-.number { fill: #1c2430; font-size: 11px; text-anchor: middle; }
+svg.schedule { --ink: #1c2430; --muted: #667085; --grid: #e6e9ef; --idle: #f4f6f9; --paper: #ffffff;
+  background: var(--paper); font: 12px system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif;
+  font-variant-numeric: tabular-nums; }
+@media (prefers-color-scheme: dark) { svg.schedule { --ink: #e6eaf2; --muted: #94a0b4; --grid: #2a3342;
+  --idle: #1e2633; --paper: #161c27; } }
+svg.schedule text { fill: var(--muted); }
+svg.schedule .title { fill: var(--ink); font-size: 15px; font-weight: 600; }
+svg.schedule .idle { fill: var(--idle); }
+svg.schedule .grid { stroke: var(--grid); }
+svg.schedule .bar { stroke: #1c2430; stroke-opacity: .25; stroke-width: .5; }
+svg.schedule .number { fill: #1c2430; font-size: 11px; text-anchor: middle; }
 """
 
 
@@ -72,8 +73,9 @@ def schedule_svg(timeline: Timeline) -> str:
         x = LEFT_PX + tick * scale
         body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 5}"/>'
                     f'<text x="{x:.1f}" y="{bottom + 19}" text-anchor="middle">{number(tick)}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 30}" width="{width}" '
-            f'height="{bottom + 30}" role="img" aria-label="{escape(title(timeline))}"><style>{STYLE}</style>\n'
+    return (f'<svg class="schedule" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 30}" '
+            f'width="{width}" height="{bottom + 30}" role="img" aria-label="{escape(title(timeline))}">'
+            f"<style>{STYLE}</style>\n"
             + "\n".join(body) + "\n</svg>\n")
 
 

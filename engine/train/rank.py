@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
 from engine.hints import hint
 from engine.kernels.table import describe
+from engine.metrics.events import about_this_start, append_event
 from engine.train.corpora import Corpora
 from engine.train.journal import Journal
 from engine.train.loop import Trainer
@@ -49,6 +50,8 @@ def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | N
                         report = [doctor_report, "\nOperations of this run", *describe(trainer.state.model.operations)]
                         write_whole(directory / DOCTOR_FILE, "\n".join(report) + "\n")   # first: the sign of a run
                         write_whole(directory / CONFIG_FILE, config.dump())
+                        append_event(directory, "start", trainer.state.step,
+                                     about_this_start(topology.world_size, device_name(mesh.device)))
                     for note in (_about(mesh.device, config), *notes):
                         trainer.journal.note(note)
                     if not exclusive:
@@ -58,6 +61,8 @@ def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | N
                     _sign(mesh, "begins")
                 finished = trainer.run()
                 if mesh.rank == 0:
+                    with suppress(OSError):              # a full disk: the checkpoint is what counts
+                        append_event(directory, "end", trainer.state.step, {"finished": finished})
                     _say_goodbye(trainer.journal, config, finished)
                 elif not stamped:
                     _sign(mesh, f"ends at step {trainer.state.step}")
@@ -68,8 +73,13 @@ def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | N
 
 def _about(device: torch.device, config: Config) -> str:
     """What is known once the job has come together."""
+    return f"training on {device_name(device)}, {config.precision.compute}"
+
+
+def device_name(device: torch.device) -> str:
+    """`cuda (NVIDIA A100-SXM4-80GB)`, `cpu (8 threads)`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    return f"training on {device.type} ({name}), {config.precision.compute}"
+    return f"{device.type} ({name})"
 
 
 def _sign(mesh: Mesh, what: str) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from engine.checkpoint.folder import CHECKPOINTS, committed_steps
 from engine.errors import RequestError
+from engine.metrics.events import EVENTS_FILE
 from engine.metrics.sinks import METRICS_FILE
 
 CONFIG_FILE, DOCTOR_FILE, LOCK_FILE = "config.yaml", "doctor.txt", ".lock"
@@ -120,7 +121,7 @@ def begin_another_line(run_dir: Path, after_step: int | None) -> Path | None:
             target = earlier / path.relative_to(run_dir)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
-        for name in (METRICS_FILE, CONFIG_FILE, DOCTOR_FILE):
+        for name in (METRICS_FILE, CONFIG_FILE, DOCTOR_FILE, EVENTS_FILE):
             if (run_dir / name).exists():
                 shutil.copy2(run_dir / name, earlier / name)
     except OSError as error:

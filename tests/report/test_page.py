@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from datetime import datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from engine import cli
 from engine.commands import report as command
 from engine.config import load_config
 from engine.errors import RequestError
-from engine.report.page import charts, facts, stage_contents
+from engine.report.charts import _axes, line_chart
+from engine.report.facts import facts
+from engine.report.layout import schedule_picture, stage_contents
+from engine.report.run_charts import charts
 from engine.report.runs import read_metrics, read_run
 from tests.kit.run_folder import write_run
 
 
 def report(*run_dirs: Path) -> str:
-    assert command.run(argparse.Namespace(run_dir=[str(path) for path in run_dirs])) == 0
+    assert command.run(argparse.Namespace(run_dir=[str(path) for path in run_dirs], output=None, watch=None)) == 0
     return (run_dirs[0] / ("report.html" if len(run_dirs) == 1 else "comparison.html")).read_text()
 
 
@@ -48,7 +54,7 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path, capsys: pytest.Cap
     assert page.open == [] and page.links == [] and "script" not in page.tags
     assert {path.name for path in (tmp_path / "run" / "report").iterdir()} == {
         f"{name}.svg" for name in ("loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "memory_bytes",
-                                   "layout")}
+                                   "layout", "schedule")}
     assert capsys.readouterr().out.splitlines()[-1].startswith("next: ")
 
 
@@ -76,6 +82,123 @@ def test_charts_hold_the_records(tmp_path: Path) -> None:
     assert drawn["loss"].marks == [7]
     assert drawn["grad_norm"].log                            # from 201 to 6
     assert drawn["memory_bytes"].series[0].points[0][1] == 3.0
+
+
+def test_a_spike_does_not_flatten_the_norm(tmp_path: Path) -> None:
+    """The axis covers what is usual; the legend says what lies off it, and the loss's own axis does so as well."""
+    records = write_run(tmp_path / "run", num_steps=100)
+    for record in records:
+        record["grad_norm"] = 1.0 + 0.1 * (record["step"] % 3)
+    records[60]["grad_norm"], records[61]["loss"] = 5e7, 900.0
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    drawn = charts([read_run(tmp_path / "run")])
+    assert not drawn["grad_norm"].log
+    for name, highest in (("grad_norm", 2.0), ("loss", 40.0)):
+        assert _axes(drawn[name])[1].high < highest
+        assert "1 point off the scale, up to " in line_chart(drawn[name])
+    for record in records[:30]:
+        record["grad_norm"] = 200.0 / record["step"]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    norm = charts([read_run(tmp_path / "run")])["grad_norm"]
+    assert norm.log and 200 < _axes(norm)[1].high < 50_000 and "up to 50M" in line_chart(norm)
+
+
+def test_where_when_and_with_what(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    found = facts(read_run(tmp_path / "run"))
+    assert (found["Started"], found["Software"]) == ("n/a", "n/a")           # a run of before there were events
+    assert found["Duration"] == "28 s in steps"                              # 9 s, and 39 times 0.5 s
+    begin = datetime.now().astimezone() - timedelta(hours=3, minutes=5)
+    for hours, host in ((0, "gpu007"), (1, "gpu008")):
+        detail = {"host": host, "octant": "0.1.0", "commit": "abc123", "python": "3.11.7", "device": "cuda (H100)"}
+        event = {"time": (begin + timedelta(hours=hours)).isoformat(), "kind": "start", "step": 0, "rank": 0,
+                 "detail": detail}
+        with (tmp_path / "run" / "events.jsonl").open("a") as file:
+            file.write(json.dumps(event) + '\n{"kind": "half a li\n[]\n')
+    found = facts(read_run(tmp_path / "run"))
+    assert found["Started"] == f"{begin:%Y-%m-%d %H:%M} on gpu007, gpu008, cuda (H100); started again 1 time"
+    assert found["Duration"] == "3 h 05 min, 28 s in steps"
+    assert found["Software"] == "Octant 0.1.0, commit abc123, Python 3.11.7"
+
+
+def test_the_pipeline_is_drawn(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    page = report(tmp_path / "run")
+    assert "<h2>Pipeline</h2>" in page and "1f1b: 2 stages, 4 microbatches" in page
+    few, note = schedule_picture(load_config(tmp_path / "run" / "config.yaml", ["batch.global=128"])) or ("", "")
+    assert "1f1b: 2 stages, 8 microbatches" in few and "Drawn with 8 of the step's 64 microbatches" in note
+    assert schedule_picture(load_config(tmp_path / "run" / "config.yaml", ["parallel.pipeline=1"])) is None
+    styles = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    for rule in re.findall(r"^([^@{}\n]+)\{", styles[-1], re.MULTILINE):      # the picture's, inside the page
+        assert rule.startswith("svg.schedule"), rule
+
+
+def test_letters_stay_readable_on_a_phone(tmp_path: Path) -> None:
+    """Every chart is there a second time, no wider than the screen; what is wider scrolls by itself."""
+    write_run(tmp_path / "run")
+    page = report(tmp_path / "run")
+    assert page.count('class="desk"') == page.count('class="phone"') == 6
+    for width in re.findall(r'class="phone"><svg class="chart"[^>]*viewBox="0 0 (\d+)', page):
+        assert int(width) <= 350
+    assert '<meta name="viewport" content="width=device-width' in page and "@media (max-width: 600px)" in page
+    identifiers = re.findall(r' id="([^"]+)"', page)
+    assert len(identifiers) == len(set(identifiers))
+
+
+def octant(*words: object) -> int:
+    return cli.run(["report", *map(str, words)])
+
+
+def test_the_page_goes_where_it_is_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run")
+    assert octant(tmp_path / "run", "--output", tmp_path / "new" / "mine.html") == 0
+    assert (tmp_path / "new" / "mine.html").is_file() and (tmp_path / "new" / "mine" / "loss.svg").is_file()
+    assert octant("--output", tmp_path / "folder", tmp_path / "run") == 0
+    assert (tmp_path / "folder" / "report.html").is_file() and not (tmp_path / "run" / "report.html").exists()
+    (tmp_path / "run" / "report").write_text("in the way")
+    assert octant(tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "--output names another place" in said and "Traceback" not in said
+
+
+def test_watching_writes_again_until_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    """From before the first record on; the page loads itself again while the run goes on, and no more at the end."""
+    run = tmp_path / "run"
+    records = write_run(run, num_steps=100)
+    lines = [json.dumps(record) + "\n" for record in records]
+    (run / "metrics.jsonl").unlink()
+    growth = iter(["", "".join(lines[:10]), "".join(lines[:10]) + lines[10][:20], "".join(lines)])
+    pages: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 7
+        pages.append((run / "report.html").read_text() if (run / "report.html").exists() else "")
+        (run / "metrics.jsonl").write_text(next(growth))
+
+    monkeypatch.setattr("engine.report.watch.time.sleep", sleep)
+    assert octant(run, "--watch", 7) == 0
+    assert [("step 10 of 100" in page, '<meta http-equiv="refresh" content="7">' in page) for page in pages] \
+        == [(False, False), (False, False), (True, True), (True, True)]
+    final = (run / "report.html").read_text()
+    assert "step 100 of 100 (done)" in final and "refresh" not in final
+    assert "report.html: step 10 of 100" in capsys.readouterr().out
+
+
+def test_watching_ends_with_ctrl_c_and_follows_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run")
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.report.watch.time.sleep", interrupted)
+    assert octant(tmp_path / "run", "--watch", 1) == 0
+    assert "refresh" not in (tmp_path / "run" / "report.html").read_text()
+    for words in ((tmp_path / "run", tmp_path / "run", "--watch", 5), (tmp_path / "run", "--watch", 0)):
+        assert octant(*words) == 2
+    assert octant(tmp_path / "nowhere", "--watch", 5) == 2
+    assert "it follows one run" in capsys.readouterr().err
 
 
 def test_long_run_shows_its_values_behind_their_median(tmp_path: Path) -> None:

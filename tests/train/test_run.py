@@ -84,7 +84,7 @@ def test_everything_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert octant_train(config) == 0
     folder = Path(config.run.dir)
     assert {path.name for path in folder.iterdir()} == {".lock", "checkpoints", "config.yaml", "doctor.txt",
-                                                        "metrics.jsonl"}
+                                                        "events.jsonl", "metrics.jsonl"}
     assert load_config(folder / "config.yaml") == config
     assert "torch" in (folder / "doctor.txt").read_text()
     assert saved_steps(config) == [2, 4, 5]

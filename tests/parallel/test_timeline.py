@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.model.flops import count_parameters, flops_per_token
-from engine.plan.timeline import timeline
+from engine.parallel.pipeline.timeline import timeline
 from tests.kit.layouts import tiny_config
 
 
