@@ -7,8 +7,6 @@ damaged numbers would look like a measurement.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +19,11 @@ from engine.config import Config, load_config
 from engine.errors import DataError, RequestError
 from engine.metrics.events import Event, read_events
 from engine.metrics.sinks import METRICS_FILE
+from engine.reading import parse_object, read_bytes, shown
 from engine.report.charts import Point
+
+MOST_BYTES = 4 << 30                    # ten million logged steps
+LARGEST = 1e300                         # of a number; charts add up and scale
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         RequestError: no file, or no record in it.
         DataError: a damaged line.
     """
-    if not path.is_file():
-        raise RequestError(f"{path} does not exist: nothing has been logged there; start the run with `octant train`")
-    complete, _, _ = path.read_bytes().rpartition(b"\n")
+    try:
+        complete, _, _ = read_bytes(path, MOST_BYTES).rpartition(b"\n")
+    except FileNotFoundError:
+        raise RequestError(f"{path} does not exist: nothing has been logged there; start the run with `octant train`"
+                           ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as metrics: {error}") from None
     lines = complete.split(b"\n") if complete else []
     records = [_parse(path, index, line) for index, line in enumerate(lines, 1)]
     for index, (before, after) in enumerate(pairwise(records), 2):
@@ -109,14 +115,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(path: Path, index: int, line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
     remedy = "The file is damaged: restore it, or delete that line to report the rest"
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise DataError(f"{path}, line {index} is not a metrics record: {line[:60]!r}. {remedy}")
+    try:
+        record = parse_object(line)
+    except ValueError as error:
+        raise DataError(f"{path}, line {index} is not a metrics record: {error}. {remedy}") from None
     for key, value in record.items():
-        if not isinstance(value, int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
-            raise DataError(f"{path}, line {index}: {key} is {value!r}, not a number or null. {remedy}")
+        if value is not None and not _is_number(value):
+            raise DataError(f"{path}, line {index}: {shown(key)} is {shown(value)}, not a number or null. {remedy}")
+    if not isinstance(record.get("step"), int) or record["step"] < 0:
+        raise DataError(f"{path}, line {index} is not a metrics record: step is {shown(record.get('step'))}. {remedy}")
     return record
+
+
+def _is_number(value: object) -> bool:
+    """A finite one, of a size that a chart can have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST

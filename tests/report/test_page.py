@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import re
 from datetime import datetime, timedelta
 from html.parser import HTMLParser
@@ -281,3 +283,14 @@ def test_page_of_every_record_key_survives_json(tmp_path: Path) -> None:
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 3, "reward": 0.5, "clipfrac": None}) + "\n")
     assert "step 3 of 100" in report(tmp_path / "run")
+
+
+def test_a_run_that_may_only_be_read_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(path: Path, data: bytes) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    write_run(tmp_path / "run")
+    monkeypatch.setattr("engine.writing.write_whole", read_only)
+    with pytest.raises(RequestError, match=r"cannot write .*Read-only file system; --output names") as caught:
+        report(tmp_path / "run")
+    assert caught.value.exit_code == 2 and not (tmp_path / "run" / "report.html").exists()
