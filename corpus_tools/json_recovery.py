@@ -24,7 +24,7 @@ MOST_TRIES = 200  # objects that are tried behind a broken record
 OVERLAP = 64  # characters kept when a window holds no sign: a sign may have begun
 
 TOKENS = re.compile(
-    r'"(?:[^"\\\n]|\\.)*(?P<closed>"?)'
+    r'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+(?P<closed>"?)'
     r"|(?P<open>[{\[])|(?P<close>[}\]])"
     r"|\n(?P<indent>[ \t\r]*)(?P<next>\{)?"
 )
@@ -34,7 +34,8 @@ FOLLOWING = {  # what may stand behind a record, in a list and in a row
     False: re.compile(r"[ \t\r]*(?:[{\[\n]|\Z)"),
 }
 INSIDE_OUT = re.compile(r'\{\s*"\Z')  # what stands between strings, taken for a string: a quote is missing before it
-FIRST_KEY = re.compile(r'\{\s*"((?:[^"\\\n]|\\.)*)"')
+FIRST_KEY = re.compile(r'\{\s*"([^"\\\n]*+(?:\\.[^"\\\n]*+)*+)"')
+LONGEST_KEY, LONGEST_BLANK = 1024, 4096
 CANDIDATES = re.compile(r"\n(?P<indent>[ \t\r]*)\{|[,}\]][ \t\r]*(?P<inline>\{)")
 
 
@@ -88,7 +89,8 @@ def next_record(text: str, start: int, column: int, in_list: bool, key: str | No
 
     `key`: the first key of records, where it is known; by default what `text` begins with.
     """
-    start = len(text[:start].rstrip()) - 1  # what stands before it belongs to the sign
+    begin = max(0, start - LONGEST_BLANK)
+    start = begin + len(text[begin:start].rstrip()) - 1  # what stands before it belongs to the sign
     key = key or first_key(text, 0)
     whole: int | None = None
     tries = 0
@@ -107,7 +109,7 @@ def next_record(text: str, start: int, column: int, in_list: bool, key: str | No
 
 def first_key(text: str, place: int) -> str | None:
     """The first key of the object that begins there."""
-    found = FIRST_KEY.match(text, place)
+    found = FIRST_KEY.match(text, place, place + LONGEST_KEY)
     return found and found[1]
 
 

@@ -186,7 +186,7 @@ class _Window:
             self._spoiled = self._spoiled or not _is_unicode(chunk)
             parts.append(chunk)
             length += len(chunk)
-            if length > 2 * len(self.text):
+            if length > min(2 * len(self.text), LONGEST_RECORD_BYTES):
                 break
         grown = length > len(self.text)
         self.text = "".join(parts)

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from corpus_tools.cleaning.masking import Mask
 from corpus_tools.cleaning.rule import AnyRule, Share, Strict
 from engine.errors import ConfigError
+from engine.reading import read_bytes, said
 
 DEFAULT_RULES = Path(__file__).with_name("rules.yaml")
 
@@ -47,15 +48,17 @@ class Rules(Strict):
     duplicates: Duplicates = Duplicates()
     contamination: Contamination = Contamination()
 
+MOST_BYTES = 1 << 22  # of a rules file
+
 
 def load_rules(path: str | Path = DEFAULT_RULES) -> Rules:
     """Read a rules file.  Raises ConfigError naming the place of everything that is wrong with it."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_bytes(Path(path), MOST_BYTES).decode())
     except OSError as error:
         raise ConfigError(f"cannot read rules {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {said(error)}") from error
     try:
         return Rules.model_validate(content or {})
     except ValidationError as error:

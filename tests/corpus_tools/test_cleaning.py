@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -311,6 +312,15 @@ def test_rules_files_are_read_strictly(content: str, message: str, tmp_path: Pat
     (tmp_path / "rules.yaml").write_text(content)
     with pytest.raises(ConfigError, match=message):
         load_rules(tmp_path / "rules.yaml")
+
+
+def test_a_rules_file_that_is_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(RequestError, match=r"pipe\.yaml cannot be read as YAML: it is a pipe"):
+        load_rules(tmp_path / "pipe.yaml")
+    (tmp_path / "deep.yaml").write_bytes(b"[" * 100_000)
+    with pytest.raises(RequestError, match=r"deep\.yaml cannot be read as YAML"):
+        load_rules(tmp_path / "deep.yaml")
 
 
 def test_a_missing_rules_file(tmp_path: Path) -> None:
