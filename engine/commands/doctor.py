@@ -56,6 +56,9 @@ EXTRAS = (
     Extra("zstandard", ".zst corpora", "pip install 'octant[data]'"),
     Extra("gigatoken", "corpora encoded faster, same ids", "pip install 'octant[fast]'"),
     Extra("rensa", "near-duplicate removal", "pip install 'octant[data]'"),
+    Extra("fsspec", "corpora at an address", "pip install 'octant[data]'"),
+    Extra("huggingface_hub", "models by their name on the Hub", "pip install 'octant[hf]'"),
+    Extra("shtab", "octant completion", "pip install 'octant[completion]'"),
     Extra("tensorboard", "log.tensorboard", "pip install 'octant[viz]'"),
     Extra("wandb", "log.wandb", "pip install 'octant[viz]'"),
 )

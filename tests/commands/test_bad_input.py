@@ -88,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (["data.train=[{path: truncated}]"], "truncated.bin: "),
     (["data.train=[{path: unindexed}]"], "unindexed.idx: 0 bytes"),
     (["data.train=[{path: halved}]"], "halved.idx: "),
-    (["data.train=[{path: mislabelled}]"], "mislabelled.json: not a corpus's side file"),
+    (["data.train=[{path: mislabelled}]"], "mislabelled.json cannot be read as the side file of a corpus"),
     (["data.train=[{path: short}]", "data.tokenizer=null"], "20 tokens, fewer than the 33 of one sample"),
     (["data.train=[]"], "data.train"),
     (["data.train=[{path: corpus, max_epochs: 1}]", "steps=100"], "100 steps of 4 sequences need 400 samples"),
@@ -141,7 +141,7 @@ def test_a_corpus_of_another_tokenizer(folder: Path) -> None:
     assert made.returncode == 0, made.stderr
     done = octant(folder, "train", "good.yaml", "data.tokenizer=small.model", "model.vocab_size=300",
                   without="without")
-    assert_refused(done, "corpus.json: the corpus was made with tokenizer bytes")
+    assert_refused(done, "corpus.json: the corpus was made with another tokenizer than the run's: bytes (")
 
 
 def test_the_configuration_itself_is_good(folder: Path) -> None:
