@@ -14,6 +14,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
 from corpus_tools.remote import is_remote, open_remote, remote_files
+from engine.data.sidecar import ASIDE, sidecar_path
 from engine.errors import DataError, RequestError
 from engine.instead import is_hub_name
 from engine.reading import regular_size
@@ -92,7 +93,9 @@ def _matching(name: str) -> list[Path]:
 
 def _is_side_file(path: Path) -> bool:
     """A corpus prepared into the same folder has a `.json` beside its `.bin` and `.idx`, which is no text."""
-    return path.suffix == ".json" and all(path.with_suffix(suffix).exists() for suffix in (".bin", ".idx"))
+    name = path.name.removesuffix(ASIDE if path.name.endswith(ASIDE) else ".json")
+    beside = all(path.with_name(f"{name}{suffix}").exists() for suffix in (".bin", ".idx"))
+    return path.suffix == ".json" and beside and path == sidecar_path(path.with_name(name))
 
 
 def _format_of(path: PurePath) -> tuple[str, str]:

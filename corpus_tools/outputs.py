@@ -13,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from engine.data.corpus import mismatches
 from engine.data.indexed import IndexedDataset
-from engine.data.sidecar import Sidecar, sidecar_path
+from engine.data.sidecar import ASIDE, Sidecar
 from engine.errors import DataError, RequestError
 from engine.writing import named_file, sync_directory
 
@@ -32,8 +33,14 @@ def output_prefix(output: str | os.PathLike[str], shard: tuple[int, int] | None 
     Raises RequestError for a folder.
     """
     path = named_file(output, "corpus")
-    path = path.with_suffix("") if path.suffix in SUFFIXES else path
+    path = path.with_name(prefix_name(path.name))
     return path if shard is None else path.with_name(f"{path.name}-{shard[0]:05d}-of-{shard[1]:05d}")
+
+
+def prefix_name(name: str) -> str:
+    """`web`, also of `web.bin`, `web.idx`, `web.json` and `web.octant.json`."""
+    ending = next((suffix for suffix in (ASIDE, *SUFFIXES) if name.endswith(suffix) and name != suffix), "")
+    return name.removesuffix(ending)
 
 
 def unused_prefix(prefix: str) -> str:
@@ -42,8 +49,14 @@ def unused_prefix(prefix: str) -> str:
     return next(name for name in chain([prefix], numbered) if not any(path.exists() for path in files_of(name)))
 
 
-def files_of(prefix: str | os.PathLike[str]) -> list[Path]:
-    return [Path(f"{os.fspath(prefix)}{suffix}") for suffix in SUFFIXES]
+def files_of(prefix: str | os.PathLike[str], inputs: Collection[Path] = ()) -> list[Path]:
+    """The three files of a corpus.  The side file goes by another name where an input has its own: texts are not ours.
+
+    `inputs`: resolved paths.
+    """
+    files = [Path(f"{os.fspath(prefix)}{suffix}") for suffix in SUFFIXES]
+    aside = Path(f"{os.fspath(prefix)}{ASIDE}")
+    return [*files[:2], aside if files[2].resolve() in inputs or aside.exists() else files[2]]
 
 
 def recipe(*parts: Any) -> str:
@@ -51,12 +64,13 @@ def recipe(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
-def is_made(prefix: Path, made_from: str, overwrite: bool) -> bool:
-    """Whether the corpus is there already, made from just this; then there is nothing to do.
+def is_made(files: Sequence[Path], made_from: str, overwrite: bool) -> bool:
+    """Whether the corpus of these `files_of` is there already, made from just this; then there is nothing to do.
 
     Raises RequestError where another is there, or other files of these names, and `overwrite` was not asked for.
     """
-    there = [path for path in files_of(prefix) if path.exists()]
+    prefix = files[0].with_suffix("")
+    there = [path for path in files if path.exists()]
     if not there or overwrite:
         return False
     try:
@@ -74,17 +88,17 @@ def is_made(prefix: Path, made_from: str, overwrite: bool) -> bool:
         return False  # ours, but no longer whole
 
 
-def commit(staged: Path, prefix: Path) -> None:
-    """Three complete files under a passing name -> the corpus."""
+def commit(staged: Path, files: Sequence[Path]) -> None:
+    """Three complete files under a passing name -> the corpus of these `files_of`."""
     if Path(f"{staged}.bin").exists():
-        sidecar_path(prefix).unlink(missing_ok=True)  # it describes the files that are replaced now
-    for source, final in zip(files_of(staged), files_of(prefix), strict=True):
+        files[2].unlink(missing_ok=True)  # it describes the files that are replaced now
+    for source, final in zip(files_of(staged), files, strict=True):
         if source.exists():
             os.replace(source, final)
-    sync_directory(prefix.absolute().parent)
+    sync_directory(files[0].absolute().parent)
 
 
-def finish_commit(staged: Path, prefix: Path, made_from: str) -> bool:
+def finish_commit(staged: Path, files: Sequence[Path], made_from: str) -> bool:
     """Whether this very corpus was being put in place when a command was killed; the rest of the renames is done."""
     try:
         sidecar = Sidecar.read(staged)
@@ -92,8 +106,8 @@ def finish_commit(staged: Path, prefix: Path, made_from: str) -> bool:
         return False
     if sidecar is None or sidecar.made_from != made_from:
         return False
-    pairs = list(zip(files_of(staged), files_of(prefix), strict=True))
+    pairs = list(zip(files_of(staged), files, strict=True))
     if any(source.exists() == final.exists() for source, final in pairs):
         return False  # something is lost, or in the way
-    commit(staged, prefix)
+    commit(staged, files)
     return True

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -218,13 +218,13 @@ class Parts:
             total.add(part.counts)
         return total
 
-    def join(self, prefix: Path, tokenizer: TokenizerInfo, made_from: str) -> None:
-        """All parts -> `prefix.bin`, `.idx` and `.json`, renamed into place whole; then the folder is removed."""
+    def join(self, files: Sequence[Path], tokenizer: TokenizerInfo, made_from: str) -> None:
+        """All parts -> the `files_of` a corpus, renamed into place whole; then the folder is removed."""
         merged = self._folder / MERGED
         merge([self._path(index).with_suffix("") for index in range(len(self.finished))], merged)
         total = self.total()
         make_sidecar(merged, tokenizer, total.documents, total.tokens, self._dtype.name, made_from).write(merged)
-        commit(merged, prefix)
+        commit(merged, files)
         remove_parts(self._folder)
 
     def __enter__(self) -> Parts:

@@ -134,13 +134,13 @@ def prepare(
     prefix = output_prefix(output, shard)
     if shard is not None:
         inputs = shard_of(inputs, *shard)
-    _refuse_own_input(inputs, prefix)
+    output_files = files_of(prefix, {Path(file.path).resolve() for file in inputs if file.path != "-"})
     loaded = load_tokenizer(tokenizer)
     dtype = best_dtype(loaded.vocab_size)
     options = (VERSION, loaded.sha256, loaded.eod_id, text_field, on_error, append_eod)
     made_from = recipe("prepare", options, [asdict(file) for file in inputs])
     folder = Path(f"{prefix}.parts")
-    if finish_commit(folder / MERGED, prefix, made_from) or is_made(prefix, made_from, overwrite):
+    if finish_commit(folder / MERGED, output_files, made_from) or is_made(output_files, made_from, overwrite):
         remove_parts(folder)
         say(f"nothing to do: {prefix} is there, made from these files with this tokenizer and these options")
         return _counts_of(prefix)
@@ -164,15 +164,8 @@ def prepare(
             parts.finish()  # also after an error: what came before it needn't be done again
         counts = parts.total()
         _require_documents(counts)
-        parts.join(prefix, loaded.info, made_from)
+        parts.join(output_files, loaded.info, made_from)
         return counts
-
-
-def _refuse_own_input(inputs: Sequence[InputFile], prefix: Path) -> None:
-    outputs = {path.resolve() for path in files_of(prefix)}
-    for file in inputs:
-        if file.path != "-" and Path(file.path).resolve() in outputs:
-            raise RequestError(f"--output {prefix} would replace the input {file.path}: give another --output")
 
 
 def _counts_of(prefix: Path) -> Counts:

@@ -55,8 +55,9 @@ def merge_corpora(
                 "same one"
             )
     made_from = recipe("merge", [asdict(sidecar) for sidecar in sidecars])
+    files = files_of(prefix)
     staged = prefix.with_name(f".{prefix.name}.merging")
-    if finish_commit(staged, prefix, made_from) or is_made(prefix, made_from, overwrite):
+    if finish_commit(staged, files, made_from) or is_made(files, made_from, overwrite):
         say(f"nothing to do: {prefix} is there, merged from these corpora")
         return _sidecar_of(prefix)
     with write_errors(prefix):
@@ -71,7 +72,7 @@ def merge_corpora(
             for path in files_of(staged):
                 path.unlink(missing_ok=True)
             raise
-        commit(staged, prefix)
+        commit(staged, files)
     return whole
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from corpus_tools.inputs import expand_inputs
 from engine.cli import run
 from engine.data.indexed import IndexedDataset
 from engine.errors import RequestError
@@ -226,15 +227,33 @@ def test_the_name_of_a_file_is_its_prefix(folder: Path, suffix: str, capsys: pyt
 
 
 def test_an_output_that_is_an_input(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("list.json").write_text('[{"text": "a"}]')
     for command, said in (
-        ("prepare list.json --tokenizer bytes --output list --overwrite", "would replace the input list.json"),
         ("data merge one two --output one.bin --overwrite", "is among the corpora"),
         ("tokenizer extend tok.model --with tok.model --output tok --overwrite", "would replace one of the models"),
     ):
         before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
         assert said in refusal(command, capsys)
         assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("overwrite", ["", " --overwrite"])
+def test_a_text_that_has_the_name_of_the_side_file(folder: Path, overwrite: str) -> None:
+    """`prepare web.json --output web`: the text stays, and the side file goes beside it by another name."""
+    command = f"prepare web.json --tokenizer bytes --output web{overwrite}"
+    text = '[{"text": "a"}, {"text": "b"}]'
+    Path("web.json").write_text(text)
+    for _ in range(2):
+        octant(command)
+        assert Path("web.json").read_text() == text
+        assert sorted(path.suffix for path in folder.glob("web*")) == [".bin", ".idx", ".json", ".json"]
+    octant("data verify web")
+    octant("data inspect web.octant.json")
+    assert [file.path for file in expand_inputs(["web.*"])] == ["web.json"], "still a text, and the side file is none"
+    octant("prepare a.jsonl --tokenizer bytes --output web --overwrite")
+    assert Path("web.json").read_text() == text
+    assert IndexedDataset("web").num_documents == 3
+    octant("data merge one two --output web --overwrite")
+    assert Path("web.json").read_text() == text
 
 
 def test_a_run_does_not_replace_a_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from rich.progress import (
 from corpus_tools.cleaning.command import run as clean
 from corpus_tools.example import write_example
 from corpus_tools.inspect import histogram_lines, segments, share_lines, statistics
-from corpus_tools.outputs import output_prefix
+from corpus_tools.outputs import output_prefix, prefix_name
 from corpus_tools.shards import merge_corpora
 from corpus_tools.verify import num_bytes_to_read, verify
 from engine.config import load_config
@@ -79,9 +79,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _prefix(target: str) -> str:
-    """`data/web`, also when it is given as `data/web.bin`, `.idx` or `.json`."""
+    """`data/web`, also when it is given as one of its files."""
     path = Path(target)
-    return str(path.with_suffix("")) if path.suffix in CORPUS_SUFFIXES else target
+    return str(path.with_name(prefix_name(path.name))) if path.name.endswith(CORPUS_SUFFIXES) else target
 
 
 def _print_statistics(prefix: str, as_json: bool) -> None:

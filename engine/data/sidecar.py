@@ -20,6 +20,7 @@ from engine.reading import read_object, shown
 
 VERSION = 1
 SUFFIXES = (".bin", ".idx")
+ASIDE = ".octant.json"
 HASH_CHUNK_BYTES = 1 << 22
 
 
@@ -97,7 +98,9 @@ def _count(value: object) -> int:
 
 
 def sidecar_path(prefix: str | os.PathLike[str]) -> Path:
-    return Path(f"{os.fspath(prefix)}.json")
+    """`PREFIX.json`; `PREFIX.octant.json` where the text that the corpus was made from has that name."""
+    aside = Path(f"{os.fspath(prefix)}{ASIDE}")
+    return aside if aside.exists() else Path(f"{os.fspath(prefix)}.json")
 
 
 def describe_file(path: str | os.PathLike[str]) -> FileInfo:

@@ -305,7 +305,7 @@ def test_bad_records(tmp_path: Path) -> None:
         ("documents: [{rule: patterns, patterns: ['Foo\\S']}]", r"has capitals, but texts are compared in lower case"),
         ("mask: [{name: x, pattern: '[', replacement: y}]", r"'\[' is not a regular expression"),
         ("lines: {max_dropped_share: 50}", r"max_dropped_share: Input should be less than or equal to 1"),
-        ("rules: [", "is not YAML"),
+        ("rules: [", "cannot be read as YAML"),
     ],
 )
 def test_rules_files_are_read_strictly(content: str, message: str, tmp_path: Path) -> None:
