@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a model, counted from its configuration.
+"""Parameters and floating-point operations of a model, counted from what its configuration makes.
 
 A matrix product of `[tokens, n]` with `[n, m]` costs `2·tokens·n·m` operations: one multiplication and one addition
 for each weight and token.  Training does three such products per weight: the forward pass, the gradient of the input
@@ -28,9 +28,15 @@ one it uses.  Octant's records and console use the causal one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
+import torch
+
 from engine.config import ModelConfig
+from engine.model.half import attention_of, mlp_of
+from engine.model.layers import Linear
+from engine.model.transformer import Transformer
 
 AttentionCount = Literal["causal", "full"]
 
@@ -45,7 +51,7 @@ class ParameterCounts:
         layer_vectors: norms and biases of one transformer layer.
         num_layers: how often the layer is repeated.
         final_norm: the norm before the LM head, `h`.
-        head: the LM head, `V·h`; it is the embedding itself when `tied`.
+        head: the LM head, `V·h`, or a score's `h`; it is the embedding itself when `tied`.
         tied: the LM head shares the embedding's weights.
     """
 
@@ -69,20 +75,25 @@ class ParameterCounts:
         return self.num_layers * self.layer_matrices + self.head
 
 
+@cache
 def count_parameters(model: ModelConfig) -> ParameterCounts:
-    """Count the parameters of a Llama-family decoder (SwiGLU, RMSNorm, grouped-query attention)."""
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    query_size = model.num_heads * model.head_dim
-    qkv_size = query_size + 2 * model.num_kv_heads * model.head_dim
+    """Count the parameters of a model: those that it makes, on the meta device, of one layer and both ends."""
+    with torch.device("meta"):
+        ends = Transformer(model, layers=[0])
+    assert ends.embedding is not None and ends.final_layernorm is not None
+    head = ends.output_layer or ends.score
+    assert head is not None
+    layer = sum(parameter.numel() for parameter in ends.layers.parameters())
+    matrices = sum(module.weight.numel() for module in ends.layers.modules() if isinstance(module, Linear))
     return ParameterCounts(
-        embedding=model.vocab_size * hidden,
-        layer_matrices=hidden * qkv_size + query_size * hidden + 3 * hidden * ffn,
-        layer_vectors=2 * hidden + (qkv_size if model.qkv_bias else 0),
-        num_layers=model.num_layers,
-        final_norm=hidden,
-        head=model.vocab_size * hidden,
-        tied=model.tie_embeddings,
-    )
+        embedding=ends.embedding.weight.numel(), layer_matrices=matrices, layer_vectors=layer - matrices,
+        num_layers=model.num_layers, final_norm=ends.final_layernorm.weight.numel(), head=head.weight.numel(),
+        tied=model.tie_embeddings)
+
+
+def products(model: ModelConfig, seq_len: int) -> int:
+    """Multiply-accumulates of one layer per token among activations, forward, with causal scores counted half."""
+    return attention_of(model).products(model, seq_len) + mlp_of(model).products(model, seq_len)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int, attention: AttentionCount = "causal") -> int:
@@ -94,5 +105,4 @@ def flops_per_token(model: ModelConfig, seq_len: int, attention: AttentionCount 
         attention: `causal` counts half of the score matrix (`6·L·h·s`), `full` all of it (`12·L·h·s`).
     """
     factor = 6 if attention == "causal" else 12
-    query_size = model.num_heads * model.head_dim
-    return 6 * count_parameters(model).matmul + factor * model.num_layers * query_size * seq_len
+    return 6 * count_parameters(model).matmul + factor * model.num_layers * products(model, seq_len)

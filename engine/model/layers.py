@@ -88,15 +88,3 @@ class _Widen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
-
-
-class SwiGLU(nn.Module):
-    """See `kernels/swiglu.py`."""
-
-    def __init__(self, operations: Operations) -> None:
-        super().__init__()
-        self._activate = operations.swiglu
-
-    def forward(self, gate_up: Tensor) -> Tensor:
-        """[..., 2·F], gate then up → [..., F]."""
-        return self._activate(gate_up.unflatten(-1, (2, -1)))

@@ -1,4 +1,4 @@
-"""A decoder-only transformer: LLaMA 1/2/3, Mistral, Qwen2.
+"""A decoder-only transformer: LLaMA 1/2/3, Mistral, Qwen2 and 3, Arcee.
 
     x = embedding(tokens)
     for each layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))
@@ -19,16 +19,10 @@ from torch import Tensor, nn
 from engine.config import ModelConfig
 from engine.kernels.table import PORTABLE, Operations
 from engine.model.context import Batch
-from engine.model.layers import Embedding, Linear, RMSNorm, ScoreHead, SwiGLU
+from engine.model.half import INIT_STD, Angles, Half, attention_of, mlp_of
+from engine.model.layers import Embedding, Linear, RMSNorm, ScoreHead
 from engine.model.rope import rotary_angles
-from engine.model.spec import VOCABULARY, ParamSpec, Rule, new_parameter
-
-INIT_STD = 0.02
-
-
-def residual_init_std(config: ModelConfig) -> float:
-    """Layers that write into the residual stream start smaller, by 1/√(2·layers) (Radford et al. 2019, section 2.3)."""
-    return INIT_STD / (2 * config.num_layers) ** 0.5
+from engine.model.spec import VOCABULARY, ParamSpec, new_parameter
 
 
 def embedding_spec(config: ModelConfig) -> ParamSpec:
@@ -37,57 +31,25 @@ def embedding_spec(config: ModelConfig) -> ParamSpec:
                      tied=config.tie_embeddings)
 
 
-class SelfAttention(nn.Module):
-    """Causal grouped-query self-attention with rotary positions."""
-
-    def __init__(self, config: ModelConfig, index: int, name: str, operations: Operations) -> None:
-        super().__init__()
-        self.index = index
-        groups, heads, dim = config.num_kv_heads, config.num_heads, config.head_dim
-        self.head_shape = (heads // groups + 2, dim)
-        self.linear_qkv = Linear.create(f"{name}.linear_qkv", (groups, *self.head_shape), config.hidden_size,
-                                        Rule("column", 0), init_std=INIT_STD, bias=config.qkv_bias)
-        self.linear_proj = Linear.create(f"{name}.linear_proj", (config.hidden_size,), heads * dim,
-                                         Rule("row", 1), init_std=residual_init_std(config))
-        self.core_attention, self._split_and_rotate = operations.attention, operations.rope
-
-    def forward(self, x_SBH: Tensor, angles: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        qkv = self.linear_qkv(x_SBH)
-        q, k, v = self._split_and_rotate(qkv.unflatten(-1, (-1, *self.head_shape)), *angles)
-        if batch.cache is not None:
-            k, v = batch.cache.append(self.index, k, v)
-        return self.linear_proj(self.core_attention(q, k, v, batch.attention_mask))
-
-
-class MLP(nn.Module):
-    """SwiGLU feed-forward layer: the fused gate and up projection is [2, F, H]."""
-
-    def __init__(self, config: ModelConfig, name: str, operations: Operations) -> None:
-        super().__init__()
-        self.linear_fc1 = Linear.create(f"{name}.linear_fc1", (2, config.ffn_hidden_size), config.hidden_size,
-                                        Rule("column", 1), init_std=INIT_STD)
-        self.activation = SwiGLU(operations)
-        self.linear_fc2 = Linear.create(f"{name}.linear_fc2", (config.hidden_size,), config.ffn_hidden_size,
-                                        Rule("row", 1), init_std=residual_init_std(config))
-
-    def forward(self, x_SBH: Tensor) -> Tensor:
-        return self.linear_fc2(self.activation(self.linear_fc1(x_SBH)))
-
-
 class Block(nn.Module):
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer, of the kinds of halves that the configuration names."""
 
     def __init__(self, config: ModelConfig, index: int, operations: Operations) -> None:
         super().__init__()
         name = f"layers.{index}"
         self.input_layernorm = RMSNorm(f"{name}.input_layernorm", config.hidden_size, config.norm_eps, operations)
-        self.self_attention = SelfAttention(config, index, f"{name}.self_attention", operations)
+        self.self_attention = attention_of(config)(config, index, f"{name}.self_attention", operations)
         self.pre_mlp_layernorm = RMSNorm(f"{name}.pre_mlp_layernorm", config.hidden_size, config.norm_eps, operations)
-        self.mlp = MLP(config, f"{name}.mlp", operations)
+        self.mlp = mlp_of(config)(config, index, f"{name}.mlp", operations)
 
-    def forward(self, x_SBH: Tensor, angles: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+    def forward(self, x_SBH: Tensor, angles: Angles, batch: Batch) -> Tensor:
         x_SBH = x_SBH + self.self_attention(self.input_layernorm(x_SBH), angles, batch)
-        return x_SBH + self.mlp(self.pre_mlp_layernorm(x_SBH))
+        return x_SBH + self.mlp(self.pre_mlp_layernorm(x_SBH), angles, batch)
+
+    @property
+    def halves(self) -> tuple[tuple[RMSNorm, Half], ...]:
+        """Each half with the norm in front of it."""
+        return (self.input_layernorm, self.self_attention), (self.pre_mlp_layernorm, self.mlp)
 
 
 class Transformer(nn.Module):
