@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoints_tools.hf_config import read_hf_config
 from checkpoints_tools.hf_files import HFWeights
 from checkpoints_tools.names import parameter_shapes
 from checkpoints_tools.progress import Begin, quiet
@@ -121,7 +122,7 @@ def compare_tensors(source: Source, folder: Path, dtype: torch.dtype, allow_pick
     weights = HFWeights(folder, allow_pickle)
 
     def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for name, parts in weights.parts(source.config).items():
+        for name, parts in weights.parts(source.config, read_hf_config(folder)[0].names).items():
             ours = source.read(name, dtype)
             for part in parts:
                 yield ours[part.box.slices], weights.read(part.name).reshape(part.box.size).to(dtype)

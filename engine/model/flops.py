@@ -34,6 +34,7 @@ from typing import Literal
 import torch
 
 from engine.config import ModelConfig
+from engine.errors import ConfigError
 from engine.model.half import attention_of, mlp_of
 from engine.model.layers import Linear
 from engine.model.transformer import Transformer
@@ -77,9 +78,16 @@ class ParameterCounts:
 
 @cache
 def count_parameters(model: ModelConfig) -> ParameterCounts:
-    """Count the parameters of a model: those that it makes, on the meta device, of one layer and both ends."""
-    with torch.device("meta"):
-        ends = Transformer(model, layers=[0])
+    """Count the parameters of a model: those that it makes, on the meta device, of one layer and both ends.
+
+    Raises:
+        ConfigError: a tensor would have more elements than can be numbered.
+    """
+    try:
+        with torch.device("meta"):
+            ends = Transformer(model, layers=[0])
+    except RuntimeError as error:
+        raise ConfigError(f"no model has these sizes: {error}") from None
     assert ends.embedding is not None and ends.final_layernorm is not None
     head = ends.output_layer or ends.score
     assert head is not None
