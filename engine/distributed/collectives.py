@@ -94,6 +94,12 @@ def all_to_all_into(out: Tensor, x: Tensor, axis: Axis) -> Work:
     return dist.all_to_all_single(out, x, group=axis.group, async_op=True)
 
 
+def exchange(out: Tensor, x: Tensor, axis: Axis, received: list[int], sent: list[int]) -> None:
+    """Sends `sent[i]` elements of the one-dimensional `x` to rank i; `out` gets `received[i]` from it, by rank."""
+    if axis.size > 1:
+        dist.all_to_all_single(out, x, received, sent, group=axis.group)
+
+
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
     """Concatenates the ranks' `x` along dimension 0: [n, …] → [size·n, …]."""
     out, work = start_all_gather(x, axis)

@@ -20,6 +20,8 @@ from engine.checkpoint.resume import open_checkpoint
 from engine.checkpoint.write import save
 from engine.config import Config, ParallelConfig
 from engine.distributed.mesh import Job
+from engine.distributed.reshard import Reshard
+from engine.distributed.topology import Topology
 from engine.errors import ConfigError, RequestError
 from engine.model.context import Batch
 from engine.model.objective import NEXT_TOKEN, Head, Objective
@@ -158,6 +160,45 @@ def test_a_role_that_is_not_trained_has_weights_only() -> None:
     assert all(not piece.tensor.requires_grad for piece in frozen.weights())
     assert {piece.key for piece in frozen.weights()} == {
         piece.key for piece in RoleState.build(Role.of(tiny_config()), tiny_config(), Job("cpu")).masters()}
+
+
+def refresh(placement: Placement, model: dict[str, Any]) -> list[tuple[float, float]]:
+    """On one rank: losses of actor and reference after the actor's weights have been moved to the reference, twice."""
+    run = tiny_config(model=model)
+    actor = Role("actor", run.model, ParallelConfig(**placement.actor[1]), placement.actor[0])
+    frozen = Role("reference", run.model, ParallelConfig(**placement.frozen[1]), placement.frozen[0], trainable=False)
+    roles = [RoleState.build(role, run, job()) for role in (actor, frozen)]
+    roles[0].initialise(3)
+    way = Reshard.plan(roles[0].weights(), roles[1].weights(), job().mesh(Topology(data=NUM_RANKS)), bucket_bytes=4096)
+    out = []
+    for step in (1, 2):
+        way.run(roles[0].weights(), roles[1].weights())
+        batch, losses = global_batch(run, step), []
+        for state in roles:
+            config = state.role.config(run)
+            batches = [] if state.mesh is None else microbatches(config, batch, state.mesh)
+            totals = state.totals(state.evaluate(batches), with_gradients=False)
+            losses.append(float("nan") if totals is None else totals.sums.item())
+        out.append((losses[0], losses[1]))
+        batches = [] if roles[0].mesh is None else microbatches(actor.config(run), batch, roles[0].mesh)
+        roles[0].update(1e-2, roles[0].totals(roles[0].forward_backward(batches, 1 / batch.tokens_SB.numel())))
+        roles[0].publish()
+    return out
+
+
+@pytest.mark.parametrize("model", [{}, {"tie_embeddings": True, "vocab_size": 61, "qkv_bias": True}],
+                         ids=["plain", "tied, odd vocabulary"])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_a_reference_takes_over_the_actor_s_weights(name: str, model: dict[str, Any]) -> None:
+    """Of live models, in any layout; and again after a step of training, by the same plan."""
+    placement = PLACEMENTS[name]
+    by_rank = run_distributed(refresh, NUM_RANKS, placement, model)
+    for step in (0, 1):
+        actor = {by_rank[rank][step][0] for rank in placement.actor[0]}
+        frozen = {by_rank[rank][step][1] for rank in placement.frozen[0]}
+        assert len(actor) == len(frozen) == 1
+        assert actor.pop() == pytest.approx(frozen.pop(), rel=TOLERANCE)
+    assert by_rank[placement.actor[0].start][0] != by_rank[placement.actor[0].start][1]
 
 
 def state_on(placement: Placement, where: Job) -> TrainState:
