@@ -20,6 +20,7 @@ from engine.checkpoint.resume import open_checkpoint
 from engine.checkpoint.write import save
 from engine.config import Config, ParallelConfig
 from engine.distributed.mesh import Job
+from engine.distributed.pieces import Piece
 from engine.distributed.reshard import Reshard
 from engine.distributed.topology import Topology
 from engine.errors import ConfigError, RequestError
@@ -162,8 +163,8 @@ def test_a_role_that_is_not_trained_has_weights_only() -> None:
         piece.key for piece in RoleState.build(Role.of(tiny_config()), tiny_config(), Job("cpu")).masters()}
 
 
-def refresh(placement: Placement, model: dict[str, Any]) -> list[tuple[float, float]]:
-    """On one rank: losses of actor and reference after the actor's weights have been moved to the reference, twice."""
+def refresh(placement: Placement, model: dict[str, Any]) -> list[list[tuple[float, Shards]]]:
+    """On one rank: loss and weights of actor and reference after the one has been moved to the other, twice."""
     run = tiny_config(model=model)
     actor = Role("actor", run.model, ParallelConfig(**placement.actor[1]), placement.actor[0])
     frozen = Role("reference", run.model, ParallelConfig(**placement.frozen[1]), placement.frozen[0], trainable=False)
@@ -173,13 +174,13 @@ def refresh(placement: Placement, model: dict[str, Any]) -> list[tuple[float, fl
     out = []
     for step in (1, 2):
         way.run(roles[0].weights(), roles[1].weights())
-        batch, losses = global_batch(run, step), []
+        batch, both = global_batch(run, step), []
         for state in roles:
             config = state.role.config(run)
             batches = [] if state.mesh is None else microbatches(config, batch, state.mesh)
             totals = state.totals(state.evaluate(batches), with_gradients=False)
-            losses.append(float("nan") if totals is None else totals.sums.item())
-        out.append((losses[0], losses[1]))
+            both.append((float("nan") if totals is None else totals.sums.item(), copied(state.weights())))
+        out.append(both)
         batches = [] if roles[0].mesh is None else microbatches(actor.config(run), batch, roles[0].mesh)
         roles[0].update(1e-2, roles[0].totals(roles[0].forward_backward(batches, 1 / batch.tokens_SB.numel())))
         roles[0].publish()
@@ -193,12 +194,17 @@ def test_a_reference_takes_over_the_actor_s_weights(name: str, model: dict[str, 
     """Of live models, in any layout; and again after a step of training, by the same plan."""
     placement = PLACEMENTS[name]
     by_rank = run_distributed(refresh, NUM_RANKS, placement, model)
+    seen = []
     for step in (0, 1):
-        actor = {by_rank[rank][step][0] for rank in placement.actor[0]}
-        frozen = {by_rank[rank][step][1] for rank in placement.frozen[0]}
-        assert len(actor) == len(frozen) == 1
-        assert actor.pop() == pytest.approx(frozen.pop(), rel=TOLERANCE)
-    assert by_rank[placement.actor[0].start][0] != by_rank[placement.actor[0].start][1]
+        actor, frozen = ([by_rank[rank][step][which] for rank in place] for which, place in
+                         enumerate((placement.actor[0], placement.frozen[0])))
+        assert len({loss for loss, _ in actor}) == len({loss for loss, _ in frozen}) == 1
+        assert actor[0][0] == pytest.approx(frozen[0][0], rel=TOLERANCE)
+        weights, taken_over = (assemble(held for _, held in role) for role in (actor, frozen))
+        assert weights.keys() == taken_over.keys()
+        assert not [key for key in weights if not torch.equal(weights[key], taken_over[key])]
+        seen.append(weights)
+    assert all(not torch.equal(seen[0][key], seen[1][key]) for key in seen[0])
 
 
 def state_on(placement: Placement, where: Job) -> TrainState:
@@ -219,7 +225,7 @@ def save_here(placement: Placement, directory: str) -> Shards:
     state.step, state.consumed_samples = 2, 16
     metadata = state.metadata(tiny_config(), {}) if job().rank == 0 else {}
     save(Path(directory), 2, state.pieces(), metadata, group=job().world.group, keep=None)
-    return held(state)
+    return copied(state.pieces())
 
 
 def load_here(placement: Placement, directory: str) -> Shards:
@@ -232,12 +238,11 @@ def load_here(placement: Placement, directory: str) -> Shards:
     for role, count in zip(state.roles, (2, 3, 0), strict=True):
         if role.optimizer is not None:
             assert {int(steps) for steps in role.optimizer.steps} == {count}
-    return held(state)
+    return copied(state.pieces())
 
 
-def held(state: TrainState) -> Shards:
-    return [(piece.key, piece.global_shape, box, values.clone()) for piece in state.pieces()
-            for box, values in piece.parts()]
+def copied(pieces: Sequence[Piece]) -> Shards:
+    return [(piece.key, piece.global_shape, box, values.clone()) for piece in pieces for box, values in piece.parts()]
 
 
 def test_all_roles_are_saved_together_and_loaded_in_another_placement(tmp_path: Path) -> None:
