@@ -26,7 +26,7 @@ LEVELS = (
     ("launching", "model"),
     ("parallel",),
     ("data", "optim", "precision"),
-    ("checkpoint", "metrics", "reliability"),
+    ("align", "checkpoint", "metrics", "reliability"),
     ("generate", "report", "train"),
     ("rl", "plan", "bench", "corpus_tools"),
     ("checkpoints_tools",),
