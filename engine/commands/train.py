@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.checkpoint.folder import checkpoints_at, no_checkpoint
 from engine.commands._layout import start_ranks
 from engine.config import Config, load_config, resolve_layout
-from engine.distributed.environment import LaunchEnvironment, launch_environment, tune_gpu
+from engine.distributed.environment import LaunchEnvironment, injected_faults, launch_environment, tune_gpu
 from engine.distributed.topology import Topology
 from engine.launching.local import run_as_rank
 from engine.metrics.console import Console
@@ -41,7 +41,8 @@ def _load(args: argparse.Namespace) -> Config:
         ConfigError: the file, or what was changed of it, is no configuration.
         RequestError: it is the record of a run that lies elsewhere now.
     """
-    config = load_config(args.config, args.overrides)
+    faults = injected_faults()
+    config = load_config(args.config, [*args.overrides, *([f"reliability.inject={faults}"] if faults else [])])
     require_at_home(Path(args.config), Path(config.run.dir), given=any(
         override.startswith("run.dir=") for override in args.overrides))
     return config

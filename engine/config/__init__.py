@@ -10,6 +10,7 @@ Keys, defaults and units are in `schema`; the equations a layout must satisfy in
 
 from engine.config.layout import resolve_layout
 from engine.config.load import load_config, preset_names
+from engine.config.reliability import FaultConfig, ReliabilityConfig
 from engine.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -22,14 +23,13 @@ from engine.config.schema import (
     ParallelConfig,
     PrecisionConfig,
     ProfileConfig,
-    ReliabilityConfig,
     RopeScalingConfig,
     RunConfig,
     SourceConfig,
 )
 
 __all__ = [
-    "BatchConfig", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LogConfig", "ModelConfig", "OptimConfig",
-    "ParallelConfig", "PrecisionConfig", "ProfileConfig", "ReliabilityConfig", "RopeScalingConfig", "RunConfig",
-    "SourceConfig", "load_config", "preset_names", "resolve_layout",
+    "BatchConfig", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "FaultConfig", "LogConfig",
+    "ModelConfig", "OptimConfig", "ParallelConfig", "PrecisionConfig", "ProfileConfig", "ReliabilityConfig",
+    "RopeScalingConfig", "RunConfig", "SourceConfig", "load_config", "preset_names", "resolve_layout",
 ]

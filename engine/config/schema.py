@@ -33,6 +33,7 @@ from engine.config.fields import (
     Words,
     ZeroLevel,
 )
+from engine.config.reliability import ReliabilityConfig
 from engine.config.yaml_values import dump_yaml
 from engine.errors import ConfigError
 from engine.schedules.table import recipe, schedule_names
@@ -244,12 +245,6 @@ class KernelsConfig(Section):
     linear: Words = "auto"
     weight_gradient: Words = "auto"
     adamw: Words = "auto"
-
-
-class ReliabilityConfig(Section):
-    """What a run survives, and when it gives up."""
-
-    max_skips: NonNegative = 10                              # steps skipped in a row that end the run; 0: none do
 
 
 class Config(Section):

@@ -125,6 +125,11 @@ def tune_gpu(parallel: ParallelConfig, environ: MutableMapping[str, str] = os.en
         environ.setdefault(name, value)
 
 
+def injected_faults(environ: Mapping[str, str] = os.environ) -> str | None:
+    """What OCTANT_INJECT holds: faults in YAML, as `reliability.inject` takes them."""
+    return environ.get("OCTANT_INJECT") or None
+
+
 def _loopback_interface() -> str:
     """`lo` on Linux, `lo0` on BSD and macOS."""
     return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))

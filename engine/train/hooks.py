@@ -16,7 +16,7 @@ class Hook:
     """Something that is due after some steps.
 
     Attributes:
-        phase: the name under which it runs (`engine.train.phases`).
+        phase: the name under which it runs (`engine.metrics.phases`).
         run: does it; every rank calls it after the same steps.
         every: due after each multiple of so many steps; 0: not for that.
         when: whether it is due after a step for another reason; all ranks must answer alike.

@@ -8,7 +8,7 @@ publish the new weights; hear what became of it.  The host reads nothing of it b
 are logged; a request to stop is read one step late, when its value has long arrived (`engine.train.tally`).
 
 What else there is to do is a table of hooks (`engine.train.hooks`), and every part of a step and every hook runs as a
-phase with a name (`engine.train.phases`).
+phase with a name (`engine.metrics.phases`).
 
 A step that cannot be taken, because its gradient is not finite or because not one label counts in it, is *skipped*: it
 uses up its samples and changes nothing else.  All ranks see the same all-reduced numbers, so all skip, and all give up
@@ -31,19 +31,20 @@ from engine.distributed.mesh import Mesh
 from engine.errors import DataError, WorkerError
 from engine.metrics.console import Console
 from engine.metrics.peaks import peak_tflops
+from engine.metrics.phases import Phases, Taken
 from engine.metrics.sinks import open_sinks
 from engine.metrics.throughput import throughput
 from engine.model.flops import flops_per_token
 from engine.optim.gradients import clip_divisor, sum_over_world
 from engine.optim.schedule import learning_rate
 from engine.parallel.replicas import check_replicas
+from engine.reliability.inject import Injector
 from engine.train.batches import Loader
 from engine.train.corpora import Corpora
 from engine.train.evaluation import evaluate
 from engine.train.hooks import Hook
 from engine.train.journal import Journal, peak_memory_bytes
 from engine.train.objectives import objective_of
-from engine.train.phases import Phases, Taken
 from engine.train.profile import StepProfiler
 from engine.train.role import Role, RoleState
 from engine.train.run_folder import writing
@@ -112,8 +113,10 @@ class Trainer:
         model, directory, group = state.model, Path(config.run.dir), mesh.world.group
         tally = Tally(len(model.objective.sums), mesh.device)
         notes = take_over(state, tally, config, corpora, group)
+        faults = config.reliability.inject or ()
+        injector = Injector(faults, mesh.rank, directory, model.buckets)
         writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_,
-                                  group)
+                                  group, on_point=injector.at_point)
         journal = Journal()
         if mesh.rank == 0:
             with writing(directory):
@@ -122,6 +125,9 @@ class Trainer:
             for note in notes:
                 journal.note(note)
         profiler = StepProfiler(config.profile, directory, mesh.device, mesh.rank, journal.note)
+        if faults:
+            journal.warning(f"FAULTS WILL BE INJECTED: {'; '.join(map(str, faults))}")
+            phases.listeners.append(injector)
         if config.profile.steps and mesh.rank in config.profile.ranks:
             phases.listeners.append(profiler)
         loader = Loader(corpora.train.sample, config, mesh, model.objective, uses=len(model.chunks), ahead=True)

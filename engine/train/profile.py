@@ -1,6 +1,6 @@
 """The profiler of a run: a trace of some steps, and a picture of the GPU's memory, in the run's folder.
 
-It listens to the phases (`engine.train.phases`): it starts before the first phase of its first step and writes before
+It listens to the phases (`engine.metrics.phases`): it starts before the first phase of its first step and writes before
 the first phase behind its last, so that what is done after that step is in the trace.  In it every phase and every
 action of the schedule stands under its name.
 """
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity
 
 from engine.config import ProfileConfig
 from engine.errors import RequestError
-from engine.train.phases import Moment
+from engine.metrics.phases import Moment
 
 FOLDER = "profile"
 MEMORY_EVENTS = 100_000                    # allocations and frees that a snapshot remembers, the latest

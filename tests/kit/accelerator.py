@@ -30,11 +30,11 @@ from torch.utils import backend_registration
 from engine.config import Config
 from engine.distributed.mesh import Mesh, single_mesh
 from engine.distributed.topology import Topology
+from engine.metrics.phases import Moment
 from engine.model.context import Batch
 from engine.train.batches import HostBatch, HostStep, Loader
 from engine.train.corpora import Corpora
 from engine.train.loop import Trainer
-from engine.train.phases import Moment
 from engine.train.tally import LateRead
 from tests.kit.fake import fake_rank
 from tests.kit.runs import run_config

@@ -11,10 +11,10 @@ import torch
 
 from engine.config import Config
 from engine.distributed.mesh import single_mesh
+from engine.metrics.phases import Moment, Phases
 from engine.train.corpora import Corpora
 from engine.train.hooks import Hook
 from engine.train.loop import IN_STEP, Trainer
-from engine.train.phases import Moment, Phases
 from tests.kit.runs import run_config
 
 
