@@ -33,12 +33,12 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 # A constraints file newer than the stamp installs again; pip leaves alone what already fits.
-$(VENV)/.installed: setup.py constraints.txt | $(BIN)/python
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "Installing Octant into $(VENV) (a minute or two) …"
 	@$(INSTALL) '.[hf]'
 	@touch $@
 
-$(VENV)/.installed-dev: setup.py constraints.txt | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "Installing Octant and its test tools into $(VENV) (a minute or two) …"
 	@$(INSTALL) '.[hf,megatron,data,dev]'
 	@touch $(VENV)/.installed $@

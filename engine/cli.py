@@ -22,6 +22,7 @@ from engine.errors import OctantError
 from engine.schedules.table import schedule_names
 
 TEXT_FILES = ".txt .jsonl .json .parquet, each also .gz or .zst"
+CONFIG = "a file, or the name of one that comes with Octant (`octant config` names them)"
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _data(p: Parser) -> None:
 
 
 def _train(p: Parser) -> None:
-    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("config", metavar="CONFIG.yaml", help=CONFIG)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as optim.lr=3e-4")
 
 
@@ -182,7 +183,7 @@ def _convert(p: Parser) -> None:
         ("from-hf", "a Hugging Face Llama, Mistral or Qwen2 model as a checkpoint", "convert from-hf model/ out/"),
         ("to-megatron", "a checkpoint as megatron-core's torch_dist", "convert to-megatron runs/x out/"),
         ("from-megatron", "megatron-core's torch_dist as a checkpoint",
-         "convert from-megatron iter_0000010 out/ --config configs/llama-7b.yaml"))
+         "convert from-megatron iter_0000010 out/ --config llama-7b"))
     for action in actions:
         action.add_argument("source", metavar="FROM")
         action.add_argument("output", metavar="OUT", help="a folder that is not there yet, or empty")
@@ -215,7 +216,7 @@ def _checkpoint(p: Parser) -> None:
 
 
 def _plan(p: Parser) -> None:
-    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("config", metavar="CONFIG.yaml", help=CONFIG)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as parallel.zero=3")
     p.add_argument("--gpus", type=int, metavar="N", help="processes of the job (default: as parallel.data says, or one "
                                                          "copy of the model where it is auto)")
@@ -249,9 +250,10 @@ def _report(p: Parser) -> None:
 
 
 def _config(p: Parser) -> None:
-    p.add_argument("config", metavar="CONFIG.yaml", nargs="?")
+    p.add_argument("config", metavar="CONFIG.yaml", nargs="?", help=CONFIG)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as optim.lr=3e-4")
     p.add_argument("--schema", action="store_true", help="print a JSON Schema of what a file may hold, for editors")
+    p.add_argument("--scripts", action="store_true", help="print the folder of the batch scripts")
 
 
 def _presets(p: Parser) -> None:
@@ -275,7 +277,7 @@ VERBS = (
          "prepare web.jsonl.zst --tokenizer tok.model --output data/web --workers 8", _prepare),
     Verb("data", "inspect, verify or clean corpora", "data inspect data/web", _data),
     Verb("train", "run a training job; started plainly it launches the local processes its layout needs",
-         "train configs/tiny.yaml parallel.tensor=2 optim.lr=3e-4", _train),
+         "train tiny parallel.tensor=2 optim.lr=3e-4", _train),
     Verb("generate", "sample from a checkpoint", 'generate runs/x --prompt "Once upon a time" --temperature 0.8',
          _generate),
     Verb("eval", "loss, perplexity and bits per byte of a checkpoint on a corpus", "eval runs/x --data data/held",
@@ -283,10 +285,10 @@ VERBS = (
     Verb("convert", "checkpoints to and from Hugging Face and megatron-core", "convert to-hf runs/x out/", _convert),
     Verb("checkpoint", "list, inspect, verify or reshard checkpoints", "checkpoint list runs/x", _checkpoint),
     Verb("config", "a configuration as it will be read, resolved; or the schema of one",
-         "config configs/tiny.yaml parallel.tensor=2", _config),
+         "config tiny parallel.tensor=2", _config),
     Verb("presets", "the models that model.preset knows", "presets llama3-8b", _presets),
     Verb("plan", "a job of any size on paper: what a rank holds and does, and the schedule as a picture",
-         "plan configs/llama-65b.yaml --explain-rank 777", _plan),
+         "plan llama-65b --explain-rank 777", _plan),
     Verb("schedule", "a pipeline schedule as a grid, with its bubble and peak activations",
          "schedule 1f1b --stages 4 --microbatches 8", _schedule),
     Verb("bench", "measured tables", "bench matmul", _bench),

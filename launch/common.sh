@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the batch scripts share.  Sourced by bash on the batch host (launch/*.sh) and on every node (launch/node.sh).
+# What the batch scripts share: sourced by them on the batch host, with LAUNCH, the folder that they lie in.
 #
 # One task per node runs one torchrun, which starts one process per GPU.  (srun with a task per GPU and no torchrun
 # works too: `srun --ntasks-per-node=8 octant train CONFIG`.  Never both.)
@@ -55,7 +55,7 @@ run_job() { # CONFIG [key=value …]
     check_config "$((SLURM_JOB_NUM_NODES * GPUS_PER_NODE))" "$@" || return 2
 
     echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $SLURM_JOB_NUM_NODES nodes, $MASTER_ADDR:$MASTER_PORT"
-    srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash launch/node.sh "$@" &
+    srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash "$LAUNCH/node.sh" "$@" &
     srun_pid=$!
     # Only the first USR1 is passed on: a second one would break off torchrun's waiting for the ranks.
     trap 'again=yes; [[ -n $signal ]] || { signal=USR1; kill -USR1 "$srun_pid"; }' USR1

@@ -12,6 +12,9 @@ ulimit -n "$(ulimit -H -n)" # a socket per peer that a rank talks to, times the 
 is_host=0
 ((SLURM_NODEID == 0)) && is_host=1 # the first node keeps the rendezvous, whatever its name resolves to
 
+# On a node whose clock is behind, torchrun starts a world of one and calls it a success: the ranks refuse that.
+export OCTANT_WORLD_SIZE=$((SLURM_JOB_NUM_NODES * GPUS_PER_NODE))
+
 torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$GPUS_PER_NODE" --max-restarts=3 \
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \

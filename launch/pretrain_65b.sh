@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# LLaMA-65B on 256 nodes of 8 GPUs.  From the repository's root, with the corpus of configs/llama-65b.yaml in place:
+# LLaMA-65B on 256 nodes of 8 GPUs, with the corpus of configs/llama-65b.yaml in place:
 #
 #     sbatch launch/pretrain_65b.sh [key=value …]
+#
+# An installed package has this folder inside itself, at `octant config --scripts`.
 #
 # The run saves and requeues itself ten minutes before its time limit, and goes on from its newest checkpoint.
 #
@@ -27,6 +29,7 @@ if [[ -f .venv/bin/activate ]]; then
     # shellcheck source=/dev/null
     source .venv/bin/activate
 fi
+LAUNCH="$(python -m engine config --scripts)"
 # shellcheck source=launch/common.sh
-source launch/common.sh
-run_job configs/llama-65b.yaml "$@"
+source "$LAUNCH/common.sh"
+run_job llama-65b "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import os
 import shutil
 import subprocess
@@ -11,6 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from engine import __version__
+from engine.commands.doctor import CORE
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORT_ALL = """
@@ -55,6 +60,29 @@ def test_the_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
     assert python(IMPORT_ALL, tmp_path, wheel).strip() == str(wheel / "engine" / "__init__.py")
     code = "from engine.config import preset_names; print(len(preset_names()))"
     assert int(python(code, tmp_path, wheel)) == 11
+    code = "from engine.config import config_names, load_config; print(*map(load_config, config_names()), sep='\\n')"
+    assert python(code, tmp_path, wheel) == python(code, ROOT) != ""
+
+
+def test_what_comes_along_is_in_the_wheel(wheel: Path) -> None:
+    for folder in ("configs", "launch"):
+        inside = {path.name: path.read_bytes() for path in (wheel / "engine" / folder).iterdir()}
+        assert inside == {path.name: path.read_bytes() for path in (ROOT / folder).iterdir()} != {}
+    assert all((wheel / package / "py.typed").is_file() for package in ("engine", "checkpoints_tools", "corpus_tools"))
+
+
+def test_the_wheel_names_what_it_needs(wheel: Path) -> None:
+    """With a lower bound each, of packages that `octant doctor` and constraints.txt know."""
+    (metadata,) = wheel.glob("octant-*.dist-info/METADATA")
+    message = email.message_from_string(metadata.read_text(encoding="utf-8"))
+    assert message["Version"] == __version__ and message["Requires-Python"] == ">=3.11"
+    needed = [Requirement(text) for text in message.get_all("Requires-Dist", [])]
+    core = {need.name for need in needed if need.marker is None}
+    assert core == set(CORE)
+    unbounded = {need.name for need in needed if ">=" not in str(need.specifier)}
+    assert unbounded == {"types-PyYAML"}                                       # numbered after what it describes
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert not [need for need in needed if need.name in pinned and not need.specifier.contains(pinned[need.name])]
 
 
 def test_the_wheel_installs_no_other_top_level_name(wheel: Path) -> None:

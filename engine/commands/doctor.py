@@ -177,5 +177,5 @@ def _next_steps() -> Iterator[str]:
     if _version("transformers") is None:
         yield "pip install 'octant[hf]'     so that exported models are compared with transformers"
     if torch.cuda.is_available():
-        yield "octant train configs/llama3.2-1b.yaml     on the GPUs seen above, once its corpus is prepared"
+        yield "octant train llama3.2-1b     on the GPUs seen above, once its corpus is prepared"
     yield "octant demo                  the whole path on the CPU, in about two minutes"

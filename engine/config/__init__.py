@@ -1,6 +1,6 @@
 """The configuration of a job: strict, typed, frozen, and without torch.
 
-    config = load_config("configs/tiny.yaml", ["optim.lr=3e-4"])     # files, presets and overrides, merged and checked
+    config = load_config("tiny", ["optim.lr=3e-4"])                  # files, presets and overrides, merged and checked
     config = resolve_layout(config, 8)                               # parallel.data is a number, and everything divides
     print(config.dump())                                             # YAML, enough to run it again
 
@@ -9,7 +9,7 @@ Keys, defaults and units are in `schema`; the equations a layout must satisfy in
 """
 
 from engine.config.layout import resolve_layout
-from engine.config.load import load_config, preset_names
+from engine.config.load import config_names, load_config, preset_names
 from engine.config.reliability import FaultConfig, ReliabilityConfig
 from engine.config.schema import (
     BatchConfig,
@@ -31,5 +31,5 @@ from engine.config.schema import (
 __all__ = [
     "BatchConfig", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "FaultConfig", "LogConfig",
     "ModelConfig", "OptimConfig", "ParallelConfig", "PrecisionConfig", "ProfileConfig", "ReliabilityConfig",
-    "RopeScalingConfig", "RunConfig", "SourceConfig", "load_config", "preset_names", "resolve_layout",
+    "RopeScalingConfig", "RunConfig", "SourceConfig", "config_names", "load_config", "preset_names", "resolve_layout",
 ]

@@ -21,6 +21,7 @@ from engine.config.vocabulary import tokenizer_vocab_size
 from engine.config.yaml_values import MAX_DEPTH, KeyPath, Origins, parse_yaml, read_text
 from engine.errors import ConfigError
 from engine.instead import is_address
+from engine.shipped import shipped
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -30,12 +31,16 @@ MOST_BASES = 16
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The resolved configuration of the file at `path`, with overrides such as `optim.lr=3e-4` on top.
 
+    Args:
+        path: a file, or the name of a configuration that comes with Octant (`config_names`).
+
     Raises:
         ConfigError: with every problem of the file and the overrides at once.
     """
-    if not Path(path).is_file() and (instead := _instead(path)):
+    file = _found(path)
+    if not file.is_file() and (instead := _instead(path)):
         raise ConfigError(f"cannot read the configuration {path}: {instead}")
-    values, origins = _read_with_bases(Path(path), ())
+    values, origins = _read_with_bases(file, ())
     for override in overrides:
         _merge(values, origins, *_parse_override(override))
     values = {key: {} if value is None else value for key, value in values.items()}
@@ -49,6 +54,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         lines = explain(error, origins)
         raise ConfigError(f"{path}: {len(lines):,} problem{'s' * (len(lines) > 1)} in the configuration\n"
                           + listed(lines)) from None
+
+
+def config_names() -> list[str]:
+    """Names of the run configurations that come with Octant."""
+    return sorted(file.stem for file in shipped("configs").glob("*.yaml"))
+
+
+def _found(given: str | Path, beside: Path = Path()) -> Path:
+    """The file that is meant: one of that name, or else the configuration of ours that a plain name stands for."""
+    file = beside / given
+    return file if file.is_file() or str(given) not in config_names() else shipped("configs") / f"{given}.yaml"
 
 
 def preset_names() -> list[str]:
@@ -69,7 +85,8 @@ def _instead(path: str | Path) -> str:
     if given.is_dir():
         there = next((given / file for file in ("config.yaml", f"{name}.yaml") if (given / file).is_file()), None)
         return f"it is a folder; the configuration in it is {there}" if there else ""
-    around = {file.stem: file for folder in (Path("configs"), given.parent) for file in sorted(folder.glob("*.yaml"))}
+    around = {name: name for name in config_names()} | {
+        file.stem: str(file) for folder in (Path("configs"), given.parent) for file in sorted(folder.glob("*.yaml"))}
     if name in preset_names() and name not in around:
         return f"no such file. {name} is a preset: a file says `model: {{preset: {name}}}`"
     close = get_close_matches(name, around, n=1, cutoff=0.5)
@@ -88,7 +105,7 @@ def _read_with_bases(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, 
         return values, origins
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{origins['base',]}: `base:` must name one file, not {base!r}")
-    below, below_origins = _read_with_bases(path.parent / base, (*children, resolved))
+    below, below_origins = _read_with_bases(_found(base, path.parent), (*children, resolved))
     _merge(below, below_origins, values, origins)
     return below, below_origins
 

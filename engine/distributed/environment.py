@@ -63,23 +63,34 @@ class LaunchEnvironment:
         # torchrun keeps a store of its own that its workers join; torch finds it through the environment
         return "env://" if self.launcher == "torchrun" else f"tcp://{self.master_addr}:{self.master_port}"
 
-    def expect(self, world_size: int) -> None:
-        """Refuse a job that came up with fewer or more processes than its configuration asks for.
+    def expect(self, world_size: int) -> LaunchEnvironment:
+        """The same, unless the job came up with fewer or more processes than its batch script asked for.
 
-        torchrun starts a world of one, and calls it a success, on a node whose clock is behind.
+        Raises:
+            RequestError: it did.  torchrun, for one, starts a world of one, and calls it a success, on a node whose
+                clock is behind.
         """
         if self.world_size != world_size:
             raise RequestError(
-                f"{self.launcher} started {self.world_size} processes, the configuration needs {world_size} (tensor × "
-                "context × pipeline × data): a node that did not join, a wrong --nproc-per-node, or a wrong clock")
+                f"{self.launcher} started {self.world_size:,} processes, the batch script asked for {world_size:,} "
+                "(nodes × GPUS_PER_NODE): a node that did not join, a wrong --nproc-per-node, or a wrong clock")
+        return self
 
 
 def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnvironment | None:
     """What the launcher says, or None for a process that was started plainly.
 
     Raises:
-        RequestError: a variable is missing or is not a number.
+        RequestError: a variable is missing or is not a number, or there are not as many processes as the batch script
+            asked for (OCTANT_WORLD_SIZE).
     """
+    launched = _launched(environ)
+    if launched is None or launched.launcher == "octant" or "OCTANT_WORLD_SIZE" not in environ:
+        return launched
+    return launched.expect(_number(environ, "OCTANT_WORLD_SIZE"))
+
+
+def _launched(environ: Mapping[str, str]) -> LaunchEnvironment | None:
     if "OCTANT_STORE" in environ:
         return LaunchEnvironment("octant", _number(environ, "RANK"), _number(environ, "WORLD_SIZE"),
                                  _number(environ, "LOCAL_RANK"), "127.0.0.1", 0, environ["OCTANT_STORE"],

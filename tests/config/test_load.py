@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from engine.config import Config, DataConfig, ModelConfig, load_config
+from engine.config import Config, DataConfig, ModelConfig, config_names, load_config
 from engine.config.yaml_values import dump_yaml, parse_yaml
 from engine.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = "model: {num_layers: 2, hidden_size: 64, num_heads: 4, ffn_hidden_size: 96, vocab_size: 300}\n"
 
 
@@ -76,6 +77,19 @@ def test_bases_are_relative_to_the_file_and_merge_key_by_key(tmp_path: Path) -> 
     assert [source.path for source in config.data.train] == ["c"]
     assert (config.optim.lr, config.optim.eps) == (1e-2, 1e-6)
     assert config.model.num_heads == 2
+
+
+def test_configurations_that_come_along_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever one is; a file of the same name is what is meant."""
+    monkeypatch.chdir(tmp_path)
+    for name in config_names():
+        assert load_config(name) == load_config(ROOT / "configs" / f"{name}.yaml")
+    write(tmp_path, "mine.yaml", "base: llama-7b\nsteps: 7")
+    assert load_config("mine.yaml") == load_config("llama-7b", ["steps=7"])
+    assert "did you mean llama-7b?" in problem(Path("lama-7b"))
+    assert "did you mean tiny?" in problem(Path("configs/tiny.yaml"))
+    write(tmp_path, "llama-7b", "base: llama-65b\nsteps: 7")
+    assert load_config("llama-7b").model == load_config("mine.yaml", ["steps=1"]).model != load_config("tiny").model
 
 
 def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:

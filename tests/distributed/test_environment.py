@@ -69,11 +69,10 @@ def test_no_host_at_all() -> None:
 
 
 def test_a_world_of_another_size_is_refused() -> None:
-    found = launch_environment(TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"})
-    assert found is not None
-    found.expect(1)
-    with pytest.raises(RequestError, match="torchrun started 1 processes, the configuration needs 8"):
-        found.expect(8)
+    environ = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"}
+    assert launch_environment(environ | {"OCTANT_WORLD_SIZE": "1"}) == launch_environment(environ)
+    with pytest.raises(RequestError, match="torchrun started 1 processes, the batch script asked for 2,048"):
+        launch_environment(environ | {"OCTANT_WORLD_SIZE": "2048"})
 
 
 def test_a_child_reads_what_its_parent_wrote() -> None:

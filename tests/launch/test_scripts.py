@@ -106,18 +106,18 @@ def test_command_lines(cluster: Cluster) -> None:
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 0, output
     assert json.loads((cluster.log / "srun.json").read_text()) == [
-        "--ntasks-per-node=1", "--kill-on-bad-exit=1", "bash", "launch/node.sh", "configs/llama-65b.yaml",
+        "--ntasks-per-node=1", "--kill-on-bad-exit=1", "bash", str(ROOT / "launch" / "node.sh"), "llama-65b",
         "optim.lr=1e-4", "run.name=a b"]
     for node in range(2):
         argv, environment = cluster.torchrun(node)
-        assert argv[argv.index("-m"):] == ["-m", "engine", "train", "configs/llama-65b.yaml", "optim.lr=1e-4",
-                                           "run.name=a b"]
+        assert argv[argv.index("-m"):] == ["-m", "engine", "train", "llama-65b", "optim.lr=1e-4", "run.name=a b"]
         options = dict(re.fullmatch("--([a-z-]+)=(.*)", option).groups()  # type: ignore[union-attr]
                        for option in argv[:argv.index("-m")])
         assert (options["nnodes"], options["nproc-per-node"], options["rdzv-id"]) == ("256", "8", "4711-0")
         assert options["rdzv-conf"].startswith(f"is_host={int(node == 0)},")
         assert options["rdzv-endpoint"] == f"gpu007:{20000 + 4711 * 31 % 10000}"
         assert "SIGUSR1" in options["signals-to-handle"]
+        assert environment["OCTANT_WORLD_SIZE"] == "2048"
         assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert cluster.requeued == ""
 
