@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from engine.config import ModelConfig
@@ -64,9 +65,9 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any], weights_on
     return found
 
 
-def require_compatible(saved: Mapping[str, Any], current: Mapping[str, Any], weights_only: bool = False,
-                       ) -> list[Difference]:
-    """The differences that are allowed, to be noted.
+def require_compatible(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path,
+                       weights_only: bool = False) -> list[Difference]:
+    """The differences that are allowed, to be noted; the checkpoint is at `where`.
 
     Raises:
         CheckpointError: there are others; all are listed.
@@ -74,8 +75,8 @@ def require_compatible(saved: Mapping[str, Any], current: Mapping[str, Any], wei
     found = differences(saved, current, weights_only)
     refused = [difference for difference in found if difference.refused]
     if refused:
-        raise CheckpointError("the checkpoint is of another model, or of another tokenizer; use its values, or start a "
-                              "new run:\n  " + "\n  ".join(map(str, refused)))
+        raise CheckpointError(f"{where} is of another model, or of another tokenizer; use its values, or start a new "
+                              "run:\n  " + "\n  ".join(map(str, refused)))
     return found
 
 

@@ -22,9 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from engine.checkpoint.metadata import check_metadata
 from engine.distributed.boxes import Box, inside
 from engine.distributed.ledger import Block, Integers, Ledger
 from engine.errors import CheckpointError
+from engine.reading import parse_object, said, shown
 
 FORMAT = "octant-checkpoint"
 VERSION = 2
@@ -32,6 +34,7 @@ MANIFEST_NAME = "manifest.json"
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 HASH_TEXT = re.compile(r"[0-9a-f]{64}")
 MOST_TILES = 1 << 24                # more parts than any job writes; what claims more is nonsense
+LEAST_HEADER = 32                   # bytes that a part takes in the header of its file, at the least
 # Types by the names that safetensors and torch give them.
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
          "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
@@ -140,35 +143,46 @@ def decode_manifest(data: bytes, where: Path) -> Manifest:
     if hashlib.sha256(tail[1]).hexdigest().encode() != tail[2]:
         raise DamagedCheckpoint(f"{where}: the manifest's content does not have the hash it states")
     try:
-        body = json.loads(tail[1] + b"}")
-    except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{where}: the manifest makes no sense: {error}") from None
-    if body.get("format") != FORMAT:
-        raise DamagedCheckpoint(f"{where}: format {body.get('format')!r}, expected {FORMAT!r}")
-    if body.get("version") not in BLOCKS_OF:
-        raise CheckpointError(f"{where}: format version {body.get('version')}, this Octant reads versions up to "
-                              f"{VERSION}; use the version of Octant that wrote it")
-    try:
+        body = parse_object(tail[1] + b"}")
+        if body.get("format") != FORMAT:
+            raise ValueError(f"format {shown(body.get('format'))}, expected {FORMAT!r}")
+        _require_version(body.get("version"), where)
         return _parse(body)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise DamagedCheckpoint(f"{where}: the manifest makes no sense: {error}") from None
+        raise DamagedCheckpoint(f"{where}: the manifest makes no sense: {said(error)}") from None
+
+
+def _require_version(version: Any, where: Path) -> None:
+    if type(version) is not int or version not in BLOCKS_OF:
+        raise CheckpointError(f"{where}: format version {shown(version)}, this Octant reads versions up to {VERSION}; "
+                              "use the version of Octant that wrote it")
 
 
 def _parse(body: dict[str, Any]) -> Manifest:
     files = tuple(_parse_file(entry) for entry in body["files"])
     if len({file.name for file in files}) != len(files):
         raise ValueError("two files of one name")
-    if not isinstance(body["step"], int) or not isinstance(body["metadata"], dict):
+    step, metadata = body["step"], body["metadata"]
+    if type(step) is not int or not 0 <= step < 1 << 62 or not isinstance(metadata, dict):
         raise ValueError("step or metadata is of the wrong type")
-    return Manifest(body["step"], body["metadata"], files, _parse_tensors(body, len(files)))
+    check_metadata(metadata, step)
+    return Manifest(step, metadata, files, _parse_tensors(body, files))
 
 
 def _parse_file(entry: dict[str, Any]) -> StoredFile:
     if not FILE_NAME.fullmatch(entry["name"]):
-        raise ValueError(f"file name {entry['name']!r} is not a plain name inside the checkpoint")
-    if not HASH_TEXT.fullmatch(entry["sha256"]) or not isinstance(entry["bytes"], int):
-        raise ValueError(f"{entry['name']}: size or hash is of the wrong type")
-    return StoredFile(entry["name"], entry["bytes"], entry["sha256"])
+        raise ValueError(f"file name {shown(entry['name'])} is not a plain name inside the checkpoint")
+    if not HASH_TEXT.fullmatch(entry["sha256"]):
+        raise ValueError(f"{shown(entry['name'])}: its hash is {shown(entry['sha256'])}")
+    [num_bytes] = _plain([entry["bytes"]], f"the size of {entry['name']}")
+    return StoredFile(entry["name"], num_bytes, entry["sha256"])
+
+
+def _plain(numbers: Any, what: str) -> tuple[int, ...]:
+    """A list of sizes: integers, not negative, of 62 bits."""
+    if not isinstance(numbers, list) or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        raise ValueError(f"{what}: {shown(numbers)}")
+    return tuple(numbers)
 
 
 def _blocks_of_version_1(entry: dict[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
@@ -179,23 +193,29 @@ def _blocks_of_version_1(entry: dict[str, Any]) -> Iterator[tuple[Any, Any, Any]
 BLOCKS_OF = {1: _blocks_of_version_1, 2: lambda entry: iter(entry["blocks"])}
 
 
-def _parse_tensors(body: dict[str, Any], num_files: int) -> Ledger:
+def _parse_tensors(body: dict[str, Any], files: Sequence[StoredFile]) -> Ledger:
     found: list[tuple[Block, list[list[int]]]] = []
     for key, entry in body["tensors"].items():
-        shape = tuple(int(n) for n in entry["shape"])
-        if entry["dtype"] not in NAMES:
-            raise ValueError(f"{key} has the unknown type {entry['dtype']}")
+        shape = _plain(entry["shape"], f"the shape of {shown(key)}")
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in NAMES:
+            raise ValueError(f"{shown(key)} has the unknown type {shown(entry['dtype'])}")
         for offset, size, runs in BLOCKS_OF[body["version"]](entry):
-            box = Box(tuple(offset), tuple(size))
+            box = Box(_plain(offset, f"where a box of {shown(key)} lies"), _plain(size, f"a box of {shown(key)}"))
             if not inside(box, shape):
-                raise ValueError(f"a box of {key} leaves its shape {shape}")
-            rows = [[0, box.num_elements, 1, runs, 0]] if isinstance(runs, int) else runs
+                raise ValueError(f"a box of {shown(key)} leaves its shape {shown(shape)}")
+            rows = [[0, box.num_elements, 1, runs, 0]] if type(runs) is int else runs
+            if not all(type(number) is int for row in rows for number in row):
+                raise ValueError(f"a box of {shown(key)} is stored in {shown(runs)}")
             found.append((Block(key, NAMES[entry["dtype"]], shape, box), rows))
-    return _expand(found, num_files)
+        if not found or found[-1][0].key != key:
+            raise ValueError(f"{shown(key)} is stored nowhere")
+    ledger = _expand(found, len(files), sum(file.num_bytes for file in files))
+    ledger.require_all("the files")
+    return ledger
 
 
-def _expand(found: Sequence[tuple[Block, list[list[int]]]], num_files: int) -> Ledger:
-    """The ledger of some blocks with their runs.
+def _expand(found: Sequence[tuple[Block, list[list[int]]]], num_files: int, num_bytes: int) -> Ledger:
+    """The ledger of some blocks with their runs; the files have `num_bytes` in all.
 
     Raises:
         ValueError: a run is nonsense.
@@ -208,9 +228,10 @@ def _expand(found: Sequence[tuple[Block, list[list[int]]]], num_files: int) -> L
     sizes = np.array([one.num_elements for one in blocks], np.int64)
     last = file + step * (count - 1)
     room = sizes[block] - start
-    if not ((start >= 0) & (room >= 0) & (length >= 0) & (count >= 1) & (count <= MOST_TILES)
+    most = min(MOST_TILES, num_bytes // LEAST_HEADER)
+    if not ((start >= 0) & (room >= 0) & (length >= 0) & (count >= 1) & (count <= most)
             & (length <= room // np.maximum(count, 1)) & (file >= 0) & (file < num_files)
-            & (np.abs(step) <= num_files) & (last >= 0) & (last < num_files)).all() or count.sum() > MOST_TILES:
+            & (np.abs(step) <= num_files) & (last >= 0) & (last < num_files)).all() or count.sum() > most:
         raise ValueError("a run of parts leaves its block, or names a file that is not listed")
     nth: Integers = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     block, start, length, file, step = (np.repeat(c, count) for c in (block, start, length, file, step))

@@ -27,6 +27,7 @@ from engine.distributed.boxes import Box, contiguous_in, flat_position, inside, 
 from engine.distributed.ledger import cover
 from engine.distributed.pieces import Piece
 from engine.errors import CheckpointError
+from engine.reading import read_bytes, regular_size
 
 READ_BYTES = 16 << 20           # one thread's share of a large contiguous read
 OPEN_FILES = 64
@@ -164,7 +165,7 @@ class CheckpointReader:
             stored = self.manifest.files[index]
             try:
                 what = self._examine(index, content, progress)
-            except (OSError, DamagedCheckpoint) as error:
+            except (OSError, ValueError, DamagedCheckpoint) as error:
                 what = str(error)
             if what is not None:
                 problems.append(Problem(stored.name, what))
@@ -175,7 +176,7 @@ class CheckpointReader:
         path = self.path / stored.name
         if not path.exists():
             return "missing"
-        size = path.stat().st_size
+        size = regular_size(path)
         if size != stored.num_bytes:
             return f"{size:,} bytes, {stored.num_bytes:,} were written"
         if not content:
@@ -277,12 +278,16 @@ def read_manifest(path: Path) -> bytes:
     """The bytes of a checkpoint's manifest, as they are.
 
     Raises:
-        DamagedCheckpoint: it is missing.
-        CheckpointError: there is no such directory.
+        DamagedCheckpoint: it is missing, or no file that a manifest could be in.
+        CheckpointError: there is no such directory, or the file may not be read.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        return (path / MANIFEST_NAME).read_bytes()
+        return read_bytes(path / MANIFEST_NAME)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}: {MANIFEST_NAME} is missing") from None
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path / MANIFEST_NAME}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path / MANIFEST_NAME}: {error.strerror or error}") from None

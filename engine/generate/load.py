@@ -6,6 +6,7 @@ run was cut, optimized and fed does not matter here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from engine.data.tokenizer_identity import recorded_tokenizer
 from engine.distributed.mesh import Mesh
 from engine.distributed.topology import Topology
 from engine.errors import CheckpointError, DataError
+from engine.model.flops import count_parameters
 from engine.parallel.parallelize import ParallelModel, parallelize
 
 NORM = "model.final_layernorm.weight"                # every model has one, so its dtype stands for all
@@ -83,10 +85,26 @@ def inference_config(reader: CheckpointReader, topology: Topology, wanted: Wante
 
 
 def load_model(reader: CheckpointReader, config: Config, mesh: Mesh) -> ParallelModel:
-    """This rank's part of the model with the checkpoint's weights, whatever layout wrote them."""
+    """This rank's part of the model with the checkpoint's weights, whatever layout wrote them.
+
+    Raises:
+        CheckpointError: they are another model's.
+    """
+    _require_size(reader, config)
     model = parallelize(config, mesh, training=False)
     reader.load_into(model.weights(), convert=True)
     return model
+
+
+def _require_size(reader: CheckpointReader, config: Config) -> None:
+    """Before memory is taken for a model that is far larger than what is stored; its shapes are compared later.
+
+    A head that scores is smaller than the one that is counted, but no larger than the embedding.
+    """
+    described = count_parameters(config.model).total
+    stored = sum(math.prod(reader.global_shape(key)) for key in reader.keys() if key.startswith("model."))
+    if described > 2 * stored:
+        raise CheckpointError(f"{reader.path} describes a model of {described:,} parameters and holds {stored:,}")
 
 
 def load_tokenizer_of(reader: CheckpointReader, spec: str | None = None) -> Tokenizer:

@@ -47,7 +47,7 @@ def take_over(state: TrainState, tally: Tally, config: Config, corpora: Corpora,
     if reader is not None:
         notes += _resume(state, config, corpora, reader)
         if UNLOGGED in reader.metadata:
-            tally.restore(reader.metadata[UNLOGGED])
+            _restore(tally, reader)
     else:
         state.model.initialise(config.run.seed)
         if asked.load is not None:
@@ -62,7 +62,7 @@ def take_over(state: TrainState, tally: Tally, config: Config, corpora: Corpora,
 def _resume(state: TrainState, config: Config, corpora: Corpora, reader: CheckpointReader) -> list[str]:
     if "state" not in reader.metadata:
         raise CheckpointError(f"{reader.path} holds weights only: start a run from it with checkpoint.load")
-    differing = require_compatible(reader.metadata, state.metadata(config, corpora.fingerprint()))
+    differing = require_compatible(reader.metadata, state.metadata(config, corpora.fingerprint()), reader.path)
     _require_same_windows(reader, config)
     saved_skip = reader.metadata.get("data", {}).get("skip")
     if saved_skip is not None:
@@ -70,6 +70,13 @@ def _resume(state: TrainState, config: Config, corpora: Corpora, reader: Checkpo
     state.load(reader)
     return [*(f"changed since the checkpoint: {difference}" for difference in differing),
             f"resumed from {reader.path} (step {state.step}, {state.consumed_samples} samples consumed)"]
+
+
+def _restore(tally: Tally, reader: CheckpointReader) -> None:
+    try:
+        tally.restore(reader.metadata[UNLOGGED])
+    except ValueError as error:
+        raise CheckpointError(f"{reader.path}: {error}") from None
 
 
 def _require_same_windows(reader: CheckpointReader, config: Config) -> None:
@@ -84,7 +91,7 @@ def _require_same_windows(reader: CheckpointReader, config: Config) -> None:
 
 def _load_weights(state: TrainState, config: Config, corpora: Corpora, reader: CheckpointReader) -> list[str]:
     current = state.metadata(config, corpora.fingerprint())
-    differing = require_compatible(reader.metadata, current, weights_only=True)
+    differing = require_compatible(reader.metadata, current, reader.path, weights_only=True)
     state.load_weights(reader)
     model = [difference for difference in differing if difference.key.startswith("model.")]
     return [*(f"changed since the checkpoint: {difference}" for difference in model), f"weights from {reader.path}"]

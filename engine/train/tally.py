@@ -89,7 +89,13 @@ class Tally:
         return torch.cat((self._sums, self._verdict[1:2].double())).tolist()
 
     def restore(self, state: Sequence[float]) -> None:
-        """Takes over what `state` returned."""
+        """Takes over what `state` returned.
+
+        Raises:
+            ValueError: it has other sums.
+        """
+        if len(state) != len(self._sums) + 1:
+            raise ValueError(f"{UNLOGGED} holds {len(state)} numbers, this run keeps {len(self._sums) + 1}")
         values = torch.tensor(state, dtype=torch.float64)
         self._sums.copy_(values[:-1])
         self._verdict[1:2].copy_(values[-1:])

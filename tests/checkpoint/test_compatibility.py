@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ SAVED: dict[str, Any] = {
                "parallel": {"tensor": 2}, "data": {"tokenizer": "a/tok.model", "train": [{"path": "x", "weight": 1.0}]},
                "checkpoint": {"every": 5}, "log": {"every": 1}},
     "data": {"tokenizer": "3f2a", "end_of_document": 2, "train": ["x: 100 tokens"]}}
+
+PLACE = Path("run/checkpoints/step-00000002")
 
 
 def changed(**values: Any) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def changed(**values: Any) -> dict[str, Any]:
     ({"model__head": "score"}, "model.head: 'language_model' in the checkpoint, 'score' now")))
 def test_another_meaning_is_refused(change: dict[str, Any], key: str) -> None:
     with pytest.raises(CheckpointError, match=key) as caught:
-        require_compatible(SAVED, changed(**change, optim__lr=1e-3))
+        require_compatible(SAVED, changed(**change, optim__lr=1e-3), PLACE)
     assert "optim.lr" not in str(caught.value)
 
 
@@ -54,7 +57,7 @@ def test_another_meaning_is_refused(change: dict[str, Any], key: str) -> None:
     ({"data__train": [{"path": "y", "weight": 1.0}]}, "data.train"),
     ({"fingerprint__train": ["x: 200 tokens"]}, "data fingerprint, train")))
 def test_other_differences_are_noted(change: dict[str, Any], key: str) -> None:
-    [difference] = require_compatible(SAVED, changed(**change))
+    [difference] = require_compatible(SAVED, changed(**change), PLACE)
     assert difference.key == key and str(difference).startswith(f"{key}: ")
 
 
@@ -74,15 +77,15 @@ def test_tokenizer_by_path_without_fingerprints() -> None:
 def test_weights_only() -> None:
     """Taking the weights for another job may stretch RoPE and end texts as chats do, but not change shapes."""
     change = changed(model__rope_theta=5e5, fingerprint__end_of_document=3)
-    assert [note.key for note in require_compatible(SAVED, change, weights_only=True)] == [
+    assert [note.key for note in require_compatible(SAVED, change, PLACE, weights_only=True)] == [
         "model.rope_theta", "data fingerprint, end_of_document"]
     with pytest.raises(CheckpointError, match="vocab_size: 512 in the checkpoint, 600 now"):
-        require_compatible(SAVED, changed(model__vocab_size=600), weights_only=True)
+        require_compatible(SAVED, changed(model__vocab_size=600), PLACE, weights_only=True)
 
 
 def test_a_converted_model_has_only_a_shape() -> None:
     saved = {"config": {"model": SAVED["config"]["model"]}}
-    assert require_compatible(saved, changed(optim__lr=1.0)) == []
+    assert require_compatible(saved, changed(optim__lr=1.0), PLACE) == []
 
 
 @pytest.mark.parametrize("name", sorted(ModelConfig.model_fields))
@@ -99,4 +102,4 @@ def test_what_only_a_later_version_knows_is_refused() -> None:
     saved = changed()
     saved["config"]["model"]["moonshine"] = 3
     with pytest.raises(CheckpointError, match=r"model\.moonshine: 3 in the checkpoint, .*does not know"):
-        require_compatible(saved, SAVED)
+        require_compatible(saved, SAVED, PLACE)

@@ -191,11 +191,21 @@ def test_manifests_that_make_no_sense(folder: Path, change: Callable[[dict], obj
         CheckpointReader(folder / "step-00000002")
 
 
-def test_a_box_stored_nowhere_is_noticed_when_it_is_read(folder: Path) -> None:
+def test_a_box_stored_nowhere_is_noticed(folder: Path) -> None:
     rewrite_manifest(folder / "step-00000002", lambda body: body["tensors"]["model.embedding.weight"]["blocks"].pop())
-    reader = CheckpointReader(folder / "step-00000002")
+    with pytest.raises(DamagedCheckpoint, match=r"embedding\.weight: the files together hold 156 of its 312"):
+        CheckpointReader(folder / "step-00000002")
+
+
+def test_blocks_that_overlap_do_not_hide_a_hole(folder: Path) -> None:
+    """As many elements as the tensor has, some of them twice."""
+    def overlap(body: dict) -> None:
+        body["tensors"]["model.embedding.weight"]["blocks"] = [[[0, 0], [13, 12], 0], [[0, 0], [12, 12], 0],
+                                                               [[0, 0], [1, 12], 0]]
+
+    rewrite_manifest(folder / "step-00000002", overlap)
     with pytest.raises(CheckpointError, match="stored nowhere"):
-        reader.read("model.embedding.weight")
+        CheckpointReader(folder / "step-00000002").read("model.embedding.weight")
 
 
 def test_a_newer_format_is_refused_but_not_called_corrupt(folder: Path) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from checkpoints_tools import megatron
 from checkpoints_tools.megatron import TRACKER, convert_to_megatron
 from checkpoints_tools.names import PREFIX, megatron_parts
-from checkpoints_tools.torch_dist import FORMAT_FILE, METADATA, TorchDistReader
+from checkpoints_tools.torch_dist import FORMAT_FILE, METADATA, VALUE_CLASSES, TorchDistReader
 from engine.checkpoint.read import CheckpointReader
 from tests.kit.checkpoints import model, write_random
 from tests.kit.fuzz import Reader, bent, damaged, fuzz, hostile
@@ -66,6 +66,25 @@ def size_of(value: Any) -> Any:
         return value
 
 
+PUSHES = (b"(", b")", b"]", b"}", b"N", b"K\x01", b"G" + bytes(8), b"X\x01\0\0\0a", b"h\x00", b"\x94", b"0", b"2",
+          b"\x8a\x08" + b"\x7f" * 8, b"\x8a\xff" + b"\x7f" * 255, b"\x8b\xff\xff\xff\x7f",
+          b"\x8e" + b"\xff" * 7 + b"\x7f", b"r\xff\xff\xff\x7f", b"q\xff", b"p2000000000\n", b"I" + b"9" * 6000 + b"\n",
+          b"\x95" + b"\xff" * 8)
+CLASSES = (*(f"c{cls.__module__}\n{cls.__qualname__}\n".encode() for cls in VALUE_CLASSES.values()), b"cos\nsystem\n",
+           b"cbuiltins\neval\n", b"ctorch\nfloat32\n", b"ctorch\nload\n", b"\x8c\x05torch\x8c\x04Size\x93")
+APPLIES = (b"t", b"l", b"d", b"a", b"e", b"s", b"u", b"R", b"b", b"\x81", b"\x85", b"\x86", b"\x87", b"o", b"\x92")
+
+
+def hostile_pickles() -> st.SearchStrategy[bytes]:
+    """Programs for the unpickler: every class it knows, called with and set to anything, deep and with huge numbers."""
+    operation = st.one_of(*map(st.sampled_from, (PUSHES, CLASSES, APPLIES)))
+    programs = st.lists(operation, max_size=60).map(b"".join)
+    deep = st.builds(bytes.__mul__, st.sampled_from((b"]", b"(", b"N\x85", b")\x85", b"]h\x00a\x94")),
+                     st.sampled_from((5_000, 500_000)))
+    return st.builds(lambda version, program: b"\x80" + bytes([version]) + program + b".", st.integers(0, 5),
+                     st.one_of(programs, deep, st.builds(bytes.__add__, deep, programs)))
+
+
 def test_damaged_torch_dist(template: Path, request: pytest.FixtureRequest) -> None:
     parts = megatron_parts(CONFIG).values()
     good = CheckpointReader(template.parent / "ours")
@@ -84,7 +103,7 @@ def test_damaged_torch_dist(template: Path, request: pytest.FixtureRequest) -> N
     assert pickle.loads(pickled(description)).storage_data.keys() <= pickle.loads(
         (inner / METADATA).read_bytes()).storage_data.keys()
     one = st.one_of(bent(description).map(pickled), bent(description, edits=1).map(pickled),
-                    damaged((inner / METADATA).read_bytes()), hostile())
+                    damaged((inner / METADATA).read_bytes()), hostile(), hostile_pickles())
     others = {f"{FOLDER}/{path.name}": st.one_of(damaged(path.read_bytes()), damaged(path.read_bytes()[-3000:]),
                                                  hostile())
               for path in sorted(inner.glob("*.distcp")) if "objects" not in path.name}
