@@ -24,8 +24,8 @@ LONGEST_RECORD_BYTES = 1 << 28  # more than this is a file without line ends, or
 LOOKAHEAD = 1 << 16  # characters behind the error that are there when the next record is looked for
 LONGEST_BLANK, LONGEST_WORD = 4096, 10  # what a window may end with in the middle of a value: spaces, `true`
 
-# Whole numbers become floats: Python refuses those of thousands of digits, and no text is a number.
-DECODER = json.JSONDecoder(parse_int=float)
+LONGEST_WHOLE_NUMBER = 20  # digits; longer ones become floats, as Python refuses those of thousands
+DECODER = json.JSONDecoder(parse_int=lambda digits: (int if len(digits) <= LONGEST_WHOLE_NUMBER else float)(digits))
 BLANK = " \t\r\n"
 NO_UTF8 = re.compile("[\ud800-\udfff]")
 

@@ -82,7 +82,7 @@ def _blocks_of(file: InputFile, raw: BinaryIO, text_field: str, join_texts: bool
         return _text_blocks(file.path, chunks, BLOCK_BYTES if join_texts else LONGEST_DOCUMENT_BYTES)
     if file.format == ".json":
         return _json_blocks(file.path, chunks, text_field)
-    return _line_blocks(file.path, chunks)
+    return line_blocks(file.path, chunks)
 
 
 def _cut(chunks: Iterable[bytes], size: int, limit: int, keep_newline: bool) -> Iterator[bytes]:
@@ -130,7 +130,7 @@ def _cut_in_line(buffer: bytearray, end: int) -> int:
     return end
 
 
-def _line_blocks(path: str, chunks: Iterable[bytes]) -> Iterator[Block]:
+def line_blocks(path: str, chunks: Iterable[bytes]) -> Iterator[Block]:
     line = 1
     for piece in _cut(_shortened(chunks, LONGEST_RECORD_BYTES), BLOCK_BYTES, sys.maxsize, keep_newline=True):
         if len(piece) > LONGEST_RECORD_BYTES and piece.find(b"\n", 0, LONGEST_RECORD_BYTES + 1) < 0:

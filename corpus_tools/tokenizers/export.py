@@ -29,11 +29,16 @@ from engine.data.sentencepiece_model import (
     USER_DEFINED,
     SentencePieceModel,
 )
-from engine.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from engine.data.tokenizer import (
+    END_OF_DOCUMENT,
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 from engine.errors import DataError
 
 Json = dict[str, Any]
-END_OF_DOCUMENT = "<|endoftext|>"  # what the byte tokenizer's id 256 is called there
 HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 

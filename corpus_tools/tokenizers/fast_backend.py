@@ -8,13 +8,14 @@ and a corpus is only text; and the beginning of every block of the corpus is enc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from engine.data.tokenizer_base import Cut, Span
 from engine.errors import DataError
 
 CHECKED_CHARACTERS = 2000  # of the beginning of each block
@@ -49,6 +50,16 @@ class FastTokenizer(Tokenizer):
             return self.reference.encode_array(text, continues=continues)
         ids = self._encode(text).astype(np.int32)
         return ids[1:] if continues else ids  # before a line end the `▁` put in front is an id of its own
+
+    @property
+    def specials(self) -> Mapping[str, int]:
+        return self.reference.specials
+
+    def encode_marked(self, text: str, plain: Sequence[Span] = ()) -> Cut:
+        return self.reference.encode_marked(text, plain)
+
+    def _cut(self, text: str) -> Cut:
+        return self.reference._cut(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.reference.decode(ids)

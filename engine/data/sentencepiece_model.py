@@ -119,6 +119,12 @@ def parse_model(data: bytes) -> SentencePieceModel:
     )
 
 
+def parse_cut(data: bytes) -> list[tuple[int, int]]:
+    """A text in pieces, as the library serializes it: (id, the byte of the text at which it ends)."""
+    pieces = (dict(_fields(_bytes(value))) for number, value in _fields(data) if number == 2)
+    return [(_number(piece.get(2, 0)), _number(piece.get(5, 0))) for piece in pieces]
+
+
 def encode_piece(piece: Piece) -> bytes:
     """One `pieces` entry as it stands in the file; appended to a model's bytes it becomes the next id."""
     text = piece.text.encode()

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.tokenizer_base import StreamDecoder, Tokenizer
+from engine.data.tokenizer_base import Cut, StreamDecoder, Tokenizer
 from engine.data.tokenizer_hf import HuggingFaceTokenizer
 from engine.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from engine.errors import DataError
@@ -33,6 +33,8 @@ __all__ = [
     "Tokenizer",
     "load_tokenizer",
 ]
+
+END_OF_DOCUMENT = "<|endoftext|>"  # how the byte tokenizer's id 256 is written
 
 
 class ByteTokenizer(Tokenizer):
@@ -49,6 +51,14 @@ class ByteTokenizer(Tokenizer):
 
     def encode_array(self, text: str, *, continues: bool = False) -> npt.NDArray[np.int32]:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    @property
+    def specials(self) -> Mapping[str, int]:
+        return {END_OF_DOCUMENT: self.eod_id}
+
+    def _cut(self, text: str) -> Cut:
+        ids = self.encode_array(text)
+        return Cut(ids, np.cumsum((ids & 0xC0) != 0x80, dtype=np.int64))  # bytes that begin a character
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")

@@ -8,14 +8,15 @@ padding stored in the file, and reading special tokens out of plain text.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.tokenizer_base import Tokenizer
+from engine.data.tokenizer_base import Cut, Span, Tokenizer
 from engine.errors import DataError
 from engine.reading import read_bytes, read_object, shown
 
@@ -42,8 +43,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not 0 < self.vocab_size <= MOST_IDS:
             raise DataError(f"{self.path}: its largest id is {self.vocab_size - 1}; ids are 0 to {MOST_IDS - 1}")
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        self.special_texts = tuple(token.content for token in added if token.special)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._specials = {token.content: number for number, token in added.items() if token.special}
+        self.special_texts = tuple(self._specials)
         config = _special_tokens(self.path.parent)
         self.bos_id = self._id_of(config.get("bos_token"))
         self.pad_id = self._id_of(config.get("pad_token"))
@@ -57,6 +59,46 @@ class HuggingFaceTokenizer(Tokenizer):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library's, such as an unknown token that isn't in the vocabulary
             raise DataError(f"{self.path} cannot cut the text starting {text[:40]!r}: {error}") from error
+
+    @property
+    def specials(self) -> Mapping[str, int]:
+        return self._specials
+
+    def encode_marked(self, text: str, plain: Sequence[Span] = ()) -> Cut:
+        """As `Tokenizer.encode_marked`; the library cuts the whole text, so that its own rules hold at special tokens.
+
+        A text that writes a special token by itself is cut between those of the template, where that is the same.
+        """
+        whole = self._cut_with(self._marked_tokenizer, text)
+        everywhere, meant = [*self._special_spans(text)], [*self._special_spans(text, plain)]
+        if everywhere == meant:
+            return whole
+        if not np.array_equal(self._cut_between(text, everywhere).ids, whole.ids):
+            forged = next(text[start:stop] for start, stop in everywhere if (start, stop) not in meant)
+            raise DataError(f"a turn holds {forged}, which this tokenizer cannot tell from its special token")
+        return self._cut_between(text, meant)
+
+    def _cut(self, text: str) -> Cut:
+        return self._cut_with(self._tokenizer, text)
+
+    def _cut_with(self, backend: Any, text: str) -> Cut:
+        text.encode()
+        try:
+            found = backend.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library's, as in `encode`
+            raise DataError(f"{self.path} cannot cut the text starting {text[:40]!r}: {error}") from error
+        ends = [end for _, end in found.offsets]
+        for i in range(len(ends) - 2, -1, -1):
+            if found.offsets[i][0] == ends[i]:  # put in front of what follows, as SentencePiece's ▁ is
+                ends[i] = ends[i + 1]
+        return Cut(np.array(found.ids, np.int32), np.maximum.accumulate(np.array(ends, np.int64)))
+
+    @cached_property
+    def _marked_tokenizer(self) -> Any:
+        """The same, reading special tokens out of the text."""
+        backend = _backend(read_bytes(self.path), self.path)
+        backend.encode_special_tokens = False
+        return backend
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -11,14 +11,23 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.sentencepiece_model import BPE, CONTROL, SPACE, UNKNOWN, SentencePieceModel, open_model
-from engine.data.tokenizer_base import Tokenizer
+from engine.data.sentencepiece_model import (
+    BPE,
+    BYTE,
+    CONTROL,
+    SPACE,
+    UNKNOWN,
+    SentencePieceModel,
+    open_model,
+    parse_cut,
+)
+from engine.data.tokenizer_base import Cut, Tokenizer
 from engine.errors import DataError
 
 LONGEST_CACHED_WORD = 40  # characters; longer words hardly ever come back
@@ -43,7 +52,9 @@ class SentencePieceTokenizer(Tokenizer):
         if eod_id is None:
             raise DataError(f"{self.path} has no end-of-sentence piece (</s>), so documents could not be ended")
         self.eod_id = eod_id
-        self.special_texts = tuple(piece.text for piece in self.model.pieces if piece.type in (CONTROL, UNKNOWN))
+        pieces = self.model.pieces
+        self.special_texts = tuple(piece.text for piece in pieces if piece.type in (CONTROL, UNKNOWN))
+        self._specials = {piece.text: number for number, piece in enumerate(pieces) if piece.type == CONTROL}
         self._words = _word_pattern(self.model)
         self.joins_at_newline = self._words is not None and r"\n" in self._words.pattern
         self._space = next((i for i, piece in enumerate(self.model.pieces) if piece.text == SPACE), 0)
@@ -80,6 +91,24 @@ class SentencePieceTokenizer(Tokenizer):
                 self._cache.clear()
             self._cache[word] = ids
         return ids
+
+    @property
+    def specials(self) -> Mapping[str, int]:
+        return self._specials
+
+    def _cut(self, text: str) -> Cut:
+        """The library counts in bytes, and of the bytes of a character that is no piece only the last one has it.
+
+        The ▁ that it puts in front belongs to what follows.
+        """
+        data = text.encode()
+        cut = parse_cut(self.processor.encode(text, out_type="serialized_proto"))
+        ids, ends = np.array([token for token, _ in cut], np.int32), np.array([end for _, end in cut], np.int64)
+        for i in range(len(ids) - 2, -1, -1):
+            if ends[i] == 0 or (self.model.pieces[ids[i]].type == BYTE and ends[i] == ends[i - 1]):
+                ends[i] = ends[i + 1]
+        begins = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
+        return Cut(ids, np.cumsum([0, *begins], dtype=np.int64)[ends])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.processor.decode([int(i) for i in ids])

@@ -63,7 +63,7 @@ def test_a_line_of_a_gigabyte_costs_no_more_memory_than_the_limit(monkeypatch: p
         yield b'"}\n{"text": "b"}\n'
 
     sizes, texts = [], []
-    for block in readers._line_blocks("a.jsonl", chunks()):
+    for block in readers.line_blocks("a.jsonl", chunks()):
         sizes.append(len(block.lines))
         texts += records_of(block, "text").texts
     assert texts == ["a", "b"] and max(sizes) <= (1 << 20) + 100
