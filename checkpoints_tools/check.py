@@ -19,13 +19,13 @@ import torch
 
 from checkpoints_tools.hf_files import HFWeights
 from checkpoints_tools.names import parameter_shapes
-from checkpoints_tools.progress import Begin, quiet
 from checkpoints_tools.source import Source
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.model.context import Batch
 from engine.model.spec import spec_of
 from engine.model.transformer import Transformer
+from engine.progress import Begin, quiet
 
 TOLERANCE = 1e-5                        # of the largest logit, or of 1 where that is smaller
 NUM_SEQUENCES, NUM_TOKENS = 2, 64
@@ -133,11 +133,11 @@ def compare(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], source: Source, 
             begin: Begin) -> Checked:
     """Pairs of tensors that must be equal; together they are all of the model."""
     largest, num_tensors = 0.0, 0
-    with begin("comparing", model_bytes(source.config, dtype)) as advance:
+    with begin("comparing", model_bytes(source.config, dtype)) as progress:
         for ours, theirs in pairs:
             largest = max(largest, _difference(ours, theirs))
             num_tensors += 1
-            advance(ours.nbytes)
+            progress.advance(ours.nbytes)
     return Checked(f"{why}all {num_tensors} tensors read back and compared, bit for bit", largest, 0.0)
 
 

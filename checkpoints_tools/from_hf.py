@@ -17,7 +17,6 @@ from checkpoints_tools.hf_config import CONFIG, read_end_ids, read_hf_config
 from checkpoints_tools.hf_files import EMBEDDING, HEAD, NO_WEIGHT, HFWeights
 from checkpoints_tools.names import PREFIX, Part, parameter_shapes
 from checkpoints_tools.output import committed, divide
-from checkpoints_tools.progress import Advance, Begin, quiet
 from checkpoints_tools.recognise import HUGGING_FACE, require_format
 from checkpoints_tools.source import NO_TOKENIZER, Source, require_ids, require_shapes
 from engine.checkpoint.read import CheckpointReader
@@ -28,6 +27,7 @@ from engine.data.tokenizer import load_tokenizer
 from engine.distributed.boxes import Box
 from engine.errors import CheckpointError
 from engine.model.flops import count_parameters
+from engine.progress import Advance, Begin, quiet
 
 FILE_BYTES = 5 * 10**9
 MOST_DESCRIBED = 100                    # times what the files hold; below, what is missing is named
@@ -63,8 +63,9 @@ def convert_from_hf(folder: Path, output: Path, *, tokenizer: str | None = None,
     files = divide(entries, lambda entry: entry.num_bytes, FILE_BYTES)
     metadata = _metadata(config, folder, tokenizer)
     with committed(output, num_bytes) as place:
-        with begin("writing", num_bytes) as advance:
-            write_checkpoint(place, 0, metadata, files, lambda entry: _assemble(entry, parts, weights, advance))
+        with begin("writing", num_bytes) as progress:
+            write_checkpoint(place, 0, metadata, files,
+                             lambda entry: _assemble(entry, parts, weights, progress.advance))
         source = Source.of(CheckpointReader(place))
         return check_hf(source, folder, torch.float32, allow_pickle, begin) if check else None
 

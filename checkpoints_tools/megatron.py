@@ -19,7 +19,6 @@ import torch
 from checkpoints_tools.check import Checked, compare, require_finite
 from checkpoints_tools.names import PREFIX, Part, megatron_parts, parameter_shapes
 from checkpoints_tools.output import committed, divide
-from checkpoints_tools.progress import Advance, Begin, quiet
 from checkpoints_tools.source import Source, require_shapes
 from checkpoints_tools.torch_dist import FILE_BYTES, FORMAT_FILE, TorchDistReader, write_torch_dist
 from engine.checkpoint.read import CheckpointReader
@@ -28,6 +27,7 @@ from engine.checkpoint.stream import write_checkpoint
 from engine.config import ModelConfig
 from engine.distributed.boxes import Box
 from engine.errors import CheckpointError
+from engine.progress import Advance, Begin, quiet
 from engine.reading import read_bytes, shown
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -65,8 +65,8 @@ def convert_to_megatron(reader: CheckpointReader, output: Path, dtype: torch.dty
     with committed(output, num_bytes) as root:
         newest = str(reader.step) if reader.step else "release"
         folder = _folder_of(root, newest)
-        with begin("writing", num_bytes) as advance:
-            write_torch_dist(folder, entries, lambda entry: _fetch(source, parts[entry.name], entry, advance),
+        with begin("writing", num_bytes) as progress:
+            write_torch_dist(folder, entries, lambda entry: _fetch(source, parts[entry.name], entry, progress.advance),
                              _extra_states(source.config), {"checkpoint_version": 3.0, "iteration": reader.step},
                              file_bytes)
         (root / TRACKER).write_text(newest, encoding="utf-8")
@@ -91,9 +91,10 @@ def convert_from_megatron(folder: Path, output: Path, config: ModelConfig, *, ch
     num_bytes = sum(entry.num_bytes for entry in entries)
     metadata: dict[str, Any] = {"config": {"model": config.model_dump(mode="json"), "data": {"tokenizer": None}}}
     with committed(output, num_bytes) as place:
-        with begin("writing", num_bytes) as advance:
+        with begin("writing", num_bytes) as progress:
             write_checkpoint(place, 0, metadata, divide(entries, lambda entry: entry.num_bytes, FILE_BYTES),
-                             lambda entry: _assemble(theirs, parts[entry.key.removeprefix(PREFIX)], entry, advance))
+                             lambda entry: _assemble(theirs, parts[entry.key.removeprefix(PREFIX)], entry,
+                                                     progress.advance))
         return _compare(Source.of(CheckpointReader(place)), theirs, torch.float32, begin) if check else None
 
 

@@ -17,11 +17,11 @@ from checkpoints_tools.hf_config import CONFIG, GENERATION, generation_config, h
 from checkpoints_tools.hf_files import SHARD_BYTES, Whole, write_hf_weights
 from checkpoints_tools.names import Part, hf_parts
 from checkpoints_tools.output import committed
-from checkpoints_tools.progress import Advance, Begin, quiet
 from checkpoints_tools.source import Source, tokenizer_of
 from corpus_tools.tokenizers.export import export_hf_tokenizer
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.shard import Entry
+from engine.progress import Advance, Begin, quiet
 
 
 def convert_to_hf(reader: CheckpointReader, output: Path, dtype: torch.dtype = torch.float32, *,
@@ -54,8 +54,8 @@ def convert_to_hf(reader: CheckpointReader, output: Path, dtype: torch.dtype = t
         _dump(folder / GENERATION, generation_config(ids))
         if text is not None:
             export_hf_tokenizer(text, folder)
-        with begin("writing", num_bytes) as advance:
-            write_hf_weights(folder, entries, _Cutter(source, parts, dtype, advance).fetch, shard_bytes)
+        with begin("writing", num_bytes) as progress:
+            write_hf_weights(folder, entries, _Cutter(source, parts, dtype, progress.advance).fetch, shard_bytes)
         return check_hf(source, folder, dtype, begin=begin) if check else None
 
 

@@ -7,9 +7,9 @@ import glob
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -37,6 +37,11 @@ class InputFile:
     compression: str = ""
     num_bytes: int = 0
     modified_ns: int = 0
+
+
+def bytes_before(files: Sequence[InputFile]) -> list[int]:
+    """Bytes of all files before each, as they lie on disk, and of all."""
+    return [0, *accumulate(file.num_bytes for file in files)]
 
 
 def expand_inputs(files: Iterable[str | Path]) -> list[InputFile]:

@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corpus_tools.inputs import InputFile, expand_inputs
+from corpus_tools.inputs import InputFile, bytes_before, expand_inputs
 from corpus_tools.ordered_map import ordered_map
 from corpus_tools.outputs import files_of, finish_commit, is_made, output_prefix, recipe
 from corpus_tools.parts import MERGED, NUM_EXAMPLES, Counts, Documents, Parts, Position, remove_parts
-from corpus_tools.progress import Progress
 from corpus_tools.readers import Block, read_blocks, records_of
 from corpus_tools.records import BadRecord
 from corpus_tools.shards import shard_of
@@ -34,6 +33,7 @@ from engine.data.sidecar import Sidecar
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.distributed.environment import available_cores
 from engine.errors import DataError, RequestError
+from engine.progress import Progress
 from engine.writing import write_errors
 
 PART_SECONDS = 20.0  # how much work a kill may cost
@@ -153,13 +153,14 @@ def prepare(
             say(f"{prefix}: {len(parts.finished)} finished part(s) kept, {megabytes:,.0f} MB of text")
         tasks = _tasks(inputs, parts.end, text_field, loaded.joins_at_newline)
         try:
-            with Progress(inputs) as progress:
+            before = bytes_before(inputs)
+            with Progress("reading", before[-1]) as progress:
                 for answer in ordered_map(encoder, tasks, num_workers):
                     if answer.bad and on_error == "stop":
                         raise DataError(f"{answer.bad[0]} (--on-error skip leaves such records out)")
                     parts.add(answer.documents)
-                    where = answer.task.position.file, answer.task.block.file_position
-                    progress.update(*where, answer.documents.counts.text_bytes)
+                    done = before[answer.task.position.file] + answer.task.block.file_position
+                    progress.reach(done, answer.documents.counts.text_bytes)
         finally:
             parts.finish()  # also after an error: what came before it needn't be done again
         counts = parts.total()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # One-way imports: a room may import rooms of its own level and below.
 LEVELS = (
-    ("errors", "hints", "instead", "origin", "reading", "shipped", "writing", ""),  # "": `engine` itself
+    ("errors", "hints", "instead", "origin", "progress", "reading", "shipped", "writing", ""),  # "": `engine` itself
     ("kernels",),
     ("schedules",),
     ("config",),

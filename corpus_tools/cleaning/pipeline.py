@@ -24,14 +24,14 @@ from corpus_tools.cleaning.duplicates import Deduplicator, Fingerprint, fingerpr
 from corpus_tools.cleaning.output import UNFINISHED, begin, finish
 from corpus_tools.cleaning.report import Report
 from corpus_tools.cleaning.rules import Rules
-from corpus_tools.inputs import InputFile, expand_inputs
+from corpus_tools.inputs import InputFile, bytes_before, expand_inputs
 from corpus_tools.ordered_map import ordered_map
 from corpus_tools.outputs import recipe
-from corpus_tools.progress import Progress
 from corpus_tools.readers import Block, read_blocks, records_of
 from corpus_tools.records import BadRecord
 from engine.distributed.environment import available_cores
 from engine.errors import DataError, RequestError
+from engine.progress import Progress
 from engine.writing import write_errors
 
 SHARD_BYTES = 1 << 28  # of text per output file
@@ -133,14 +133,16 @@ def clean(
     deduplicator = Deduplicator(rules.duplicates)
     report = Report(num_examples, made_from=made_from)
     setup = functools.partial(_cleaner, Cleaner(rules, evaluation, text_field, num_examples))
-    with write_errors(output), _removed_on_error(folder / UNFINISHED) as unfinished, Progress(inputs) as progress:
+    before = bytes_before(inputs)
+    with (write_errors(output), _removed_on_error(folder / UNFINISHED) as unfinished,
+          Progress("reading", before[-1]) as progress):
         shards = _Shards(unfinished)
         for cleaned in ordered_map(setup, _tasks(inputs, text_field), workers or available_cores()):
             if cleaned.bad and on_error == "stop":
                 raise DataError(f"{cleaned.bad[0]} (--on-error skip leaves such records out)")
             report.merge(cleaned.report)
             _keep_new(cleaned.candidates, deduplicator, shards, report)
-            progress.update(cleaned.file, cleaned.file_position, cleaned.report.bytes_in)
+            progress.reach(before[cleaned.file] + cleaned.file_position, cleaned.report.bytes_in)
         shards.finish()
         report.write(unfinished)
     with write_errors(output):

@@ -6,13 +6,8 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from engine.checkpoint.folder import CHECKPOINTS, checkpoints_at, corrupt_checkpoints, no_checkpoint
 from engine.checkpoint.manifest import DamagedCheckpoint, StoredTensor
@@ -20,6 +15,7 @@ from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.reshard import reshard
 from engine.checkpoint.resume import open_checkpoint
 from engine.hints import hint
+from engine.progress import Progress
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,16 +130,16 @@ def _problems(checkpoint: Path) -> list[str]:
         reader = CheckpointReader(checkpoint)
     except DamagedCheckpoint as error:
         return [str(error)]
-    with _bar("reading", reader.manifest.num_bytes) as progress:
-        return [f"{problem.file}: {problem.what}" for problem in reader.verify(progress=progress)]
+    with Progress("reading", reader.manifest.num_bytes) as progress:
+        return [f"{problem.file}: {problem.what}" for problem in reader.verify(progress=progress.advance)]
 
 
 def _reshard(args: argparse.Namespace) -> int:
     newest = CheckpointReader(_found(Path(args.path))[-1])
-    with _bar("verifying", newest.manifest.num_bytes) as progress:
-        source = open_checkpoint(newest.path, progress)
-    with _bar("writing", source.manifest.num_bytes) as progress:
-        output = reshard(source, Path(args.output), args.files, progress)
+    with Progress("verifying", newest.manifest.num_bytes) as progress:
+        source = open_checkpoint(newest.path, progress.advance)
+    with Progress("writing", source.manifest.num_bytes) as progress:
+        output = reshard(source, Path(args.output), args.files, progress.advance)
     written = CheckpointReader(output).manifest
     if args.json:
         _print_json({"path": str(output), "files": len(written.files), "bytes": written.num_bytes})
@@ -152,20 +148,6 @@ def _reshard(args: argparse.Namespace) -> int:
           f"(from {len(source.manifest.files)})")
     print(hint("checkpoint", "verify", output))
     return 0
-
-
-@contextmanager
-def _bar(what: str, total_bytes: int) -> Iterator[Callable[[int], None] | None]:
-    """A progress bar on a terminal, nothing elsewhere; yields what to tell the bytes done."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-               TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total_bytes)
-        yield lambda done: bar.advance(task, done)
 
 
 def _size(num_bytes: int) -> str:

@@ -11,13 +11,13 @@ from checkpoints_tools.check import Checked
 from checkpoints_tools.from_hf import convert_from_hf
 from checkpoints_tools.hub import local_folder
 from checkpoints_tools.megatron import convert_from_megatron, convert_to_megatron
-from checkpoints_tools.progress import on_console
 from checkpoints_tools.to_hf import convert_to_hf
 from engine.checkpoint.folder import checkpoints_at
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import open_checkpoint
 from engine.config import load_config
 from engine.hints import hint
+from engine.progress import Progress
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 def _to_hf(args: argparse.Namespace) -> int:
     source = _open(args.source)
     checked = convert_to_hf(source, Path(args.output), DTYPES[args.dtype], tokenizer=args.tokenizer,
-                            check=not args.skip_check, begin=on_console)
+                            check=not args.skip_check, begin=Progress)
     _report(f"{args.output}: step {source.step} of {source.path} for transformers, {args.dtype}", checked)
     print(f'next: python -c "from transformers import pipeline; '
           f"print(pipeline('text-generation', '{args.output}')('The'))\"")
@@ -39,7 +39,7 @@ def _to_hf(args: argparse.Namespace) -> int:
 
 def _from_hf(args: argparse.Namespace) -> int:
     checked = convert_from_hf(local_folder(args.source), Path(args.output), tokenizer=args.tokenizer,
-                              allow_pickle=args.allow_pickle, check=not args.skip_check, begin=on_console)
+                              allow_pickle=args.allow_pickle, check=not args.skip_check, begin=Progress)
     _report(f"{args.output}: the model of {args.source} as a checkpoint", checked)
     print(hint("generate", args.output, "--prompt", "The", why=f"or train on: checkpoint.load={args.output}")
           if args.tokenizer != "none" else hint("checkpoint", "inspect", args.output))
@@ -49,7 +49,7 @@ def _from_hf(args: argparse.Namespace) -> int:
 def _to_megatron(args: argparse.Namespace) -> int:
     source = _open(args.source)
     checked = convert_to_megatron(source, Path(args.output), DTYPES[args.dtype], check=not args.skip_check,
-                                  begin=on_console)
+                                  begin=Progress)
     _report(f"{args.output}: step {source.step} of {source.path} as torch_dist, {args.dtype}", checked)
     print(f"next: start Megatron-LM with --load {args.output} --ckpt-format torch_dist --finetune")
     return 0
@@ -57,7 +57,7 @@ def _to_megatron(args: argparse.Namespace) -> int:
 
 def _from_megatron(args: argparse.Namespace) -> int:
     checked = convert_from_megatron(Path(args.source), Path(args.output), load_config(args.config).model,
-                                    check=not args.skip_check, begin=on_console)
+                                    check=not args.skip_check, begin=Progress)
     _report(f"{args.output}: the model of {args.source} as a checkpoint", checked)
     print(hint("convert", "to-hf", args.output, f"{args.output.rstrip('/')}-hf",
                why=f"or train on: checkpoint.load={args.output}"))
@@ -67,8 +67,8 @@ def _from_megatron(args: argparse.Namespace) -> int:
 def _open(path: str) -> CheckpointReader:
     """The checkpoint at `path`, or the newest of a run, every byte verified."""
     found = checkpoints_at(Path(path))
-    with on_console("verifying", CheckpointReader(found[-1]).manifest.num_bytes if found else 0) as advance:
-        return open_checkpoint(Path(path), advance)
+    with Progress("verifying", CheckpointReader(found[-1]).manifest.num_bytes if found else 0) as progress:
+        return open_checkpoint(Path(path), progress.advance)
 
 
 def _report(done: str, checked: Checked | None) -> None:

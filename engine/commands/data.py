@@ -5,21 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from corpus_tools.cleaning.command import run as clean
 from corpus_tools.example import write_example
@@ -34,6 +21,7 @@ from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.data.training_data import Sample
 from engine.errors import DataError, RequestError
 from engine.hints import hint
+from engine.progress import Progress
 from engine.train.corpora import Corpora
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
@@ -189,10 +177,9 @@ def _verify(args: argparse.Namespace) -> int:
         if not bin_path(prefix).exists() and not idx_path(prefix).exists():
             raise DataError(f"{prefix}: neither {prefix}.bin nor {prefix}.idx is there; give the PREFIX of a corpus.")
     failed = False
-    with _progress() as progress:
-        task = progress.add_task("verifying", total=sum(map(num_bytes_to_read, prefixes)))
+    with Progress("verifying", sum(map(num_bytes_to_read, prefixes))) as progress:
         for prefix in prefixes:
-            verdict = verify(prefix, _advancer(progress, task))
+            verdict = verify(prefix, progress.advance)
             failed |= bool(verdict.problems)
             if args.json:
                 print(json.dumps(asdict(verdict) | {"whole": not verdict.problems}, ensure_ascii=False))
@@ -204,13 +191,3 @@ def _verify(args: argparse.Namespace) -> int:
     elif not args.json:
         print(hint("data", "inspect", prefixes[0]))
     return 1 if failed else 0
-
-
-def _progress() -> Progress:
-    console = Console(file=sys.stderr)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("verifying"), *columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _advancer(progress: Progress, task: TaskID) -> Callable[[int], None]:
-    return lambda num_bytes: progress.advance(task, num_bytes)

@@ -37,12 +37,12 @@ from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
 from engine.errors import DataError
 from engine.generate.load import Wanted, inference_config, load_model, load_tokenizer_of, open_shared
-from engine.generate.progress import progress
 from engine.generate.request import EvalRequest
 from engine.hints import hint
 from engine.model.objective import NEXT_TOKEN
 from engine.optim.gradients import sum_over_world
 from engine.parallel.parallelize import ParallelModel
+from engine.progress import Progress
 from engine.train.batches import Loader, up_to
 from engine.train.corpora import require_labels
 
@@ -151,14 +151,14 @@ def sum_of_losses(model: ParallelModel, data: TrainingData, windows: int, shown:
     def window(index: int) -> Sample:
         return data.window(0, index)
 
-    with progress("windows", windows, shown) as report:
+    with Progress("evaluating", windows, "windows", shown) as progress:
         for first in range(0, windows, config.batch.global_):
             stop = first + config.batch.global_
             samples = window if stop <= min(windows, whole) else up_to(window, windows)
             batches = Loader(samples, config, model.mesh, NEXT_TOKEN, uses=len(model.chunks)).step(first)
             total += sum_over_world(model.evaluate(batches.microbatches), [], model.mesh).sums.item()
             num_tokens += int(batches.divisor)
-            report(min(windows, stop), total / max(1, num_tokens))
+            progress.reach(min(windows, stop), note=f"loss {total / max(1, num_tokens):.4f}")
     return Summed(total, num_tokens)
 
 

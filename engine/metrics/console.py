@@ -25,9 +25,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import IO, Any, Self, TextIO, cast
 
-import rich.console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.text import Text
+from engine.progress import Progress, duration, thousands
 
 ETA_WINDOW = 100            # logged steps over which the speed is averaged
 MFU_KNOWN = "MFU counts causal attention"
@@ -54,9 +52,9 @@ class Console:
         self._times: deque[tuple[int, float]] = deque(maxlen=ETA_WINDOW + 1)
         self._skipped = None if first_step else 0           # a count; what it was before a resume isn't known here
         self._bar: Progress | None = None
-        self._task = TaskID(0)
         if self._stream.isatty() if is_terminal is None else is_terminal:
-            self._open_bar(first_step)
+            self._bar = Progress("step", total_steps, "steps", stream=cast(IO[str], self._stream), is_terminal=True)
+            self._bar.__enter__()
 
     def step(self, record: Mapping[str, Any]) -> None:
         """One line for one record of `metrics.jsonl`."""
@@ -70,7 +68,7 @@ class Console:
                          "no label counted")
         self._skipped = skipped
         if self._bar is not None:
-            self._bar.update(self._task, completed=record["step"])
+            self._bar.reach(record["step"])
 
     def evaluation(self, step: int, valid_loss: float) -> None:
         """One line for an evaluation."""
@@ -103,7 +101,7 @@ class Console:
     def close(self) -> None:
         """Remove the live bar."""
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.__exit__(None, None, None)
             self._bar = None
 
     def __enter__(self) -> Self:
@@ -113,20 +111,13 @@ class Console:
                  trace: TracebackType | None) -> None:
         self.close()
 
-    def _open_bar(self, first_step: int) -> None:
-        self._bar = Progress(TextColumn("[bold]{task.completed}/{task.total}"), BarColumn(bar_width=None),
-                             TextColumn("{task.percentage:>3.0f} %"), transient=True, refresh_per_second=4,
-                             console=rich.console.Console(file=cast(IO[str], self._stream), force_terminal=True))
-        self._task = self._bar.add_task("", total=self.total_steps, completed=first_step)
-        self._bar.start()
-
     def _print(self, line: str, style: str = "") -> None:
         if self._stamped:
             line = f"{datetime.now():%H:%M:%S} {line}"
         encoding = self._stream.encoding
         line = line.encode(encoding, "replace").decode(encoding)          # a log in ASCII must not end the run
         if self._bar is not None:
-            self._bar.console.print(Text(line, style=style), soft_wrap=True)
+            self._bar.print(line, style)
         else:
             print(line, file=self._stream, flush=True)
 
@@ -164,7 +155,7 @@ def step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float |
     """The console line of one record; what the record lacks is left out or said to be unknown."""
     parts = [_position(record["step"], total_steps), f"loss {_loss(record.get('loss')):>6}",
              f"norm {_norm(record.get('grad_norm')):>5}", f"lr {_short(record.get('lr')):>6}",
-             f"{_thousands(record.get('tokens_per_second')):>5} tok/s"]
+             f"{_rate(record.get('tokens_per_second')):>5} tok/s"]
     if (mfu := record.get("mfu")) is not None:
         parts.append(f"MFU {100 * mfu:4.1f}%")
     if seconds_left is not None:
@@ -175,18 +166,6 @@ def step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float |
 def mfu_text(mfu: float | None) -> str:
     """`MFU 48.5 % (causal)`, or `MFU n/a (causal)` where the device's peak isn't known."""
     return "MFU n/a (causal)" if mfu is None else f"MFU {100 * mfu:.1f} % (causal)"
-
-
-def duration(seconds: float) -> str:
-    """`0:04:10`, `23h 59m`, `20d 19h`, `120d`: at most seven characters up to a hundred years."""
-    minutes, left = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    if hours < 10:
-        return f"{hours}:{minute:02}:{left:02}"
-    if hours < 100:
-        return f"{hours}h {minute:02}m"
-    days, hour = divmod(hours, 24)
-    return f"{days}d {hour:02}h" if days < 100 else f"{days}d"
 
 
 def _position(step: int, total_steps: int) -> str:
@@ -221,12 +200,5 @@ def _short(value: float | None, digits: int = 1) -> str:
     return f"{number}e{int(exponent)}" if e else number
 
 
-def _thousands(value: float | None) -> str:
-    """`812`, `9999`, `12.3k`, `778k`, `1.50M`."""
-    if value is None:
-        return "n/a"
-    for divisor, limit, unit in ((1e9, 999.5e6, "G"), (1e6, 999.5e3, "M"), (1e3, 9999.5, "k")):
-        if value >= limit:
-            number = value / divisor
-            return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f}{unit}"
-    return f"{value:.0f}"
+def _rate(value: float | None) -> str:
+    return "n/a" if value is None else thousands(value)

@@ -1,4 +1,4 @@
-"""What every conversion shares: the table of names, results that appear whole or not at all, progress."""
+"""What every conversion shares: the table of names, results that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints_tools import progress
 from checkpoints_tools.from_hf import convert_from_hf
 from checkpoints_tools.megatron import convert_from_megatron, convert_to_megatron
 from checkpoints_tools.names import TABLE, hf_parts, megatron_parts, parameter_shapes
@@ -77,20 +76,3 @@ def test_a_full_disk_leaves_nothing_and_says_what_is_needed(tmp_path: Path) -> N
         with files_of_at_most(100_000), pytest.raises(CheckpointError, match=r"out.* was not written.* it needs"):
             action()
         assert sorted(path.name for path in tmp_path.iterdir()) == before, name
-
-
-def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str],
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    with progress.on_console("writing", 4 * 10**9) as advance:
-        advance(10**9)
-        advance(10**9)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split("%")[0] for line in lines] == ["writing  25", "writing  50"]
-
-
-def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with progress.on_console("writing", 100) as advance:
-        advance(50)
-    assert "writing" in capsys.readouterr().err
