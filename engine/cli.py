@@ -190,6 +190,8 @@ def _convert(p: Parser) -> None:
         action.add_argument("--skip-check", action="store_true", help="do not compare the result with its source")
     for action in (to_hf, to_megatron):
         action.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
+        action.add_argument("--base", metavar="CHECKPOINT",
+                            help="where the model under the checkpoint's adapter is now (default: where it was)")
     to_hf.add_argument("--tokenizer", metavar="T", help="where the run's tokenizer is now; `none`: write none "
                                                         "(default: where the run found it)")
     from_hf.add_argument("--tokenizer", metavar="T", help="what runs from it will use; `none`: leave it open "

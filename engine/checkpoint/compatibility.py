@@ -24,6 +24,10 @@ from engine.errors import CheckpointError
 HARMLESS = frozenset({"model.max_seq_len"})
 # What a run that takes the weights and nothing else may change.
 STRETCHABLE = HARMLESS | {"model.rope_theta", "model.rope_scaling", "model.norm_eps"}
+# A score in place of the language model's head is new; what is left out with that may have been the embedding.
+HEAD, NEW_SCORE = "model.head", frozenset({"model.head", "model.tie_embeddings"})
+# What an adapter's numbers mean; the rest of it is how it is trained.
+ADAPTER = frozenset({"adapter.rank", "adapter.alpha", "adapter.targets"})
 UNKNOWN = "a key that this version does not know"
 TOKENIZER_PATH = "data.tokenizer"
 IRRELEVANT = ("run.dir", "run.name", "run.device", "checkpoint.", "log.", "eval.", "reliability.")
@@ -46,15 +50,21 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any], weights_on
     """What differs between a checkpoint's metadata and the run's.
 
     Args:
-        weights_only: the run takes the weights and nothing else, so it may stretch RoPE, and end texts with
-            another token, as chats do; another model otherwise, or another tokenizer, is refused.
+        weights_only: the run takes the weights and nothing else, so it may stretch RoPE, end texts with another
+            token, as chats do, and give a language model a score for its head; another model otherwise, or another
+            tokenizer, is refused.  An adapter is part of the weights then.
     """
     allowed = STRETCHABLE if weights_only else HARMLESS
     identity = {TOKENIZER} if weights_only else {TOKENIZER, END_OF_DOCUMENT}
     before, now = _flat(saved.get("config") or {}), _flat(current.get("config") or {})
+    if weights_only:
+        before = {key: value for key, value in before.items() if not key.startswith("adapter")}
+        if (before.get(HEAD, "language_model"), now.get(HEAD)) == ("language_model", "score"):
+            allowed |= NEW_SCORE
     if any(key.startswith("model.") for key in before) and any(key.startswith("model.") for key in now):
         before, now = _whole_model(before, now), _whole_model(now, before)
-    found = [Difference(key, before[key], now[key], key.startswith("model.") and key not in allowed)
+    refusable = ADAPTER | {key for key in before if key.startswith("model.")}
+    found = [Difference(key, before[key], now[key], key in refusable and key not in allowed)
              for key in before if key in now and before[key] != now[key] and not key.startswith(IRRELEVANT)]
     old, new = (side.get("data") or {} for side in (saved, current))
     if old.get(TOKENIZER) is None or new.get(TOKENIZER) is None:

@@ -5,6 +5,7 @@
     state        where the run stands: step, consumed_samples, optimizer_step; not there where only weights were written
     unlogged     sums since the last line of the log
     end_ids      ids at which texts end besides the tokenizer's own
+    base         where the checkpoint is whose model lies under this one's adapter, and the hash of its manifest
 
 Everything may be missing, and other keys may be there.  But what is there is of its type, so that whoever uses it need
 not ask again; what sections of `config` hold is for the configuration's own schema to say.
@@ -44,6 +45,9 @@ def check_metadata(metadata: Mapping[str, Any], step: int) -> None:
     for start, stop in _list_of(data, "skip", 2):
         if not (_is_size(start) and _is_size(stop) and start < stop):
             raise ValueError(f"data.skip leaves out [{shown(start)}, {shown(stop)}]")
+    base = _section(metadata, "base", "metadata")
+    if base and not all(isinstance(base.get(key), str) for key in ("path", "content")):
+        raise ValueError(f"base is {shown(base)}, not a path and a hash")
     if not all(map(_is_size, _list_of(metadata, "end_ids"))):
         raise ValueError(f"end_ids is {shown(metadata['end_ids'])}, not a list of ids")
 

@@ -8,6 +8,7 @@ memory map, so only the pages that hold wanted bytes are read.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,9 @@ class _Copy:
 class CheckpointReader:
     """A committed checkpoint, open for reading.
 
+    Attributes:
+        content: hash of its manifest, which vouches for every byte of it.
+
     Args:
         path: the checkpoint's directory.
         threads: for reading and hashing; None: up to 4.
@@ -69,6 +73,7 @@ class CheckpointReader:
         """
         self.path = Path(path)
         data = read_manifest(self.path) if manifest is None else manifest
+        self.content = hashlib.sha256(data).hexdigest()
         self.manifest = decode_manifest(data, self.path / MANIFEST_NAME)
         self._pool: Executor = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1),
                                                   thread_name_prefix="checkpoint-read")

@@ -12,9 +12,9 @@ from checkpoints_tools.from_hf import convert_from_hf
 from checkpoints_tools.hub import local_folder
 from checkpoints_tools.megatron import convert_from_megatron, convert_to_megatron
 from checkpoints_tools.to_hf import convert_to_hf
+from engine.checkpoint.adapted import open_model
 from engine.checkpoint.folder import checkpoints_at
 from engine.checkpoint.read import CheckpointReader
-from engine.checkpoint.resume import open_checkpoint
 from engine.config import load_config
 from engine.hints import hint
 from engine.progress import Progress
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _to_hf(args: argparse.Namespace) -> int:
-    source = _open(args.source)
+    source = _open(args.source, args.base)
     checked = convert_to_hf(source, Path(args.output), DTYPES[args.dtype], tokenizer=args.tokenizer,
                             check=not args.skip_check, begin=Progress)
     _report(f"{args.output}: step {source.step} of {source.path} for transformers, {args.dtype}", checked)
@@ -47,7 +47,7 @@ def _from_hf(args: argparse.Namespace) -> int:
 
 
 def _to_megatron(args: argparse.Namespace) -> int:
-    source = _open(args.source)
+    source = _open(args.source, args.base)
     checked = convert_to_megatron(source, Path(args.output), DTYPES[args.dtype], check=not args.skip_check,
                                   begin=Progress)
     _report(f"{args.output}: step {source.step} of {source.path} as torch_dist, {args.dtype}", checked)
@@ -64,11 +64,11 @@ def _from_megatron(args: argparse.Namespace) -> int:
     return 0
 
 
-def _open(path: str) -> CheckpointReader:
-    """The checkpoint at `path`, or the newest of a run, every byte verified."""
+def _open(path: str, base: str | None) -> CheckpointReader:
+    """The checkpoint at `path`, or the newest of a run, every byte verified; with the model under its adapter."""
     found = checkpoints_at(Path(path))
     with Progress("verifying", CheckpointReader(found[-1]).manifest.num_bytes if found else 0) as progress:
-        return open_checkpoint(Path(path), progress.advance)
+        return open_model(Path(path), progress=progress.advance, base=None if base is None else Path(base))
 
 
 def _report(done: str, checked: Checked | None) -> None:

@@ -43,7 +43,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values, origins = _read_with_bases(file, ())
     for override in overrides:
         _merge(values, origins, *_parse_override(override))
-    values = {key: {} if value is None else value for key, value in values.items()}
+    values = {key: {} if value is None and not _may_be_absent(key) else value for key, value in values.items()}
     if isinstance(model := values.get("model"), dict):
         preset = _preset(model, origins.get(("model", "preset"), str(path)))
         values["model"] = preset | _vocabulary(model, preset, values.get("data"))
@@ -75,6 +75,12 @@ def preset_names() -> list[str]:
 def preset_fields(name: str) -> dict[str, Any]:
     """The model section that a preset stands for."""
     return _read_yaml(PRESETS / f"{name}.yaml")[0]
+
+
+def _may_be_absent(key: str) -> bool:
+    """Whether a section that is null is none, rather than one of defaults."""
+    field = Config.model_fields.get(key)
+    return field is not None and field.default is None
 
 
 def _instead(path: str | Path) -> str:

@@ -10,10 +10,12 @@ Two YAML keys are reserved words in Python; their attributes carry an underscore
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from engine.config.alignment import HEAD, AdapterConfig
 from engine.config.decay import Cosine, Decay
 from engine.config.fields import (
     Count,
@@ -258,6 +260,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     steps: Count
+    adapter: AdapterConfig | None = None                     # absent: everything trains
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -277,9 +280,24 @@ class Config(Section):
         if self.optim.min_lr > self.optim.lr:
             problems.append(f"optim.min_lr({self.optim.min_lr}) > optim.lr({self.optim.lr})")
         problems += self.optim.decay.problems(self.steps, self.optim)
+        problems += self._adapter_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _adapter_problems(self) -> Iterator[str]:
+        if self.adapter is not None and self.adapter.dropout:
+            yield "adapter.dropout: this version has none; set it to 0"
+        if self.adapter is None or HEAD not in self.adapter.targets:
+            return
+        if self.model.tie_embeddings:
+            yield ("adapter.targets has lm_head, whose weight is the embedding too (model.tie_embeddings), which it "
+                   "would no longer be: leave lm_head out")
+        if self.model.head != "language_model":
+            yield f"adapter.targets has lm_head, which a model with model.head: {self.model.head} does not have"
+        if self.adapter.targets == (HEAD,) and self.parallel.pipeline > 1:
+            yield (f"adapter.targets is lm_head alone: all but the last of parallel.pipeline({self.parallel.pipeline}) "
+                   "stages would have nothing to train")
 
     @property
     def num_microbatches(self) -> int:

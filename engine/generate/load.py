@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from engine.checkpoint.adapted import open_model
 from engine.checkpoint.read import CheckpointReader
-from engine.checkpoint.resume import open_checkpoint
 from engine.config import Config, resolve_layout
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.data.tokenizer_identity import recorded_tokenizer
@@ -46,12 +46,12 @@ class Wanted:
 
 
 def open_shared(path: str | Path, mesh: Mesh) -> CheckpointReader:
-    """The checkpoint at `path`, or a run's newest; the same one on every rank.
+    """The checkpoint at `path`, or a run's newest, with what lies under its adapter; the same one on every rank.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    return open_checkpoint(Path(path), group=mesh.world.group)
+    return open_model(Path(path), mesh.world.group)
 
 
 def inference_config(reader: CheckpointReader, topology: Topology, wanted: Wanted = Wanted()) -> Config:

@@ -30,7 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.config import ModelConfig
+from engine.config import AdapterConfig, ModelConfig
 
 AttentionCount = Literal["causal", "full"]
 
@@ -83,6 +83,17 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
         head=model.vocab_size * hidden,
         tied=model.tie_embeddings,
     )
+
+
+def count_adapter(model: ModelConfig, adapter: AdapterConfig) -> int:
+    """Parameters of low-rank adapters: `rank · (in + out)` for each projection that has one."""
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    sizes = {"q_proj": hidden + queries, "k_proj": hidden + keys, "v_proj": hidden + keys, "o_proj": queries + hidden,
+             "gate_proj": hidden + ffn, "up_proj": hidden + ffn, "down_proj": ffn + hidden}
+    of_a_layer = sum(size for name, size in sizes.items() if adapter.adapts(name))
+    of_the_head = hidden + model.vocab_size if adapter.adapts("lm_head") else 0
+    return adapter.rank * (model.num_layers * of_a_layer + of_the_head)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int, attention: AttentionCount = "causal") -> int:

@@ -6,7 +6,7 @@ subclasses that hold a slice; the blocks above see the same interface.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,28 @@ from engine.kernels.table import Operations
 from engine.model.spec import BETWEEN, ParamSpec, Rule, new_parameter
 
 
+class Adds(Protocol):
+    """What may be added to a linear layer: see `engine.model.adapter`."""
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output, given that and its input."""
+        ...
+
+
 class Linear(nn.Module):
-    """y = x·Wᵀ + b, the weight kept in a shape whose slices are boxes: [*out, in], viewed as [prod(out), in]."""
+    """y = x·Wᵀ + b, the weight kept in a shape whose slices are boxes: [*out, in], viewed as [prod(out), in].
+
+    Attributes:
+        adapter: a module that adds to y; None: nothing does.
+    """
+
+    adapter: Adds | None
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
+        self.adapter = None
 
     @staticmethod
     def create(name: str, out_shape: tuple[int, ...], in_features: int, rule: Rule, *, init_std: float = 0.02,
@@ -38,7 +53,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., prod(out)]."""
-        return F.linear(x, self.weight.flatten(0, -2), None if self.bias is None else self.bias.flatten())
+        y = F.linear(x, self.weight.flatten(0, -2), None if self.bias is None else self.bias.flatten())
+        return y if self.adapter is None else self.adapter.add_to(y, x)
 
 
 class Embedding(nn.Module):

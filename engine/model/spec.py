@@ -64,6 +64,7 @@ class ParamSpec:
         rule: how tensor parallelism treats it.
         init: `normal` with `init_std`, or `ones`, or `zeros`.
         decay: whether weight decay applies (matrices yes; norms and biases no).
+        trainable: it takes gradients; what lies under an adapter does not.
         cut: how the tensor axis cuts it; None means that every tensor rank holds all of it.
         partial_sum: every tensor rank sees a part of the tokens, so gradients must be summed over the tensor axis.
         tied: the embedding is also the output layer; where these are on two pipeline stages, each holds a copy.
@@ -76,6 +77,7 @@ class ParamSpec:
     init: Literal["normal", "ones", "zeros"] = "normal"
     init_std: float = 0.02
     decay: bool = True
+    trainable: bool = True
     cut: Cut | None = None
     partial_sum: bool = False
     tied: bool = False
@@ -151,7 +153,7 @@ class ParamSpec:
 def new_parameter(spec: ParamSpec, device: torch.device | str | None = None,
                   dtype: torch.dtype | None = None) -> nn.Parameter:
     """An uninitialised parameter of the spec's local shape that carries the spec."""
-    parameter = nn.Parameter(torch.empty(spec.local_shape, device=device, dtype=dtype))
+    parameter = nn.Parameter(torch.empty(spec.local_shape, device=device, dtype=dtype), requires_grad=spec.trainable)
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from engine.distributed.collectives import all_gather, all_reduce
 from engine.distributed.mesh import Mesh
 from engine.kernels.sums import sum_of_squares
-from engine.parallel.data.buckets import ALIGNMENT, Bucket
+from engine.parallel.data.buckets import Bucket
+from engine.parallel.data.flat import ALIGNMENT
 
 
 @dataclass(frozen=True)

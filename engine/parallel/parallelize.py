@@ -1,7 +1,7 @@
 """From a model and a mesh to this rank's part of it, in one fixed order of verbs.
 
     deal the layers to chunks        which layers run here                       pipeline/partition
-    build those chunks on `meta`     no memory yet; names stay global            model/transformer
+    build those chunks on `meta`     no memory yet; names stay global            model/transformer, model/adapter
     spread the sequence              ring attention                              context/ring
     cut every layer                  slices instead of whole weights             tensor/cut
     recompute                        hooks that forget activations               recompute
@@ -27,6 +27,7 @@ from engine.distributed.mesh import Axis, Mesh
 from engine.distributed.pieces import Piece
 from engine.kernels.operation import Place
 from engine.kernels.table import Operations, choose
+from engine.model.adapter import Adapter, attach_adapters
 from engine.model.context import Batch
 from engine.model.objective import NEXT_TOKEN, Measure, Objective
 from engine.model.spec import new_parameter, spec_of
@@ -34,6 +35,7 @@ from engine.model.transformer import Block, Transformer
 from engine.parallel.context.ring import RingAttention
 from engine.parallel.data.buckets import Bucket
 from engine.parallel.data.build import DEFAULT_BUCKET_ELEMENTS, build_buckets
+from engine.parallel.data.flat import FlatParameters
 from engine.parallel.data.streaming import ParameterStream
 from engine.parallel.gradients import WeightGradQueue
 from engine.parallel.pipeline.executor import Executor, forward_only, hoist_receives
@@ -58,7 +60,8 @@ class ParallelModel:
 
     Attributes:
         chunks: this rank's chunks by global chunk index.
-        buckets: the memory of their parameters and gradients.
+        buckets: the memory of the parameters that are trained, and their gradients.
+        frozen: that of the others.
         tensor: the tensor axis as the layers see it.
         objective: what it is trained to do.
     """
@@ -67,6 +70,7 @@ class ParallelModel:
     mesh: Mesh
     chunks: dict[int, Transformer]
     buckets: list[Bucket]
+    frozen: list[FlatParameters]
     tensor: TensorContext
     objective: Objective
     schedule: Schedule
@@ -78,12 +82,17 @@ class ParallelModel:
         """What it computes with."""
         return self.tensor.operations
 
-    def initialise(self, seed: int) -> None:
-        """Gives every parameter its share of the global initial values, the same in every layout."""
+    def initialise(self, seed: int, frozen: bool = True) -> None:
+        """Gives every parameter its share of the global initial values, the same in every layout.
+
+        Without `frozen` only what is trained: the others' are about to be read from somewhere.
+        """
         for bucket in self.buckets:
             for entry in bucket.entries:
-                values = entry.spec.initial_values(seed)
-                bucket.set_master(entry, entry.spec.take_local(values))
+                bucket.set_master(entry, entry.spec.take_local(entry.spec.initial_values(seed)))
+        for flat in self.frozen if frozen else ():
+            for entry in flat.entries:
+                flat.fill(flat.param_shard, entry, entry.spec.take_local(entry.spec.initial_values(seed)))
         self.publish()
 
     def forward_backward(self, batches: Sequence[Batch], scale: float | Tensor) -> Tensor | None:
@@ -111,6 +120,17 @@ class ParallelModel:
         for bucket in self.buckets:
             bucket.finish_reduction()
 
+    @property
+    def adapter_keys(self) -> set[str]:
+        """The keys of adapters among the pieces of the weights; the others are the model's own."""
+        adapters = [module for chunk in self.chunks.values() for module in chunk.modules()
+                    if isinstance(module, Adapter)]
+        return {f"model.{spec_of(parameter).name}" for adapter in adapters for parameter in adapter.parameters()}
+
+    def frozen_pieces(self) -> list[Piece]:
+        """This rank's part of the weights that are not trained; the tensors are the live ones."""
+        return [piece for flat in self.frozen for piece in flat.pieces("model", flat.param_shard)]
+
     def shards(self, prefix: str, vectors: Sequence[Tensor]) -> list[Piece]:
         """What vectors laid out like the buckets' shards (masters, moments) hold of each parameter; the live ones."""
         return [piece for bucket, vector in zip(self.buckets, vectors, strict=True)
@@ -121,8 +141,8 @@ class ParallelModel:
 
         Where the parameters are there around their use only (ZeRO 3), it is this rank's shard of them.
         """
-        if any(bucket.level >= 3 for bucket in self.buckets):
-            return self.shards("model", [bucket.param_shard for bucket in self.buckets])
+        if any(flat.level >= 3 for flat in (*self.buckets, *self.frozen)):
+            return [*self.shards("model", [bucket.param_shard for bucket in self.buckets]), *self.frozen_pieces()]
         once = dict.fromkeys(parameter for chunk in self.chunks.values() for parameter in chunk.parameters())
         return [Piece(f"model.{spec.name}", spec.shape, spec.box, parameter.detach()[Box.whole(spec.box.size).slices])
                 for parameter, spec in ((parameter, spec_of(parameter)) for parameter in once)]
@@ -176,6 +196,8 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
     schedule = build_schedule(parallel.schedule, parallel.pipeline, config.num_microbatches, parallel.virtual_stages)
     chunks = build_chunks(config, schedule.placement, mesh.pipeline.index, operations)
     for chunk in chunks.values():
+        if config.adapter is not None and training:
+            attach_adapters(chunk, config.adapter)
         if mesh.context.size > 1:
             spread_sequence(chunk, mesh.context, operations)
         cut_tensor(chunk, tensor)
@@ -183,14 +205,15 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
     if training:
         apply_recompute(recomputed_blocks(config, chunks, mesh.pipeline.index), parallel.recompute)
     buckets: list[Bucket] = []
+    frozen: list[FlatParameters] = []
     if training:
-        buckets = build_buckets(list(reversed(chunks.values())), mesh, level=parallel.zero, dtype=dtype,
-                                reduce_dtype=DTYPES[config.precision.grad_reduce],
-                                reproducible=parallel.reproducible, bucket_elements=bucket_elements)
+        buckets, frozen = build_buckets(list(reversed(chunks.values())), mesh, level=parallel.zero, dtype=dtype,
+                                        reduce_dtype=DTYPES[config.precision.grad_reduce],
+                                        reproducible=parallel.reproducible, bucket_elements=bucket_elements)
     else:
         allocate_weights(chunks.values(), dtype, mesh.device)
     if training and parallel.zero == 3:
-        ParameterStream(chunks.values(), buckets)
+        ParameterStream(chunks.values(), [*buckets, *frozen])
     length = config.data.seq_len // parallel.context // (mesh.tensor.size if sequence else 1)
     shape = (length, config.batch.micro * objective.rows_per_sample, config.model.hidden_size)
     messenger = Messenger(mesh.pipeline, len(schedule.placement), shape, dtype, mesh.device)
@@ -198,7 +221,7 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
     head = None if last is None else ParallelHead(last, tensor, mesh.context)
     executor = Executor(chunks, schedule.placement, messenger, tensor.weight_grads, head)
     program = hoist_receives(lower(schedule).programs[mesh.pipeline.index])
-    return ParallelModel(config, mesh, chunks, buckets, tensor, objective, schedule, executor, program)
+    return ParallelModel(config, mesh, chunks, buckets, frozen, tensor, objective, schedule, executor, program)
 
 
 def choose_operations(config: Config, device: torch.device) -> Operations:

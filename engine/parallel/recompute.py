@@ -63,7 +63,8 @@ def _forget_output(producer: nn.Module, consumer: nn.Module) -> None:
                 forgotten.untyped_storage().resize_(nbytes)
                 forgotten.data.copy_(producer.forward(source))
 
-        output.register_hook(refill)
+        if output.requires_grad:
+            output.register_hook(refill)
         forgotten.untyped_storage().resize_(0)
 
     producer.register_forward_hook(remember)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.config import Config
-from engine.model.flops import count_parameters
+from engine.model.flops import count_adapter, count_parameters
 from engine.train.corpora import Corpora
 
 
@@ -14,6 +14,7 @@ def introduction(config: Config, corpora: Corpora) -> list[str]:
     size = parallel.world_size
     lines = [
         f"{config.run.name or config.run.dir}: a model of {short(count_parameters(config.model).total)} parameters",
+        *_trained(config),
         f"{config.steps:,} steps of {short(step_tokens)} tokens, {short(config.steps * step_tokens)} tokens in all",
         f"{size} process{'es' * (size > 1)}: tensor {parallel.tensor} × pipeline {parallel.pipeline} × "
         f"context {parallel.context} × data {parallel.data_size}, {parallel.schedule}, ZeRO {parallel.zero}",
@@ -26,6 +27,17 @@ def introduction(config: Config, corpora: Corpora) -> list[str]:
     if corpora.valid is not None and config.eval.every and held_out < wanted:
         lines.append(f"evaluation: all {held_out:,} held-out windows (eval.batches asks for {wanted:,})")
     return lines
+
+
+def _trained(config: Config) -> list[str]:
+    """How much of the model an adapter trains."""
+    if config.adapter is None:
+        return []
+    total = count_parameters(config.model).total
+    score = config.model.hidden_size if config.model.head == "score" else 0
+    trained = count_adapter(config.model, config.adapter) + score
+    return [f"{trained:,} of {total:,} train: an adapter of rank {config.adapter.rank} on "
+            f"{', '.join(config.adapter.targets)}"]
 
 
 def short(number: float) -> str:

@@ -5,6 +5,9 @@
     resume: PATH     that checkpoint (of a run's folder: its newest, which must be whole), with everything in it
     load: PATH       where `resume` finds nothing: step 0, with the weights of that checkpoint
 
+With an adapter, `load` is the model under it.  Checkpoints of the run do not hold that one, so it is read at every
+start, and must be the same one each time.
+
 So the same command can be given again and again: `load` is for the first time, `auto` for all others.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine.checkpoint.adapted import Base, open_model
 from engine.checkpoint.compatibility import require_compatible
 from engine.checkpoint.folder import CHECKPOINTS
 from engine.checkpoint.read import CheckpointReader
@@ -19,7 +23,7 @@ from engine.checkpoint.resume import find_latest, open_checkpoint
 from engine.config import Config
 from engine.data.skipping import require_same_past
 from engine.distributed.agree import Group, rank_in
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.train.corpora import Corpora
 from engine.train.run_folder import begin_another_line
 from engine.train.state import TrainState
@@ -34,6 +38,7 @@ def take_over(state: TrainState, tally: Tally, config: Config, corpora: Corpora,
 
     Raises:
         CheckpointError: a checkpoint was asked for, or is there, and none can be used.
+        ConfigError: there is an adapter, and nothing under it.
         DataError: `data.skip` changed among the samples already consumed.
     """
     asked, run_dir = config.checkpoint, Path(config.run.dir)
@@ -45,13 +50,15 @@ def take_over(state: TrainState, tally: Tally, config: Config, corpora: Corpora,
     elif asked.resume != "never":
         reader = open_checkpoint(Path(asked.resume), group=group)
     if reader is not None:
-        notes += _resume(state, config, corpora, reader)
+        notes += _resume(state, config, corpora, reader, group)
         if UNLOGGED in reader.metadata:
             _restore(tally, reader)
     else:
-        state.model.initialise(config.run.seed)
+        if config.adapter is not None and asked.load is None:
+            raise ConfigError("an adapter is trained on top of a model: checkpoint.load says which")
+        state.model.initialise(config.run.seed, frozen=False)
         if asked.load is not None:
-            notes += _load_weights(state, config, corpora, open_checkpoint(Path(asked.load), group=group))
+            notes += _load_weights(state, config, corpora, open_model(Path(asked.load), group))
     if asked.resume != "auto" and rank_in(group) == 0:
         own = reader is not None and reader.path.resolve().parent == (run_dir / CHECKPOINTS).resolve()
         earlier = begin_another_line(run_dir, state.step if own else None)
@@ -59,14 +66,22 @@ def take_over(state: TrainState, tally: Tally, config: Config, corpora: Corpora,
     return notes
 
 
-def _resume(state: TrainState, config: Config, corpora: Corpora, reader: CheckpointReader) -> list[str]:
+def _resume(state: TrainState, config: Config, corpora: Corpora, reader: CheckpointReader, group: Group) -> list[str]:
     if "state" not in reader.metadata:
         raise CheckpointError(f"{reader.path} holds weights only: start a run from it with checkpoint.load")
+    below = Base.saved(reader.metadata)
+    if (below is None) != (config.adapter is None):
+        there, here = ("a whole model", "this run trains an adapter") if below is None else \
+            ("an adapter", "this run trains the whole model")
+        raise CheckpointError(f"{reader.path} holds {there}, and {here}: begin another run from it with "
+                              "checkpoint.load and another run.dir")
     differing = require_compatible(reader.metadata, state.metadata(config, corpora.fingerprint()), reader.path)
     _require_same_windows(reader, config)
     saved_skip = reader.metadata.get("data", {}).get("skip")
     if saved_skip is not None:
         require_same_past(saved_skip, corpora.train.skip, reader.metadata["state"]["consumed_samples"])
+    if below is not None:
+        state.load_base(below.open(None if config.checkpoint.load is None else Path(config.checkpoint.load), group))
     state.load(reader)
     return [*(f"changed since the checkpoint: {difference}" for difference in differing),
             f"resumed from {reader.path} (step {state.step}, {state.consumed_samples} samples consumed)"]

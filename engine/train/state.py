@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 
+from engine.checkpoint.adapted import BASE, Base
 from engine.checkpoint.read import CheckpointReader
 from engine.config import Config
 from engine.distributed.boxes import Box
 from engine.distributed.pieces import Piece
+from engine.model.adapter import SCORE
 from engine.optim.adamw import AdamW
 from engine.parallel.parallelize import ParallelModel
 from engine.train.role import RoleState
@@ -37,12 +39,14 @@ class TrainState:
         step: steps done.
         consumed_samples: samples they took.
         end_ids: `CheckpointReader.end_ids` of where the weights came from.
+        base: the model under the first role's adapter; None: it has no adapter.
     """
 
     roles: tuple[RoleState, ...]
     step: int = 0
     consumed_samples: int = 0
     end_ids: tuple[int, ...] = ()
+    base: Base | None = None
 
     @property
     def model(self) -> ParallelModel:
@@ -70,9 +74,10 @@ class TrainState:
 
     def metadata(self, config: Config, data_fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         """What is saved beside the tensors; the first role must live on this rank."""
+        below = {} if self.base is None else {BASE: self.base.metadata()}
         return {"config": config.to_dict(), "data": dict(data_fingerprint), "end_ids": self.end_ids,
                 "state": {"step": self.step, "consumed_samples": self.consumed_samples,
-                          "optimizer_step": self.optimizer.num_steps()}}
+                          "optimizer_step": self.optimizer.num_steps()}, **below}
 
     def load(self, reader: CheckpointReader) -> None:
         """Takes over everything from a checkpoint, whatever layout wrote it."""
@@ -90,10 +95,22 @@ class TrainState:
             state.publish()
 
     def load_weights(self, reader: CheckpointReader) -> None:
-        """Takes over the first role's weights only; they may be stored in another dtype."""
-        reader.load_into(self.model_pieces(), convert=True)
+        """Takes over the first role's weights only; they may be stored in another dtype.
+
+        An adapter, and a score where the checkpoint has none, stay as they are: they are new.
+        """
+        self.load_base(reader)
+        new_score = f"model.{SCORE}" not in reader
+        reader.load_into([piece for piece in self.model_pieces() if piece.key not in self.model.adapter_keys
+                          and not (new_score and piece.key == f"model.{SCORE}")], convert=True)
         self.end_ids = reader.end_ids
         self.roles[0].publish()
+
+    def load_base(self, reader: CheckpointReader) -> None:
+        """Takes over what lies under the first role's adapter; nothing where it has none."""
+        frozen = self.model.frozen_pieces()
+        reader.load_into(frozen, convert=True)
+        self.base = Base.of(reader) if self.model.config.adapter is not None else None
 
 
 def _pieces_of(state: RoleState) -> list[Piece]:

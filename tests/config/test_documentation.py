@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel
 
@@ -17,8 +18,9 @@ def sections() -> dict[str, set[str]]:
     """YAML keys by section."""
     found = {}
     for name, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found[name] = {str(inner.validation_alias or key) for key, inner in field.annotation.model_fields.items()}
+        for section in (field.annotation, *get_args(field.annotation)):                 # of `Section | None`
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                found[name] = {str(inner.validation_alias or key) for key, inner in section.model_fields.items()}
     return found
 
 

@@ -24,7 +24,7 @@ from engine.parallel.data.buckets import Bucket
 from engine.parallel.parallelize import ParallelModel, parallelize
 from tests.kit.compare import relative_error
 from tests.kit.distributed import mesh_for, run_distributed
-from tests.kit.reference import PRETRAINING, Reference, Task, train_reference
+from tests.kit.reference import PRETRAINING, Reference, Task, adapter_values, train_reference
 
 TOLERANCE = 1e-5
 
@@ -83,6 +83,11 @@ def train_layout(config: Config, num_steps: int, task: Task = PRETRAINING) -> Re
     mesh = mesh_for(Topology.of(config))
     model = parallelize(config, mesh, objective=task.objective, bucket_elements=6000)
     model.initialise(config.run.seed)
+    for bucket in model.buckets:
+        for entry in bucket.entries:
+            if (values := adapter_values(entry.spec)) is not None:
+                bucket.set_master(entry, entry.spec.take_local(values))
+    model.publish()
     optimizer = AdamW(model.buckets, config.optim, model.operations)
     out = Result(initial=shards(model.buckets, "master"))
     for step in range(1, num_steps + 1):
@@ -137,8 +142,9 @@ def _reference(what: str, num_steps: int, task: Task) -> Reference:
 
 def reference(config: Config, num_steps: int, task: Task = PRETRAINING) -> Reference:
     """One process, the whole batch at once.  It depends on what is trained, never on the layout, and is kept."""
+    adapter = {} if config.adapter is None else {"adapter": config.adapter.model_dump()}
     trained = tiny_config(model=config.model.model_dump(), data=config.data.model_dump(),
-                          batch={"micro": 1, "global": config.batch.global_})
+                          batch={"micro": 1, "global": config.batch.global_}, **adapter)
     return _reference(trained.model_dump_json(by_alias=True), num_steps, task)
 
 

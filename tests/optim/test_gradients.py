@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.distributed.mesh import single_mesh
 from engine.optim.gradients import sum_over_world
-from engine.parallel.data.buckets import ALIGNMENT
+from engine.parallel.data.flat import ALIGNMENT
 
 SIZE = 655_360 * ALIGNMENT                        # 42 million
 

@@ -3,7 +3,7 @@
 The parameters of a chunk are laid end to end, in the order in which the backward pass finishes them, into buckets of a
 few million elements.  A bucket has
 
-    param_buffer   compute dtype   p₀ p₁ p₂ …        every parameter is a view
+    param_buffer   compute dtype   p₀ p₁ p₂ …        every parameter is a view (`engine.parallel.data.flat`)
     grad_buffer    fp32            g₀ g₁ g₂ …        every `GradSlot` adds into a view
     master         fp32            this rank's shard; the parameter shard itself where that is fp32 already
 
@@ -22,8 +22,7 @@ all of them: it adds them up itself, in the order of the global batch.  Floating
 that is what it takes for a run to be bit-identical on any number of data-parallel ranks.
 
 A reduction starts when the last gradient it waits for has arrived, and runs while the backward pass goes on with the
-next bucket.  "Freed" means that the buffer's storage is resized to nothing: the views stay, and come back to life
-when it is resized again.
+next bucket.
 
 All parameters of a bucket share whatever decides what happens to them (`BucketKind`), so gradient norm, clipping and
 AdamW treat a bucket as one vector.
@@ -38,7 +37,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.distributed.boxes import Box, flat_range_boxes
 from engine.distributed.collectives import (
     DONE,
     Work,
@@ -48,12 +46,9 @@ from engine.distributed.collectives import (
     reduce_scatter_into,
 )
 from engine.distributed.mesh import Mesh
-from engine.distributed.pieces import Piece
-from engine.model.spec import ParamSpec, spec_of
+from engine.model.spec import ParamSpec
+from engine.parallel.data.flat import ALIGNMENT, Entry, FlatParameters, allocate, free, is_free
 from engine.parallel.gradients import GradSlot, attach_slot
-
-# A parameter starts at a multiple of this many elements: 128 bytes of bf16, so that GEMMs find aligned operands.
-ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -73,16 +68,6 @@ class BucketKind:
     tied: bool
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One parameter's place in a bucket, and how often a forward pass uses it."""
-
-    parameter: nn.Parameter
-    spec: ParamSpec
-    offset: int
-    uses: int
-
-
 def kind_of(spec: ParamSpec, mesh: Mesh, uses: int) -> BucketKind:
     """The bucket kind of a parameter that this rank's chunks use so many times.
 
@@ -97,22 +82,8 @@ def kind_of(spec: ParamSpec, mesh: Mesh, uses: int) -> BucketKind:
                       tied=tied)
 
 
-def free(buffer: Tensor) -> None:
-    """Gives the memory back; the tensor and its views keep their shapes."""
-    buffer.untyped_storage().resize_(0)
-
-
-def allocate(buffer: Tensor) -> None:
-    """Undoes `free`; the contents are undefined."""
-    buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
-
-
-def is_free(buffer: Tensor) -> bool:
-    return buffer.untyped_storage().size() == 0
-
-
-class Bucket:
-    """One flat vector of parameters with its gradient and this rank's shard."""
+class Bucket(FlatParameters):
+    """One flat vector of parameters with its gradient and this rank's shard of the masters."""
 
     def __init__(self, kind: BucketKind, parameters: Sequence[tuple[nn.Parameter, int]], mesh: Mesh, *, level: int,
                  dtype: torch.dtype, reduce_dtype: torch.dtype, reproducible: bool, reducing: deque[Bucket]) -> None:
@@ -120,39 +91,23 @@ class Bucket:
 
         `reducing` is shared by the buckets of a rank: those whose reduction is under way, oldest first.
         """
-        self.kind, self.mesh, self.level = kind, mesh, level
-        self.reduce_dtype, self.reproducible = reduce_dtype, reproducible
+        super().__init__(parameters, mesh, level, dtype)
+        self.kind, self.reduce_dtype, self.reproducible = kind, reduce_dtype, reproducible
         self.per_microbatch = level >= 2 or reproducible
-        self.entries: list[Entry] = []
-        size = 0
-        for parameter, uses in parameters:
-            self.entries.append(Entry(parameter, spec_of(parameter), size, uses))
-            size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-        num_shards = mesh.shard.size if level else 1
-        size = -(-size // (num_shards * ALIGNMENT)) * num_shards * ALIGNMENT
-        part = size // num_shards
-        self.shard = slice(mesh.shard.index * part, (mesh.shard.index + 1) * part) if level else slice(0, size)
-        self.param_buffer = torch.zeros(size, dtype=dtype, device=mesh.device)
-        self.grad_buffer = torch.zeros(size, dtype=torch.float32, device=mesh.device)
-        self.param_shard = self.param_buffer[self.shard] if level < 3 else self.param_buffer.new_zeros(part)
+        self.grad_buffer = torch.zeros(self.param_buffer.numel(), dtype=torch.float32, device=mesh.device)
         self.master = self.param_shard if dtype == torch.float32 else self.param_shard.float()
-        self.grad_shard = self.grad_buffer.new_zeros(part) if self.per_microbatch else self.grad_buffer[self.shard]
-        self._slots = [self._adopt(entry) for entry in self.entries]
+        self.grad_shard = self.grad_buffer.new_zeros(self.param_shard.numel()) if self.per_microbatch \
+            else self.grad_buffer[self.shard]
+        self._slots = [self._attach(entry) for entry in self.entries]
         self._others_reducing = reducing
         self._reduced: Tensor | None = None      # what a reduction under way writes to
         self._reduction: Work = DONE
-        self._gathering: Work = DONE
         self._arrived = self._microbatches = 0
         if level >= 2:
             free(self.grad_buffer)
-        if level >= 3:
-            free(self.param_buffer)
 
-    def _adopt(self, entry: Entry) -> GradSlot:
-        """Makes the parameter a view of the bucket and routes its gradient here."""
-        view = nn.Parameter(self._view(self.param_buffer, entry))
-        view.spec = entry.spec  # type: ignore[attr-defined]
-        torch.utils.swap_tensors(entry.parameter, view)      # unlike `.data =`, this may leave the meta device
+    def _attach(self, entry: Entry) -> GradSlot:
+        """Routes the parameter's gradient here."""
         grad = self._view(self.grad_buffer, entry)
         slot = GradSlot(grad, self._before_contribution, self._after_contribution)
         attach_slot(entry.parameter, slot)
@@ -163,10 +118,6 @@ class Bucket:
         stops = [entry.offset + entry.parameter.numel() for entry in self.entries]
         starts = [*(entry.offset for entry in self.entries[1:]), self.grad_buffer.numel()]
         return (self.grad_buffer[stop:start] for stop, start in zip(stops, starts, strict=True))
-
-    @staticmethod
-    def _view(buffer: Tensor, entry: Entry) -> Tensor:
-        return buffer[entry.offset : entry.offset + entry.parameter.numel()].view(entry.spec.local_shape)
 
     @property
     def num_used(self) -> int:
@@ -280,10 +231,7 @@ class Bucket:
 
     def set_master(self, entry: Entry, values: Tensor) -> None:
         """Sets this rank's share of a parameter's master from fp32 values of the parameter's local shape."""
-        start, stop = self._overlap(entry)
-        if start < stop:
-            self.master[start - self.shard.start : stop - self.shard.start] = \
-                values.flatten()[start - entry.offset : stop - entry.offset]
+        self.fill(self.master, entry, values)
 
     def start_publish(self) -> Work:
         """Makes the masters the weights: copies this rank's shard and, up to level 2, starts collecting the others'."""
@@ -293,52 +241,3 @@ class Bucket:
             self.release()
             return DONE
         return all_gather_into(self.param_buffer, self.param_shard, self.mesh.shard) if self.level else DONE
-
-    def start_gather(self) -> None:
-        """Level 3: starts collecting the whole bucket, unless it is there or under way."""
-        if not is_free(self.param_buffer):
-            return
-        allocate(self.param_buffer)
-        # The weights get back the values they had.  `.data` keeps that from autograd, which would take it for a change
-        # of what it saved.
-        whole = self.param_buffer.data
-        if self.mesh.shard.size == 1:
-            whole.copy_(self.param_shard)
-        self._gathering = all_gather_into(whole, self.param_shard, self.mesh.shard)
-
-    def wait_gather(self) -> None:
-        """Returns when the parameters may be used."""
-        self._gathering.wait()
-        self._gathering = DONE
-
-    def release(self) -> None:
-        """Level 3: gives the memory of the parameters back."""
-        self.wait_gather()
-        free(self.param_buffer)
-
-    # ------------------------------------------------------------------ boxes
-
-    def boxes(self, vector: Tensor) -> Iterator[tuple[ParamSpec, Box, Tensor]]:
-        """What `vector`, laid out like this rank's shard, holds of each parameter: views, padding left out."""
-        for entry in self.entries:
-            start, stop = self._overlap(entry)
-            first = start - entry.offset
-            for box, position in flat_range_boxes(entry.spec.box, first, stop - entry.offset):
-                at = start - self.shard.start + position
-                yield entry.spec, box, vector[at : at + box.num_elements].view(box.size)
-
-    def pieces(self, prefix: str, vector: Tensor) -> Iterator[Piece]:
-        """The same as pieces called `prefix.…`: one per parameter, empty where this rank's shard has none of it."""
-        for entry in self.entries:
-            total = entry.spec.box.num_elements                      # without padding, which comes last
-            low, high = (min(max(edge - entry.offset, 0), total) for edge in self._overlap(entry))
-            low, high = (low, high) if low < high else (0, 0)
-            at = max(entry.offset + low - self.shard.start, 0)
-            values, whole = vector[at : at + high - low], high - low == total
-            yield Piece(f"{prefix}.{entry.spec.name}", entry.spec.shape, entry.spec.box,
-                        values.view(entry.spec.box.size) if whole else values, low)
-
-    def _overlap(self, entry: Entry) -> tuple[int, int]:
-        """The part of the bucket that belongs both to the parameter and to this rank's shard."""
-        return (max(entry.offset, self.shard.start),
-                min(entry.offset + entry.parameter.numel(), self.shard.stop))

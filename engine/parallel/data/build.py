@@ -3,6 +3,9 @@
 Up to ZeRO 2 a bucket is filled in backward order until it is large enough for its reduction to use the network well.
 With ZeRO 3 a bucket is gathered as a whole around the use of its parameters, so it never reaches beyond a *unit*: the
 embedding, one layer, or final norm and head.  Buckets never mix chunks or kinds.
+
+What is not trained is laid out the same way, without gradients, masters and moments; nothing is updated, so it is whole
+on every rank up to ZeRO 2.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from engine.distributed.mesh import Mesh
 from engine.model.spec import spec_of
 from engine.model.transformer import Transformer
 from engine.parallel.data.buckets import Bucket, BucketKind, kind_of
+from engine.parallel.data.flat import FlatParameters
 
 DEFAULT_BUCKET_ELEMENTS = 40_000_000
 
@@ -36,7 +40,7 @@ def units_of(chunk: Transformer) -> list[list[nn.Module]]:
 
 def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtype: torch.dtype,
                   reduce_dtype: torch.dtype, reproducible: bool = False,
-                  bucket_elements: int = DEFAULT_BUCKET_ELEMENTS) -> list[Bucket]:
+                  bucket_elements: int = DEFAULT_BUCKET_ELEMENTS) -> tuple[list[Bucket], list[FlatParameters]]:
     """Moves the parameters of this rank's chunks (cut; still on the meta device) into buckets.
 
     Args:
@@ -47,22 +51,34 @@ def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtyp
         reduce_dtype: in which gradients travel; they are summed up in fp32.
         reproducible: sum them up in the order of the global batch.
         bucket_elements: size from which a bucket is closed, up to level 2.
+
+    Returns:
+        Those of what is trained, and what is not.
     """
     reducing: deque[Bucket] = deque()
+    buckets: list[Bucket] = []
+    frozen: list[FlatParameters] = []
+    for portion in portions_of(chunks, whole_chunks=level < 3):
+        trained = [(p, uses) for p, uses in portion if spec_of(p).trainable]
+        for kind, group in group_parameters(trained, mesh, bucket_elements):
+            buckets.append(Bucket(kind, group, mesh, level=level, dtype=dtype, reduce_dtype=reduce_dtype,
+                                  reproducible=reproducible, reducing=reducing))
+        if rest := [(p, uses) for p, uses in portion if not spec_of(p).trainable]:
+            frozen.append(FlatParameters(rest, mesh, 3 if level == 3 else 0, dtype))
+    return buckets, frozen
+
+
+def portions_of(chunks: Sequence[Transformer], whole_chunks: bool) -> Iterator[Group]:
+    """The parameters in backward order, by chunk or by unit, each where it is met first."""
     uses = count_uses(chunks)
     seen: set[nn.Parameter] = set()
-    buckets: list[Bucket] = []
     for chunk in chunks:
         portions = [[p for module in unit for p in module.parameters()] for unit in units_of(chunk)]
-        if level < 3:
+        if whole_chunks:
             portions = [[p for portion in portions for p in portion]]
         for portion in reversed(portions):
-            fresh = [(p, uses[p]) for p in dict.fromkeys(reversed(portion)) if p not in seen]
-            seen.update(p for p, _ in fresh)
-            for kind, group in group_parameters(fresh, mesh, bucket_elements):
-                buckets.append(Bucket(kind, group, mesh, level=level, dtype=dtype, reduce_dtype=reduce_dtype,
-                                      reproducible=reproducible, reducing=reducing))
-    return buckets
+            yield [(p, uses[p]) for p in dict.fromkeys(reversed(portion)) if p not in seen]
+            seen.update(portion)
 
 
 def group_parameters(parameters: Iterable[tuple[nn.Parameter, int]], mesh: Mesh,

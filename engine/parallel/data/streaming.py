@@ -14,23 +14,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from engine.model.transformer import Transformer
-from engine.parallel.data.buckets import Bucket
 from engine.parallel.data.build import units_of
+from engine.parallel.data.flat import FlatParameters
 
 
 class ParameterStream:
     """Gathers and frees the buckets of all of this rank's chunks."""
 
-    def __init__(self, chunks: Iterable[Transformer], buckets: Sequence[Bucket]) -> None:
+    def __init__(self, chunks: Iterable[Transformer], buckets: Sequence[FlatParameters]) -> None:
         home = {entry.parameter: bucket for bucket in buckets for entry in bucket.entries}
-        self._held: set[Bucket] = set()
+        self._held: set[FlatParameters] = set()
         for chunk in chunks:
             units = units_of(chunk)
             needed = [{home[p] for module in unit for p in module.parameters()} for unit in units]
             for index, unit in enumerate(units):
                 self._watch(unit, needed, index)
 
-    def _watch(self, unit: Sequence[nn.Module], needed: Sequence[set[Bucket]], index: int) -> None:
+    def _watch(self, unit: Sequence[nn.Module], needed: Sequence[set[FlatParameters]], index: int) -> None:
         before = needed[index - 1] if index > 0 else set()
         after = needed[index + 1] if index + 1 < len(needed) else set()
 
@@ -47,7 +47,7 @@ class ParameterStream:
         unit[0].register_forward_pre_hook(forward_begins)
         unit[-1].register_forward_hook(forward_ends)
 
-    def _enter(self, now: set[Bucket], soon: set[Bucket]) -> None:
+    def _enter(self, now: set[FlatParameters], soon: set[FlatParameters]) -> None:
         for bucket in self._held - now - soon:
             bucket.release()
         for bucket in [*_in_order(now), *_in_order(soon)]:
@@ -57,6 +57,6 @@ class ParameterStream:
         self._held = now | soon
 
 
-def _in_order(buckets: set[Bucket]) -> list[Bucket]:
+def _in_order(buckets: set[FlatParameters]) -> list[FlatParameters]:
     """Collectives must start in the same order on every rank; sets have none."""
     return sorted(buckets, key=lambda bucket: bucket.entries[0].spec.name)

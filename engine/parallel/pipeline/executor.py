@@ -112,7 +112,8 @@ class Executor:
             self._hand_over(self._arrived, action, action.chunk + 1, out.detach())
         if torch.is_grad_enabled():
             self._inputs[key] = x
-            self._edges[key] = get_gradient_edge(out)
+            if out.requires_grad:                    # else nothing in front of here is trained
+                self._edges[key] = get_gradient_edge(out)
             self.peak_in_flight = max(self.peak_in_flight, len(self._inputs))
 
     def _backward(self, action: Action) -> None:
@@ -128,7 +129,8 @@ class Executor:
             work.wait()
         if defer:
             self.weight_grads.open()
-        torch.autograd.backward(self._edges.pop(key), grad)
+        if key in self._edges:
+            torch.autograd.backward(self._edges.pop(key), grad)
         if defer:
             self._weight_work[key] = self.weight_grads.close()
         if action.chunk > 0:

@@ -1,6 +1,7 @@
 """Cutting a model that knows nothing of it: each parameter by its own rule (`engine.model.spec`).
 
-A linear layer whose weight is divided becomes a column- or row-parallel one, an embedding a vocabulary-parallel one.
+A linear layer whose weight is divided becomes a column- or row-parallel one, an embedding a vocabulary-parallel one,
+and a layer's adapter one of the same kind.
 Every other module stays what it is, with this rank's part of its parameters.
 """
 
@@ -8,9 +9,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from engine.model.adapter import Adapter
 from engine.model.layers import Embedding, Linear
 from engine.model.spec import new_parameter, spec_of
 from engine.model.transformer import Transformer
+from engine.parallel.tensor.adapter import ParallelAdapter
 from engine.parallel.tensor.layers import ParallelLinear, TensorContext, VocabEmbedding
 
 
@@ -43,5 +46,9 @@ def _parallel(module: nn.Module, context: TensorContext) -> nn.Module | None:
     if isinstance(module, Embedding):
         return VocabEmbedding(module.weight, context)
     if isinstance(module, Linear) and (rule := spec_of(module.weight).rule).dim is not None:
-        return ParallelLinear(module.weight, module.bias, "row" if rule.kind == "row" else "column", context)
+        layer = ParallelLinear(module.weight, module.bias, "row" if rule.kind == "row" else "column", context)
+        layer.adapter = module.adapter                          # cut in its turn: a module comes before its parts
+        return layer
+    if isinstance(module, Adapter):
+        return ParallelAdapter(module, context)
     return None

@@ -34,6 +34,7 @@ from engine.distributed.collectives import (
 )
 from engine.distributed.mesh import Axis
 from engine.kernels.table import Operations
+from engine.model.layers import Adds
 from engine.model.spec import spec_of
 from engine.parallel.gradients import WeightGradQueue, slot_of
 from engine.parallel.tensor.gemms import Gemms, GemmsFactory
@@ -139,15 +140,19 @@ def sum_over_tokens(x: Tensor) -> Tensor:
 class ParallelLinear(nn.Module):
     """A linear layer that holds a slice of its features; see the module docstring for `kind`."""
 
+    adapter: Adds | None
+
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, kind: Literal["column", "row"],
                  context: TensorContext) -> None:
         super().__init__()
         self.weight, self.bias, self.kind, self.context = weight, bias, kind, context
         self.gemms: Gemms = context.gemms(spec_of(weight))
+        self.adapter = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[S or S/T, B, in] → [S or S/T, B, out]."""
-        return _Linear.apply(x, self.weight, self.bias, self)
+        y: Tensor = _Linear.apply(x, self.weight, self.bias, self)
+        return y if self.adapter is None else self.adapter.add_to(y, x)
 
 
 class _VocabEmbedding(torch.autograd.Function):

@@ -1,0 +1,40 @@
+"""Low-rank adapters: every layout trains them as one process does, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.kit.layouts import check, reference, run_layout, tiny_config
+
+EVERYWHERE = {"rank": 3, "alpha": 5, "targets": ["all-linear", "lm_head"]}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "single": {}, "tensor": {"tensor": 2}, "tensor 4": {"tensor": 4}, "tensor, whole sequences":
+    {"tensor": 2, "sequence": False}, "context": {"context": 2},
+    "context × tensor": {"context": 2, "tensor": 2, "recompute": "selective"},
+    "1f1b": {"pipeline": 2}, "interleaved × tensor": {"pipeline": 2, "virtual_stages": 2, "schedule": "interleaved",
+                                                      "tensor": 2},
+    "zb-h1": {"pipeline": 2, "schedule": "zb-h1", "tensor": 2}, "zb-v": {"pipeline": 2, "schedule": "zb-v",
+                                                                         "virtual_stages": 2},
+    "zero 0": {"data": 2, "zero": 0}, "zero 1": {"data": 2, "zero": 1}, "zero 2": {"data": 2, "zero": 2},
+    "zero 3": {"data": 2, "zero": 3}, "zero 3 × tensor": {"data": 2, "zero": 3, "tensor": 2, "recompute": "full"},
+    "zero 2, reproducible": {"data": 2, "zero": 2, "reproducible": True},
+    "hybrid": {"data": 4, "zero": 3, "zero_shard": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_one_process(layout: str) -> None:
+    config = tiny_config(parallel=LAYOUTS[layout], adapter=EVERYWHERE, model={"num_kv_heads": 4, "num_heads": 8})
+    check(run_layout(config, 3), reference(config, 3))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["k_proj", "up_proj"], ["down_proj"], ["o_proj", "lm_head"]],
+                         ids=",".join)
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2, "recompute": "selective"}, {"data": 2, "zero": 3}],
+                         ids=str)
+def test_any_projections(targets: list[str], parallel: dict[str, Any]) -> None:
+    config = tiny_config(parallel=parallel, adapter={"rank": 2, "targets": targets},
+                         model={"num_kv_heads": 4, "num_heads": 8})
+    check(run_layout(config, 2), reference(config, 2))
