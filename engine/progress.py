@@ -23,6 +23,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_NOTES = 1.0
 WIDTH = 80
 BYTES = "bytes"
 BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
@@ -60,6 +61,7 @@ class Progress:
         self._first: _Mark | None = None
         self._now = _Mark(clock(), 0, 0)
         self._next_line = self._now.seconds + SECONDS_BETWEEN_LINES
+        self._note, self._next_note = "", self._now.seconds
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -75,14 +77,15 @@ class Progress:
     def advance(self, amount: int) -> None:
         """So much more is done."""
         with self._lock:
-            self._report(self._now.done + amount, amount, "")
+            self._report(self._now.done + amount, amount, None)
 
-    def reach(self, done: int, worked: int | None = None, note: str = "") -> None:
+    def reach(self, done: int, worked: int | None = None, note: Callable[[], str] | None = None) -> None:
         """So much is done in all.
 
         Args:
             worked: what the speed counts since the last call, where that is something else: text of packed files.
-            note: what else there is to say, such as the loss so far.
+            note: says what else there is, such as the loss so far; asked at most once a second, and only where it is
+                shown, for it may have to wait for a device.
         """
         with self._lock:
             self._report(done, done - self._now.done if worked is None else worked, note)
@@ -91,18 +94,22 @@ class Progress:
         """A line above the bar."""
         self._console.print(Text(line, style=style), soft_wrap=True)
 
-    def _report(self, done: int, worked: int, note: str) -> None:
+    def _report(self, done: int, worked: int, note: Callable[[], str] | None) -> None:
         if not self._shown:
             return
         self._now = _Mark(self._clock(), done, self._now.worked + worked)
         self._first = self._first or self._now
+        if not self._console.is_terminal and self._now.seconds < self._next_line:
+            return
+        if note is not None and self._now.seconds >= self._next_note:
+            self._note, self._next_note = note(), self._now.seconds + SECONDS_BETWEEN_NOTES
         share = self._what + (f" {100 * done / self._total:3.0f} %" if self._total else "")
-        parts = [part for part in (self._amount(), *self._speed(), note, self._left()) if part]
+        parts = [part for part in (self._amount(), *self._speed(), self._note, self._left()) if part]
         fits = len("  ".join((share, *parts))) <= WIDTH or not self._total
         state = "  ".join(parts if fits else parts[1:])                 # the share says it too
         if self._console.is_terminal:
             self._bar.update(self._task, completed=done, share=share, state=state)
-        elif self._now.seconds >= self._next_line:
+        else:
             self._next_line = self._now.seconds + SECONDS_BETWEEN_LINES
             self._console.print(f"{share}  {state}", highlight=False, soft_wrap=True)
 

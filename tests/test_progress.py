@@ -28,7 +28,7 @@ def lines(total: int, unit: str, reports: list[tuple[float, int]], worked: int |
     with Progress(what, total, unit, stream=stream, clock=clock) as progress:
         for seconds, done in reports:
             clock.now += seconds
-            progress.reach(done, worked, note)
+            progress.reach(done, worked, lambda: note)
     return stream.getvalue().splitlines()
 
 
@@ -48,6 +48,25 @@ def test_other_units_and_unknown_totals() -> None:
     assert lines(4000, "windows", [(0, 0), (20, 1000)], note="loss 3.2145") == [
         "writing  25 %  1,000 of 4,000 windows  50/s  loss 3.2145  0:01:00 left"]
     assert lines(0, BYTES, [(0, 0), (20, 5 * 10**6)]) == ["writing  5.0 MB  250.0 kB/s"]
+
+
+@pytest.mark.parametrize(("is_terminal", "asked"), [(False, [10.5, 20.5]), (True, [0.5, 1.5, 10.5, 20.5])])
+def test_a_note_is_asked_for_where_it_is_shown(is_terminal: bool, asked: list[float]) -> None:
+    """It may cost a wait for the device."""
+    clock, times = Clock(), list[float]()
+    start = clock.now
+
+    def note() -> str:
+        times.append(clock.now - start)
+        return "loss 1"
+
+    for shown in (False, True):
+        with Progress("evaluating", 9, "windows", shown, io.StringIO(), is_terminal, clock) as progress:
+            for done, seconds in enumerate((0.5, 1, 0.5, 8.5, 0.1, 9.9)):
+                clock.now += seconds
+                progress.reach(done, note=note)
+        assert times == (asked if shown else [])
+        start = clock.now
 
 
 @pytest.mark.parametrize(("total", "unit", "note"), [

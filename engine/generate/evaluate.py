@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import numpy as np
+from torch import Tensor
 
 from engine.checkpoint.read import CheckpointReader
 from engine.config import Config, SourceConfig
@@ -39,12 +40,10 @@ from engine.errors import DataError
 from engine.generate.load import Wanted, inference_config, load_model, load_tokenizer_of, open_shared
 from engine.generate.request import EvalRequest
 from engine.hints import hint
-from engine.model.objective import NEXT_TOKEN
-from engine.optim.gradients import sum_over_world
 from engine.parallel.parallelize import ParallelModel
 from engine.progress import Progress
-from engine.train.batches import Loader, up_to
 from engine.train.corpora import require_labels
+from engine.train.evaluation import sums_over
 
 
 @dataclass(frozen=True)
@@ -142,24 +141,16 @@ def open_corpus(prefix: str, config: Config, tokenizer: TokenizerInfo | None) ->
 
 
 def sum_of_losses(model: ParallelModel, data: TrainingData, windows: int, shown: bool = False) -> Summed:
-    """The loss over the first so many windows, the same on every rank.
-
-    The last step is filled up with windows that do not count.
-    """
-    config, total, num_tokens, whole = model.config, 0.0, 0, data.sources[0].num_windows
-
+    """The loss over the first so many windows, the same on every rank."""
     def window(index: int) -> Sample:
         return data.window(0, index)
 
+    def heard(done: int, totals: Tensor) -> None:
+        progress.reach(done, note=lambda: f"loss {totals[0].item() / max(1, totals[1].item()):.4f}")
+
     with Progress("evaluating", windows, "windows", shown) as progress:
-        for first in range(0, windows, config.batch.global_):
-            stop = first + config.batch.global_
-            samples = window if stop <= min(windows, whole) else up_to(window, windows)
-            batches = Loader(samples, config, model.mesh, NEXT_TOKEN, uses=len(model.chunks)).step(first)
-            total += sum_over_world(model.evaluate(batches.microbatches), [], model.mesh).sums.item()
-            num_tokens += int(batches.divisor)
-            progress.reach(min(windows, stop), note=f"loss {total / max(1, num_tokens):.4f}")
-    return Summed(total, num_tokens)
+        total, num_tokens = sums_over(model, window, windows, windows > data.sources[0].num_windows, heard).tolist()
+    return Summed(total, int(num_tokens))
 
 
 def text_bytes(corpus: IndexedDataset, num_tokens: int, tokenizer: Tokenizer, document_mask: bool = False) -> int:

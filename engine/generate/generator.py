@@ -8,6 +8,8 @@ In a pipeline the hidden state goes from stage to stage.  The last stage chooses
 decision, never T equal ones), and the chosen ids go to its tensor peers and up the pipeline: every rank knows every
 text and they all stop together.
 
+The host reads the chosen ids of a step, to know which texts have ended, and nothing else.
+
 A pipeline of P stages generates P times slower than its stages could, for one token depends on the one before; it is
 for models that fit no other way.
 """
@@ -25,7 +27,7 @@ from engine.distributed.collectives import all_gather, broadcast
 from engine.errors import RequestError
 from engine.generate.cache import Cache, visible
 from engine.generate.request import Limits, Sampling
-from engine.generate.sampling import choose
+from engine.generate.sampling import choose, put
 from engine.model.context import Batch
 from engine.parallel.parallelize import ParallelModel
 
@@ -138,8 +140,8 @@ class Generator:
         padding = [longest - len(prompt) for prompt in prompts]
         rows = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
         device = self._mesh.device
-        padding_B = torch.tensor(padding, device=device) if any(padding) else None
-        return torch.tensor(rows, dtype=torch.int64, device=device).T.contiguous(), padding_B
+        padding_B = put(torch.tensor(padding), device) if any(padding) else None
+        return put(torch.tensor(rows, dtype=torch.int64).T.contiguous(), device), padding_B
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig) -> None:

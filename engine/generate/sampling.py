@@ -42,6 +42,11 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     return logits.softmax(-1)
 
 
+def put(x: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device; the host does not wait for what the device has to do before."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def choose(logits_BV: Tensor, sampling: Sampling, prompts: Sequence[int], positions: Sequence[int]) -> Tensor:
     """The next token of every row, int64 [B].
 
@@ -54,6 +59,6 @@ def choose(logits_BV: Tensor, sampling: Sampling, prompts: Sequence[int], positi
         return logits_BV.argmax(-1)
     cumulative = probabilities(logits_BV, sampling).double().cumsum(-1)
     draws = [uniform(sampling.seed, prompt, position) for prompt, position in zip(prompts, positions, strict=True)]
-    u = torch.tensor(draws, dtype=torch.float64, device=logits_BV.device).unsqueeze(1)
+    u = put(torch.tensor(draws, dtype=torch.float64), logits_BV.device).unsqueeze(1)
     chosen = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     return chosen.squeeze(1).clamp(max=logits_BV.shape[1] - 1)

@@ -82,7 +82,7 @@ class Objective(ABC):
         """What a microbatch, not cut over context ranks, adds to the divisor.
 
         An `int` says that it follows from shapes alone and is the same for every microbatch of every rank; else it is a
-        scalar tensor, and summed up over them.
+        scalar tensor, and summed up over them.  Where some are the one and some the other, all are summed up.
         """
 
     def numbers(self, totals: Sequence[float], divisor: float) -> dict[str, float]:

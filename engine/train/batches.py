@@ -7,6 +7,9 @@ A step consumes `global` samples, numbers [consumed, consumed + global).  Microb
 so the samples of a step are the same set in every layout, and one integer says where the run stands.  Every rank of a
 model replica reads its own copy: the corpora are memory-mapped, and reading costs less than sending.
 
+Whether the divisor is known from shapes alone, or is a sum over ranks, all ranks must see alike, or some would wait for
+a sum that others never begin: they settle it in the first step, and a rank on which it changes later ends the run.
+
 *On the host* a step is token ids and a few masks, kilobytes per microbatch.  It is read while the step before it is
 computed, and the objective's count, by which the loss is divided, is known before the first forward pass begins.
 *On the device* a microbatch is there from its first forward pass on this rank to its last: among what follows from it
@@ -25,8 +28,10 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.data.training_data import Sample
+from engine.distributed.agree import maximum
 from engine.distributed.collectives import all_reduce
 from engine.distributed.mesh import Mesh
+from engine.errors import DataError
 from engine.model.context import Batch, document_mask, document_positions
 from engine.model.objective import Objective
 from engine.parallel.context.zigzag import context_part
@@ -82,7 +87,7 @@ class HostStep:
     """A data rank's samples of one step.
 
     Attributes:
-        count: the objective's, of all of them; an int where it follows from shapes, the same on all data ranks.
+        count: the objective's, of all of them; an int where it follows from shapes.
     """
 
     microbatches: Sequence[HostBatch]
@@ -119,12 +124,13 @@ class Loader:
         self._uses = uses
         self._reader = ThreadPoolExecutor(1, "read-ahead", _use_device, (mesh.device,)) if ahead else None
         self._next: tuple[int, Future[HostStep]] | None = None
+        self._by_shape: bool | None = None                   # None: not settled yet
 
     def step(self, first: int) -> StepBatches:
         """The step that starts at sample `first`; every rank must ask for it.
 
         Raises:
-            DataError: a sample cannot be read.
+            DataError: a sample cannot be read, or is the first one of the run whose labels do not all count.
         """
         host = self._next[1].result() if self._next is not None and self._next[0] == first else self._read(first)
         following = first + self._config.batch.global_
@@ -148,11 +154,17 @@ class Loader:
         return HostStep(microbatches, sum(map(int, counts)) if by_shape else float(sum(map(float, counts))))
 
     def _count(self, count: int | float) -> Tensor | int:
-        """Over all data ranks: arithmetic where it is, else a sum (fp32)."""
-        if isinstance(count, int):
-            return count * self._mesh.data.size
-        total = torch.full((), count, dtype=torch.float32, device=self._mesh.device)
-        all_reduce(total, self._mesh.data)
+        """Over all data ranks: arithmetic where it is for all of them, else a sum (fp32)."""
+        mine, mesh = isinstance(count, int), self._mesh
+        if self._by_shape is None:
+            self._by_shape = not maximum([not mine], mesh.world.group)[0]
+        if self._by_shape and not mine:
+            raise DataError(f"rank {mesh.rank}: a sample says which of its labels count, and none did in the first step"
+                            ", so the other ranks divide by all of them: let every sample say it, or none")
+        if self._by_shape:
+            return int(count) * mesh.data.size
+        total = torch.full((), count, dtype=torch.float32, device=mesh.device)
+        all_reduce(total, mesh.data)
         return total
 
 
@@ -178,7 +190,7 @@ def collate(rows: Sequence[Sample], pinned: bool = False) -> HostBatch:
 def up_to(samples: Samples, stop: int) -> Samples:
     """The samples before number `stop`; those behind it stand in to fill a step, and count nothing.
 
-    Every sample has a mask then, so that all ranks count alike (`Objective.count`).
+    Every sample has a mask then.
     """
     def masked(row: Sample, counts: bool) -> Sample:
         everywhere = np.ones(len(row.tokens) - 1, dtype=bool)

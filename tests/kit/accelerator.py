@@ -4,11 +4,13 @@ Run as a program, in a process of its own because it registers a device with tor
 
     python -m tests.kit.accelerator '[{"parallel": {"pipeline": 2}, "last": true}, …]'       # changes to a small run
 
-For each it trains two steps that are not logged, on the first or last rank of the layout (the collectives are torch's
-fake ones), and prints one JSON line: null, or what went wrong.  Two faults that otherwise only a GPU shows are errors
-here: an operation that mixes devices, and a value that the host reads back (`.item()`, `.tolist()`, `bool(…)`), which
-would make it wait for the device.  Copying a number to the device waits as well: so `torch.tensor(x, device=…)` is
-refused.  `read: true` has the loop read a value back, to see that it is noticed.
+For each it does on the first or last rank of the layout (the collectives are torch's fake ones) what a run does: two
+steps that are not logged, an evaluation and a save; or with `use: true` what is done with its model: `octant eval`'s
+sums and a few tokens of two texts.  It prints one JSON line: how often the host read something where it may, or what
+went wrong.  Two faults that otherwise only a GPU shows are errors here: an operation that mixes devices, and a value
+that the host reads back (`.item()`, `.tolist()`, `bool(…)`), which would make it wait for the device.  Copying a number
+to the device waits as well: so `torch.tensor(x, device=…)` is refused.  `read: true` has the loop read a value back, to
+see that it is noticed.
 """
 
 from __future__ import annotations
@@ -24,14 +26,21 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils import backend_registration
 
+from engine.checkpoint.staging import Staging
+from engine.checkpoint.write import CheckpointWriter
 from engine.config import Config
+from engine.data.training_data import TrainingData
+from engine.distributed.agree import maximum
 from engine.distributed.mesh import Mesh, single_mesh
+from engine.distributed.pieces import Piece
 from engine.distributed.topology import Topology
+from engine.generate.evaluate import sum_of_losses
+from engine.generate.generator import Generator
+from engine.generate.request import Limits, Sampling
 from engine.metrics.phases import Moment
 from engine.model.context import Batch
+from engine.parallel.parallelize import parallelize
 from engine.train.batches import HostBatch, HostStep, Loader
 from engine.train.corpora import Corpora
 from engine.train.loop import Trainer
@@ -39,12 +48,23 @@ from engine.train.tally import LateRead
 from tests.kit.fake import fake_rank
 from tests.kit.runs import run_config
 
+try:                                       # none of this is promised by torch
+    from torch._C import _swap_tensor_impl
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401
+    from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+except ImportError as error:
+    print(f"torch {torch.__version__} has not what the make-believe accelerator is made of: {error}", file=sys.stderr)
+    raise SystemExit(77) from None         # as test programs say that they cannot run here
+
 DEVICE = "pretend"
 FIRST, LAST = 5, 6                         # steps, none of which is logged
 READ = Loader._read
+TEXTS = [[1, 2, 3, 4], [5, 6]]
+NEW_TOKENS = 3
 
 
-class _Module(backend_registration._DummyBackendModule):
+class _Module(_DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
@@ -64,7 +84,7 @@ class Enough(Exception):
 
 def install() -> None:
     """Registers the device, and makes torch do on it what it would do on a GPU."""
-    backend_registration._setup_privateuseone_for_python_backend(DEVICE, backend_module=_Module())
+    _setup_privateuseone_for_python_backend(DEVICE, backend_module=_Module())
     torch.utils.swap_tensors = _swap
     for name in ("tensor", "as_tensor"):
         setattr(torch, name, _without_copies(getattr(torch, name)))
@@ -75,7 +95,7 @@ def _swap(a: torch.Tensor, b: torch.Tensor) -> None:
     """`torch.utils.swap_tensors`, which refuses tensors that a FakeTensorMode knows of."""
     a.__class__, b.__class__ = b.__class__, a.__class__
     a.__dict__, b.__dict__ = b.__dict__, a.__dict__
-    torch._C._swap_tensor_impl(a, b)
+    _swap_tensor_impl(a, b)
 
 
 def _without_copies(make: Any) -> Any:
@@ -112,6 +132,35 @@ def _with_values(loader: Loader, first: int) -> HostStep:
         return READ(loader, first)
 
 
+def _alone(values: list[int], group: object) -> list[int]:
+    """`maximum`, of one rank whose peers are not there; also on the host."""
+    with unset_fake_temporarily():
+        return maximum(values, None)
+
+
+@contextmanager
+def host_reads() -> Iterator[list[str]]:
+    """Inside, the host may read values back (there are none: it gets ones); what it read, by shape."""
+    reads: list[str] = []
+
+    def ones(tensor: torch.Tensor) -> Any:
+        assert tensor.device.type == DEVICE
+        reads.append(str(list(tensor.shape)))
+        with unset_fake_temporarily():
+            return torch.ones(tensor.shape, dtype=tensor.dtype).tolist()
+
+    with patch.object(FakeTensor, "tolist", ones), patch.object(FakeTensor, "item", ones):
+        yield reads
+
+
+def _copied(writer: CheckpointWriter, step: int, pieces: list[Piece], metadata: dict[str, Any]) -> None:
+    """`CheckpointWriter.save` as far as the device has to do with it: copies in host memory."""
+    json.dumps(metadata)
+    copies = Staging(1).copy([piece.tensor for piece in pieces])
+    assert all(copy.device.type == "cpu" and piece.tensor.device.type == DEVICE
+               for copy, piece in zip(copies, pieces, strict=True)) and copies
+
+
 @contextmanager
 def one_rank(config: Config, rank: int) -> Iterator[Mesh]:
     """The mesh of one rank whose peers are not there: what it receives has no values anyway."""
@@ -123,16 +172,24 @@ def one_rank(config: Config, rank: int) -> Iterator[Mesh]:
         yield job.mesh(Topology.of(config))
 
 
-def train_steadily(config: Config, rank: int, read: bool) -> None:
-    """Some steps that are not logged."""
+@contextmanager
+def pretending() -> Iterator[None]:
+    """What is made inside has no values, but for what is read from files."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, \
+            patch.object(HostBatch, "part", _without_values(mode)), patch.object(Loader, "_read", _with_values), \
+            patch("engine.train.batches.maximum", _alone), patch.object(CheckpointWriter, "save", _copied):
+        yield
+
+
+def train(config: Config, rank: int, read: bool) -> dict[str, list[str]]:
+    """Some steps that are not logged, an evaluation, a save; what the host read in the last two."""
     def stop(moment: Moment) -> None:
         if moment.step > LAST:
             raise Enough
         if read and moment.phase == "update":
             trainer.state.optimizer.num_steps()
 
-    with one_rank(config, rank) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as mode, \
-            patch.object(HostBatch, "part", _without_values(mode)), patch.object(Loader, "_read", _with_values):
+    with one_rank(config, rank) as mesh, pretending():
         trainer = Trainer.start(config, mesh, Corpora.open(config), lambda: False)
         trainer.state.step = FIRST - 1
         trainer.phases.listeners.append(stop)
@@ -140,8 +197,32 @@ def train_steadily(config: Config, rank: int, read: bool) -> None:
             trainer.run()
         except Enough:
             assert trainer.state.step == LAST
+        trainer.phases.listeners.clear()
+        found = {}
+        try:
+            for name, action in (("evaluation", trainer._evaluate), ("save", trainer._save)):
+                with host_reads() as reads:
+                    action()
+                found[name] = reads
         finally:
             trainer.close()
+    return found
+
+
+def use(config: Config, rank: int) -> dict[str, list[str]]:
+    """The sums of an evaluation and a few tokens of two texts, with a model that is not trained."""
+    [source] = config.data.valid
+    with one_rank(config, rank) as mesh, pretending():
+        model = parallelize(config, mesh, training=False)
+        data = TrainingData.open([source], config.data.seq_len, 0, config.model.vocab_size, shuffle=False)
+        found = {}
+        with host_reads() as reads:
+            sum_of_losses(model, data, config.batch.global_ + 1)                 # the second step is not full
+        found["evaluation"] = reads
+        with host_reads() as reads:
+            Generator(model).generate(TEXTS, Sampling(top_k=5, top_p=0.9), Limits(NEW_TOKENS))
+        found["generation"] = reads
+    return found
 
 
 def _short(text: str) -> str:
@@ -157,14 +238,16 @@ def main() -> None:
     install()
     with tempfile.TemporaryDirectory() as folder:
         for number, case in enumerate(json.loads(sys.argv[1])):
-            last, read = case.pop("last", False), case.pop("read", False)
+            last, read, used = (case.pop(name, False) for name in ("last", "read", "use"))
             config = run_config(Path(folder), f"run-{number}", steps=40, **{
-                "log": {"every": 30}, "checkpoint": {"every": 0, "resume": "never"}, "eval": {"every": 0}, **case})
+                "log": {"every": 30}, "checkpoint": {"every": 0, "resume": "never"},
+                "eval": {"every": 0, "batches": 1}, **case})
+            rank = config.parallel.world_size - 1 if last else 0
             try:
-                train_steadily(config, config.parallel.world_size - 1 if last else 0, read)
-                print(json.dumps(None), flush=True)
+                told: object = use(config, rank) if used else train(config, rank, read)
             except Exception:
-                print(json.dumps(_short(traceback.format_exc())), flush=True)
+                told = _short(traceback.format_exc())
+            print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,15 @@ from engine.config import Config
 from engine.data.indexed import IndexedWriter
 from engine.data.training_data import Sample, TrainingData
 from engine.distributed.mesh import single_mesh
+from engine.distributed.topology import Topology
 from engine.errors import DataError
 from engine.model.context import Batch, document_mask, document_positions
 from engine.model.objective import NEXT_TOKEN
-from engine.train.batches import HostBatch, Loader, Microbatches, up_to
+from engine.train.batches import HostBatch, Loader, Microbatches, Samples, up_to
 from engine.train.corpora import Corpora
 from engine.train.loop import Trainer
+from tests.kit.distributed import mesh_for, run_distributed
+from tests.kit.layouts import tiny_config
 from tests.kit.runs import VOCAB_SIZE, run_config
 
 
@@ -169,3 +173,35 @@ def test_samples_that_fill_a_step_count_nothing(tmp_path: Path) -> None:
     assert float(step.divisor) == 2 * 16
     masks = [batch.loss_mask_SB for batch in step.microbatches]
     assert [mask is not None and int(mask.sum()) for mask in masks] == [16, 16, 0, 0]
+
+
+def partly_masked(masked: Callable[[int], bool]) -> Samples:
+    """Samples of 16 labels, of which half count where there is a mask."""
+    return lambda index: Sample(np.arange(17), np.arange(16) % 2 == 0 if masked(index) else None, None, 0, index)
+
+
+def divisors_of_mixed_ranks() -> list[float]:
+    config = tiny_config(parallel={"data": 2}, batch={"global": 4})
+    loader = Loader(partly_masked(lambda index: index % 2 == 1), config, mesh_for(Topology.of(config)), NEXT_TOKEN)
+    return [float(loader.step(first).divisor) for first in (0, 4)]
+
+
+def test_ranks_with_and_without_masks_count_together() -> None:
+    """All samples of one data rank have masks, none of the other: neither waits for what the other does not begin."""
+    assert run_distributed(divisors_of_mixed_ranks, 2) == [[2 * 16 + 2 * 8] * 2] * 2
+
+
+@pytest.mark.parametrize(("masked", "divisor"), [(lambda index: index == 1, 56), (lambda index: index < 4, 32)])
+def test_samples_with_and_without_masks_on_one_rank(masked: Callable[[int], bool], divisor: int) -> None:
+    config = tiny_config(batch={"global": 4})
+    loader = Loader(partly_masked(masked), config, single_mesh(), NEXT_TOKEN)
+    assert float(loader.step(0).divisor) == divisor and float(loader.step(4).divisor) == 64
+
+
+def test_masks_that_come_later_are_refused() -> None:
+    """The other ranks would not add up with this one."""
+    config = tiny_config(batch={"global": 4})
+    loader = Loader(partly_masked(lambda index: index == 5), config, single_mesh(), NEXT_TOKEN)
+    assert loader.step(0).divisor == 64
+    with pytest.raises(DataError, match="rank 0: a sample says which of its labels count, and none did in the first"):
+        loader.step(4)

@@ -304,7 +304,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, capsys: pytest
         capsys.readouterr()
         assert octant_train(config, *overrides) == 2
         error = capsys.readouterr().err
-        assert "octant train: the checkpoint is of another model" in error
+        assert "step-00000002 is of another model" in error
         assert "model.num_layers: 4 in the checkpoint, 2 now" in error
         assert ("model.rope_theta: 10000.0 in the checkpoint, 5000.0 now" in error) == (len(overrides) == 2)
     assert contents(Path(config.run.dir)) == before
