@@ -66,7 +66,12 @@ class _WeightFile(Protocol):
     def read(self, name: str) -> torch.Tensor: ...
 
 
-class _SafetensorsFile:
+class SafetensorsFile:
+    """
+    Raises:
+        DamagedCheckpoint: the file is not whole.
+    """
+
     def __init__(self, path: Path) -> None:
         self._file = ShardFile(path)                # refuses what is not whole
         self.tensors = {name: (stored.dtype, stored.shape) for name, stored in self._file.tensors.items()}
@@ -106,7 +111,7 @@ class HFWeights:
             self._take(path, {name for name, file in listed.items() if file == path.name})
 
     def _take(self, path: Path, expected: set[str]) -> None:
-        file: _WeightFile = _SafetensorsFile(path) if path.suffix == SAFE else _PickleFile(path)
+        file: _WeightFile = SafetensorsFile(path) if path.suffix == SAFE else _PickleFile(path)
         if astray := expected - file.tensors.keys():
             raise DamagedCheckpoint(f"{path} holds no {shown(min(astray))}, which the index says it does: they are not"
                                     " of the same model")

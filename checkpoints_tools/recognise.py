@@ -26,7 +26,7 @@ TORCH_DIST = Format(("metadata.json", ".metadata"), "a torch_dist checkpoint of 
                     "`octant convert from-megatron` reads it")
 MEGATRON_TOOL = "Megatron-LM itself loads it and saves torch_dist with --ckpt-convert-format torch_dist"
 ADAPTER = Format(("adapter_config.json",), "an adapter of PEFT, which holds a difference and no model",
-                 "merge it into its base model (merge_and_unload) and save that with save_pretrained")
+                 "`octant convert from-peft` reads it, with --base CHECKPOINT for the model under it")
 FORMATS = (
     ADAPTER,
     Format(("manifest.json", "*.safetensors"), "a checkpoint of Octant",

@@ -178,15 +178,19 @@ def _inference(p: Parser) -> None:
 
 
 def _convert(p: Parser) -> None:
-    to_hf, from_hf, to_megatron, from_megatron = actions = _actions(
+    to_hf, from_hf, to_megatron, from_megatron, to_peft, from_peft = actions = _actions(
         p, ("to-hf", "a checkpoint as a Hugging Face model", "convert to-hf runs/x/checkpoints/step-00001000 out/"),
         ("from-hf", "a Hugging Face Llama, Mistral or Qwen2 model as a checkpoint", "convert from-hf model/ out/"),
         ("to-megatron", "a checkpoint as megatron-core's torch_dist", "convert to-megatron runs/x out/"),
         ("from-megatron", "megatron-core's torch_dist as a checkpoint",
-         "convert from-megatron iter_0000010 out/ --config llama-7b"))
+         "convert from-megatron iter_0000010 out/ --config llama-7b"),
+        ("to-peft", "the adapter of a checkpoint in PEFT's format", "convert to-peft runs/lora adapter/"),
+        ("from-peft", "an adapter of PEFT as a checkpoint, on top of another one",
+         "convert from-peft adapter/ out/ --base runs/x"))
     for action in actions:
         action.add_argument("source", metavar="FROM")
         action.add_argument("output", metavar="OUT", help="a folder that is not there yet, or empty")
+    for action in (to_hf, from_hf, to_megatron, from_megatron):
         action.add_argument("--skip-check", action="store_true", help="do not compare the result with its source")
     for action in (to_hf, to_megatron):
         action.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
@@ -198,6 +202,9 @@ def _convert(p: Parser) -> None:
                                                           "(default: the folder's own)")
     from_hf.add_argument("--allow-pickle", action="store_true",
                          help="read pytorch_model.bin where there are no safetensors, as tensors only")
+    to_peft.add_argument("--base-name", metavar="MODEL", help="written as base_model_name_or_path: the model under it, "
+                                                              "as transformers will find it")
+    from_peft.add_argument("--base", required=True, metavar="CHECKPOINT", help="the model that it was trained on")
     from_megatron.add_argument("--config", required=True, metavar="CONFIG.yaml",
                                help="its model section says what these checkpoints do not: the model's shape")
 

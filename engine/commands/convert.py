@@ -1,4 +1,4 @@
-"""`octant convert to-hf|from-hf|to-megatron|from-megatron`."""
+"""`octant convert to-hf|from-hf|to-megatron|from-megatron|to-peft|from-peft`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from checkpoints_tools.check import Checked
 from checkpoints_tools.from_hf import convert_from_hf
 from checkpoints_tools.hub import local_folder
 from checkpoints_tools.megatron import convert_from_megatron, convert_to_megatron
+from checkpoints_tools.peft import convert_from_peft, convert_to_peft
 from checkpoints_tools.to_hf import convert_to_hf
 from engine.checkpoint.adapted import open_model
 from engine.checkpoint.folder import checkpoints_at
 from engine.checkpoint.read import CheckpointReader
+from engine.checkpoint.resume import open_checkpoint
 from engine.config import load_config
 from engine.hints import hint
 from engine.progress import Progress
@@ -23,7 +25,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(args: argparse.Namespace) -> int:
-    actions = {"to-hf": _to_hf, "from-hf": _from_hf, "to-megatron": _to_megatron, "from-megatron": _from_megatron}
+    actions = {"to-hf": _to_hf, "from-hf": _from_hf, "to-megatron": _to_megatron, "from-megatron": _from_megatron,
+               "to-peft": _to_peft, "from-peft": _from_peft}
     return actions[args.action](args)
 
 
@@ -61,6 +64,22 @@ def _from_megatron(args: argparse.Namespace) -> int:
     _report(f"{args.output}: the model of {args.source} as a checkpoint", checked)
     print(hint("convert", "to-hf", args.output, f"{args.output.rstrip('/')}-hf",
                why=f"or train on: checkpoint.load={args.output}"))
+    return 0
+
+
+def _to_peft(args: argparse.Namespace) -> int:
+    reader = open_checkpoint(Path(args.source))
+    count = convert_to_peft(reader, Path(args.output), args.base_name)
+    print(f"{args.output}: the adapter of step {reader.step} of {reader.path} for PEFT, on {count} projections")
+    print(f"next: PeftModel.from_pretrained(model, '{args.output}'), model: what lies under it")
+    return 0
+
+
+def _from_peft(args: argparse.Namespace) -> int:
+    adapter = convert_from_peft(Path(args.source), _open(args.base, None), Path(args.output))
+    print(f"{args.output}: the adapter of {args.source} as a checkpoint: rank {adapter.rank}, alpha {adapter.alpha:g}, "
+          f"on {', '.join(adapter.targets)}")
+    print(hint("generate", args.output, "--prompt", "The", why=f"or convert to-hf {args.output}, which merges it"))
     return 0
 
 

@@ -166,7 +166,7 @@ def test_indices_of_nothing_are_refused(map_: object, folder: Path) -> None:
 @pytest.mark.parametrize(("files", "message"), [
     ({"config.json": POINTER}, "config.json .*a Git LFS pointer to a file of 2,471,645,608 bytes"),
     ({"model.safetensors": POINTER}, "model.safetensors: .*a Git LFS pointer"),
-    ({"adapter_config.json": "{}"}, "an adapter of PEFT, which holds a difference and no model; merge it"),
+    ({"adapter_config.json": "{}"}, "holds a difference and no model; `octant convert from-peft`"),
     ({"config.json": None, "params.json": "{}", "consolidated.00.pth": ""}, "Meta's own format; convert_llama"),
     ({"config.json": None, "iter_0000010/mp_rank_00/model_optim_rng.pt": ""}, "Megatron-LM in its old format"),
     ({"config.json": None, "mp_rank_00_001/model_optim_rng.pt": ""}, "Megatron-LM in its old format"),
