@@ -1,8 +1,8 @@
 """Does a job fit?  Asked by each rank before anything is built, because the kernel's answer is to kill without a word.
 
-What is compared is exact and is read off what the rank will build (`engine.plan.explain`): weights, gradients, fp32
-masters and moments, which are there all the time.  Activations come on top and are not in it; so a job that passes may
-still be too large, and one that does not pass cannot run.
+What is there all the time, weights, gradients, fp32 masters and moments, is exact and is read off what the rank will
+build (`engine.plan.explain`).  Of activations, what no rank can do without is added (`least_activation_bytes`).  So a
+job that passes may still be too large, and one that does not pass cannot run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.config import Config
 from engine.distributed.host_memory import Room, host_memory
 from engine.distributed.topology import Topology
 from engine.errors import RequestError
-from engine.plan.estimate import gib
+from engine.plan.estimate import gib, least_activation_bytes
 from engine.plan.explain import StateBytes, explain
 
 
@@ -27,7 +27,7 @@ def require_room(config: Config, rank: int, ranks_on_host: Sequence[int], device
         device: where this rank will compute.
 
     Raises:
-        RequestError: the state alone is more than there is.
+        RequestError: the state and the least of activations are more than there is.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -35,7 +35,7 @@ def require_room(config: Config, rank: int, ranks_on_host: Sequence[int], device
         ranks_on_host = [rank]
     else:
         room = host_memory()
-    return compare(states(config, ranks_on_host), room, config.parallel.zero)
+    return compare(states(config, ranks_on_host), room, config)
 
 
 def states(config: Config, ranks: Sequence[int]) -> list[StateBytes]:
@@ -48,23 +48,31 @@ def states(config: Config, ranks: Sequence[int]) -> list[StateBytes]:
     return [by_stage[stage] for stage in stages]
 
 
-def compare(needed: Sequence[StateBytes], room: Room | None, zero: int) -> list[str]:
-    """Lines for people about what is needed together and what there is.
+def compare(needed: Sequence[StateBytes], room: Room | None, config: Config) -> list[str]:
+    """Lines for people about what the ranks with these states need together and what there is.
 
     Raises:
         RequestError: it is too much.
     """
-    total = sum(each.total for each in needed)
+    total, step = sum(each.total for each in needed), len(needed) * least_activation_bytes(config)
     who = "this process" if len(needed) == 1 else f"the {len(needed)} processes on this machine"
     of_all = "" if len(needed) == 1 else f" of {len(needed)} processes"
     what = f"memory: {gib(total)} of weights, gradients and optimizer state{of_all}"
     if room is None:
         return [what]
-    if total > room.available:
+    if total + step > room.available:
         parts = ", ".join(f"{name} {gib(sum(getattr(each, name) for each in needed))}"
                           for name in ("parameters", "gradients", "optimizer"))
         raise RequestError(
-            f"this job does not fit: {who} would hold {gib(total)} all the time ({parts}), {gib(room.available)} are "
-            f"{room.where}; activations come on top. Use more devices (parallel.tensor, parallel.pipeline), shard more "
-            f"of it over data ranks (parallel.zero, now {zero}), or a smaller model")
+            f"this job does not fit: {who} would hold {gib(total)} all the time ({parts}) and at least {gib(step)} "
+            f"more in a step (batch.micro {config.batch.micro} × data.seq_len {config.data.seq_len} tokens); "
+            f"{gib(room.available)} are {room.where}. {_remedy(config, total > room.available)}")
     return [f"{what}; {gib(room.available)} {room.where}"]
+
+
+def _remedy(config: Config, state_is_too_large: bool) -> str:
+    if state_is_too_large:
+        return ("Use more devices (parallel.tensor, parallel.pipeline), shard more of it over data ranks "
+                f"(parallel.zero, now {config.parallel.zero}), or a smaller model")
+    return ("Lower batch.micro or data.seq_len, or cut the sequence over more devices (parallel.context, "
+            "parallel.tensor)")
