@@ -10,6 +10,7 @@ from engine.config import Config, load_config, resolve_layout
 from engine.hints import hint
 from engine.parallel.pipeline.timeline import timeline
 from engine.report.schedule_picture import schedule_svg, title
+from engine.report.svg import standalone
 from engine.writing import write_picture
 
 
@@ -45,7 +46,7 @@ def resolved(config: Config, num_gpus: int | None) -> Config:
 
 def _draw(config: Config, path: Path) -> None:
     drawn = timeline(config)
-    write_picture(path, schedule_svg(drawn))
+    write_picture(path, standalone(schedule_svg(drawn)))
     print(f"{title(drawn)}, where 1 is the forward pass of the stage with the most work; drawn in {path}")
 
 

@@ -10,6 +10,7 @@ from shutil import get_terminal_size
 
 from engine.hints import hint
 from engine.report.schedule_picture import number, schedule_grid, schedule_svg, title
+from engine.report.svg import standalone
 from engine.schedules.lowering import lower
 from engine.schedules.simulate import Costs, Timeline, simulate
 from engine.schedules.table import build_schedule, default_num_chunks, schedule_names
@@ -28,7 +29,7 @@ def run(args: Namespace) -> int:
     costs = Costs(args.cost_forward, args.cost_backward, args.cost_weight, args.cost_comm)
     timeline = simulate(schedule, costs)
     if args.svg:
-        write_picture(Path(args.svg), schedule_svg(timeline))
+        write_picture(Path(args.svg), standalone(schedule_svg(timeline)))
     if args.json:
         print(json.dumps(_as_json(timeline), indent=1))
         return 0

@@ -1,6 +1,6 @@
-"""Line charts as SVG, written by hand: no plotting library, no script, light and dark.
+"""Line charts, light and dark, that are read by pointing at them.
 
-A chart is text: a frame, a few grid lines at round numbers, and one path per series.  Three things make it honest and
+A chart is a frame, a few grid lines at round numbers, and one path per series.  Three things make it honest and
 readable for runs of any length:
 
 * A run of 350,000 steps has more points than the picture has pixels.  Each pixel column keeps its smallest and its
@@ -8,49 +8,35 @@ readable for runs of any length:
 * One slow first step would flatten the rest of a speed chart.  A chart may be `clipped`: the axis covers the central
   values, and the legend says how many points lie outside.
 * Values are read by pointing at the chart.  Transparent strips light up a cross-hair and its numbers by CSS `:hover`.
-
-Colours are CSS variables that follow the reader's light or dark setting, in a browser as in a stand-alone file.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 from typing import Literal
+
+from engine.report.svg import (
+    CHARACTER,
+    Axis,
+    color_of,
+    dot,
+    element,
+    group,
+    line,
+    number,
+    picture,
+    rect,
+    text,
+)
 
 Point = tuple[float, float | None]              # (step, value); None breaks the line
 
 LEFT, RIGHT, TOP, BOTTOM = 58, 18, 58, 38       # margins of the plot inside the picture, pixels
 HOVER_STRIPS = 120
 MAX_MARKS = 1000
-CHARACTER = 6.4                                 # width of an average character, pixels
-NUM_COLORS = 6
-
-STYLE = """
-svg.chart { --ink: #1c2430; --muted: #667085; --grid: #e6e9ef; --paper: #ffffff; --alert: #d92d20;
-  --c0: #2563eb; --c1: #d97706; --c2: #0d9488; --c3: #9333ea; --c4: #db2777; --c5: #64748b;
-  font: 12px system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums; }
-@media (prefers-color-scheme: dark) { svg.chart { --ink: #e6eaf2; --muted: #94a0b4; --grid: #2a3342; --paper: #161c27;
-  --alert: #f97066; --c0: #6ea8fe; --c1: #fbb040; --c2: #2dd4bf; --c3: #c084fc; --c4: #f472b6; --c5: #94a3b8; } }
-svg.chart text { fill: var(--muted); }
-svg.chart .title { fill: var(--ink); font-size: 14px; font-weight: 600; }
-svg.chart .number { fill: var(--ink); }
-svg.chart .grid { stroke: var(--grid); stroke-width: 1; }
-svg.chart .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-svg.chart .faint { fill: none; stroke-width: 1; stroke-linejoin: round; opacity: .38; }
-svg.chart .dashed { fill: none; stroke-width: 1.5; stroke-dasharray: 5 3; }
-svg.chart .dot { stroke: var(--paper); stroke-width: 1; }
-svg.chart .mark { stroke: var(--alert); stroke-width: 1.5; }
-svg.chart .tip rect { fill: transparent; }
-svg.chart .tip :not(rect) { visibility: hidden; }
-svg.chart .tip:hover :not(rect) { visibility: visible; }
-svg.chart .tips:hover + .last { visibility: hidden; }
-svg.chart .hair { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 2 2; }
-"""
 
 
 @dataclass(frozen=True)
@@ -99,84 +85,16 @@ class Chart:
         return self.height - BOTTOM
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Maps values between `low` and `high` to pixels between `start` and `stop`."""
-
-    low: float
-    high: float
-    start: float
-    stop: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high = self.low, self.high
-        if self.log:
-            low, high, value = math.log10(low), math.log10(high), math.log10(value)
-        return self.start + (value - low) / (high - low) * (self.stop - self.start)
-
-    def ticks(self, count: int) -> list[float]:
-        """Round numbers on the axis, about `count` of them."""
-        ticks = _log_ticks(self.low, self.high) if self.log else []
-        return ticks if len(ticks) >= 3 else round_ticks(self.low, self.high, count)
-
-
-def round_ticks(low: float, high: float, count: int) -> list[float]:
-    """Multiples of 1, 2, 2.5 or 5 times a power of ten inside [low, high]: at most about `count`."""
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [0.0 if i == 0 else float(f"{i * step:.12g}") for i in range(first, last + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if high / low < 1e3 else (1,)
-    return [tick for e in exponents for factor in factors if low <= (tick := factor * 10.0 ** e) <= high]
-
-
-def number(value: float) -> str:
-    """A number for people: `3e-04`, `0.1234`, `12.3`, `1,234`, `45.6k`, `1.2M`."""
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if size < 1e-3:
-        return f"{value:.3g}"
-    if size < 1e4:
-        return f"{round(value):,}" if float(value).is_integer() or size >= 1e3 else f"{value:.4g}"
-    exponent = min(int(math.log10(size) / 3 + 1e-9), 4)
-    return f"{value / 1000 ** exponent:.4g}{'kMGT'[exponent - 1]}"
-
-
 def line_chart(chart: Chart) -> str:
-    """The chart as an `<svg>` element for a page that has `STYLE`."""
+    """The chart as an `<svg>` element for a page that has the `STYLE` of `engine.report.svg`."""
     x, y = _axes(chart)
-    body = [
-        f'<text class="title" x="16" y="24">{escape(chart.title)}</text>',
-        *_legend(chart, y),
-        *_frame(chart, x, y),
-        f'<clipPath id="{(clip := _identifier(f"{chart.title} {chart.width}"))}"><rect x="{LEFT}" y="{TOP - 2}" '
-        f'width="{chart.right - LEFT + 4}" height="{chart.foot - TOP + 4}"/></clipPath>',
-        f'<g clip-path="url(#{clip})">',
-        *(_path(series, x, y) for series in chart.series),
-        *(f'<line class="mark" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{chart.foot}" y2="{chart.foot - 9}"/>'
-          for step in chart.marks[:MAX_MARKS]),
-        "</g>",
-        *_hover(chart, x, y),
-    ]
-    return svg(chart.width, chart.height, chart.title, body)
-
-
-def svg(width: int, height: int, title: str, body: Sequence[str]) -> str:
-    """An `<svg>` element that scales with its place."""
-    return (f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-            f'aria-label="{escape(title)}">' + "\n".join(body) + "</svg>\n")
-
-
-def standalone(picture: str) -> str:
-    """An `<svg>` element as a file of its own: with its style and background."""
-    return picture.replace(">", f"><style>{STYLE}svg {{ background: var(--paper) }}</style>", 1)
+    clip = _identifier(f"{chart.title} {chart.width}")
+    marks = (line(x(step), chart.foot, x(step), chart.foot - 9, "mark") for step in chart.marks[:MAX_MARKS])
+    return picture(chart.width, chart.height, chart.title, [
+        text(16, 24, chart.title, "title"), *_legend(chart, y), *_frame(chart, x, y),
+        element("clipPath", rect(LEFT, TOP - 2, chart.right - LEFT + 4, chart.foot - TOP + 4), id=clip),
+        group(*(_path(series, x, y) for series in chart.series), *marks, clip_path=f"url(#{clip})"),
+        *_hover(chart, x, y)])
 
 
 def moving_median(points: Sequence[Point], window: int) -> list[Point]:
@@ -242,13 +160,11 @@ def _frame(chart: Chart, x: Axis, y: Axis) -> list[str]:
     """Grid lines and their numbers."""
     lines = []
     for tick in y.ticks(5):
-        lines.append(f'<line class="grid" x1="{LEFT}" x2="{chart.right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-                     f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>')
-    for tick in x.ticks(chart.width // 80):
-        if tick.is_integer():
-            lines.append(f'<text x="{x(tick):.1f}" y="{chart.foot + 17}" text-anchor="middle">{number(tick)}</text>')
-    lines.append(f'<text x="{chart.right}" y="{chart.height - 5}" text-anchor="end">step</text>')
-    return lines
+        lines += [line(LEFT, y(tick), chart.right, y(tick), "grid"),
+                  text(LEFT - 8, y(tick) + 4, number(tick), anchor="end")]
+    lines += [text(x(tick), chart.foot + 17, number(tick), anchor="middle")
+              for tick in x.ticks(chart.width // 80) if tick.is_integer()]
+    return [*lines, text(chart.right, chart.height - 5, "step", anchor="end")]
 
 
 def _legend(chart: Chart, y: Axis) -> list[str]:
@@ -260,15 +176,13 @@ def _legend(chart: Chart, y: Axis) -> list[str]:
     parts, left = [], 16.0
     for series in named:
         label = _shortened(series.label, room - 42)
-        stroke = f'style="stroke:var(--c{series.color % NUM_COLORS})"'
-        parts.append(f'<line class="{series.style}" {stroke} x1="{left:.0f}" x2="{left + 18:.0f}" y1="40" y2="40"/>'
-                     f'<text x="{left + 24:.0f}" y="44">{escape(label)}</text>')
+        parts += [line(left, 40, left + 18, 40, series.style, style=f"stroke:{color_of(series.color)}"),
+                  text(left + 24, 44, label)]
         left += 42 + CHARACTER * len(label)
     if marks:
-        parts.append(f'<line class="mark" x1="{left + 3:.0f}" x2="{left + 3:.0f}" y1="36" y2="45"/>'
-                     f'<text x="{left + 10:.0f}" y="44">{escape(marks)}</text>')
+        parts += [line(left + 3, 36, left + 3, 45, "mark"), text(left + 10, 44, marks)]
         left += 28 + CHARACTER * len(marks)
-    return [*parts, f'<text x="{left:.0f}" y="44">{note}</text>']
+    return [*parts, text(left, 44, note)]
 
 
 def _off_scale(chart: Chart, y: Axis) -> str:
@@ -281,18 +195,17 @@ def _off_scale(chart: Chart, y: Axis) -> str:
     return f"{len(outside):,} {noun} off the scale, up to {number(max(outside, key=abs))}"
 
 
-def _shortened(text: str, pixels: float) -> str:
+def _shortened(label: str, pixels: float) -> str:
     length = max(3, int(pixels / CHARACTER))
-    return text if len(text) <= length else text[:length - 1] + "…"
+    return label if len(label) <= length else label[:length - 1] + "…"
 
 
 def _path(series: Series, x: Axis, y: Axis) -> str:
-    stroke = f"var(--c{series.color % NUM_COLORS})"
-    path = f'<path class="{series.style}" style="stroke:{stroke}" d="{_commands(series.points, x, y)}"/>'
+    path = element("path", class_=series.style, style=f"stroke:{color_of(series.color)}",
+                   d=_commands(series.points, x, y))
     known = [(step, value) for step, value in series.points if value is not None]
     if len(known) == 1 or (series.style == "dashed" and len(known) <= 60):
-        path += "".join(f'<circle class="dot" style="fill:{stroke}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="3.5"/>'
-                        for step, value in known)
+        path += "".join(dot(x(step), y(value), 3.5, series.color) for step, value in known)
     return path
 
 
@@ -326,22 +239,20 @@ def _hover(chart: Chart, x: Axis, y: Axis) -> list[str]:
     known = [[(step, value) for step, value in series.points if value is not None] for series in chart.series]
     steps = sorted({step for points in known for step, _ in points})
     if not steps:
-        return [f'<text x="{chart.width / 2}" y="{chart.height / 2}" text-anchor="middle">no values</text>']
+        return [text(chart.width / 2, chart.height / 2, "no values", anchor="middle")]
     shown = sorted({steps[round(i * (len(steps) - 1) / (HOVER_STRIPS - 1))] for i in range(HOVER_STRIPS)})
     edges = [LEFT, *((x(a) + x(b)) / 2 for a, b in pairwise(shown)), chart.right]
     strips = [_strip(chart, known, step, left, right, x, y)
               for step, (left, right) in zip(shown, pairwise(edges), strict=True)]
-    return ['<g class="tips">', *strips, "</g>", f'<g class="last">{_readout(chart, known, steps[-1])}</g>']
+    return [group(*strips, kind="tips"), group(_readout(chart, known, steps[-1]), kind="last")]
 
 
 def _strip(chart: Chart, known: list[list[tuple[float, float]]], step: float, left: float, right: float,
            x: Axis, y: Axis) -> str:
-    dots = [f'<circle class="dot" style="fill:var(--c{series.color % NUM_COLORS})" cx="{x(point[0]):.1f}" '
-            f'cy="{min(max(y(point[1]), TOP), chart.foot):.1f}" r="4"/>'
+    dots = [dot(x(point[0]), min(max(y(point[1]), TOP), chart.foot), 4, series.color)
             for series, points in zip(chart.series, known, strict=True) if (point := _at(points, step))]
-    return (f'<g class="tip"><rect x="{left:.1f}" y="{TOP}" width="{max(right - left, 0.1):.1f}" '
-            f'height="{chart.foot - TOP}"/><line class="hair" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{TOP}" '
-            f'y2="{chart.foot}"/>{"".join(dots)}{_readout(chart, known, step)}</g>')
+    return group(rect(left, TOP, max(right - left, 0.1), chart.foot - TOP),
+                 line(x(step), TOP, x(step), chart.foot, "hair"), *dots, _readout(chart, known, step), kind="tip")
 
 
 def _readout(chart: Chart, known: list[list[tuple[float, float]]], step: float) -> str:
@@ -349,9 +260,10 @@ def _readout(chart: Chart, known: list[list[tuple[float, float]]], step: float) 
     for series, points in zip(chart.series, known, strict=True):
         if series.label and (point := _at(points, step)):
             parts.append(f"{series.label} {number(point[1])}")
-    text, room = " · ".join(parts), chart.width - 40 - 8.5 * len(chart.title) - RIGHT
-    squeeze = f' textLength="{room:.0f}" lengthAdjust="spacingAndGlyphs"' if CHARACTER * len(text) > room else ""
-    return f'<text class="number" x="{chart.right}" y="24" text-anchor="end"{squeeze}>{escape(text)}</text>'
+    words, room = " · ".join(parts), chart.width - 40 - 8.5 * len(chart.title) - RIGHT
+    too_long = CHARACTER * len(words) > room
+    return text(chart.right, 24, words, "number", "end", textLength=room if too_long else "",
+                lengthAdjust="spacingAndGlyphs" if too_long else "")
 
 
 def _at(points: list[tuple[float, float]], step: float) -> tuple[float, float] | None:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from engine.errors import RequestError
 from engine.metrics.console import mfu_text
-from engine.report.charts import STYLE, Chart, line_chart, standalone
+from engine.report.charts import Chart, line_chart
 from engine.report.facts import facts, fixed, layout_text, progress, rounded
 from engine.report.layout import layout_svg, schedule_picture
 from engine.report.run_charts import charts
 from engine.report.runs import Run
+from engine.report.svg import STYLE, standalone
 from engine.writing import write_picture
 
 PHONE_WIDTH, PHONE_HEIGHT = 350, 240                         # pixels
@@ -72,7 +73,7 @@ def write_report(runs: Sequence[Run], page: Path, pictures: Path, refresh: int |
     if len(runs) == 1 and (layout := layout_svg(runs[0].config)):
         files[pictures / "layout.svg"] = standalone(layout)
     if len(runs) == 1 and (schedule := schedule_picture(runs[0].config)):
-        files[pictures / "schedule.svg"] = schedule[0]
+        files[pictures / "schedule.svg"] = standalone(schedule[0])
     files[page] = _page(runs, drawn, refresh)
     try:
         for path, text in files.items():

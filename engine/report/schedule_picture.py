@@ -8,9 +8,9 @@ letters are a rank's second chunk (fourth, …).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from html import escape
-from math import ceil, floor, log10
+from math import ceil
 
+from engine.report.svg import group, line, picture, rect, round_ticks, text
 from engine.schedules.action import Kind
 from engine.schedules.simulate import Event, Timeline
 
@@ -21,19 +21,6 @@ COLORS = {Kind.F: (125, 174, 247), Kind.B: (249, 178, 78), Kind.W: (118, 200, 14
 ROW_PX, BAR_PX, LEFT_PX, RIGHT_PX, TOP_PX = 34, 28, 66, 76, 84
 MIN_PLOT_PX, MAX_PLOT_PX = 640, 4000
 EVENT_PX = 24                                      # wide enough for a number
-STYLE = """
-svg.schedule { --ink: #1c2430; --muted: #667085; --grid: #e6e9ef; --idle: #f4f6f9; --paper: #ffffff;
-  background: var(--paper); font: 12px system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif;
-  font-variant-numeric: tabular-nums; }
-@media (prefers-color-scheme: dark) { svg.schedule { --ink: #e6eaf2; --muted: #94a0b4; --grid: #2a3342;
-  --idle: #1e2633; --paper: #161c27; } }
-svg.schedule text { fill: var(--muted); }
-svg.schedule .title { fill: var(--ink); font-size: 15px; font-weight: 600; }
-svg.schedule .idle { fill: var(--idle); }
-svg.schedule .grid { stroke: var(--grid); }
-svg.schedule .bar { stroke: #1c2430; stroke-opacity: .25; stroke-width: .5; }
-svg.schedule .number { fill: #1c2430; font-size: 11px; text-anchor: middle; }
-"""
 
 
 def schedule_grid(timeline: Timeline, width: int = 100) -> str:
@@ -51,32 +38,27 @@ def schedule_grid(timeline: Timeline, width: int = 100) -> str:
     for start in range(0, len(rows[0]), columns):
         lines += ["", *(f"{f'rank {rank}':{margin - 1}}|{row[start:start + columns]}" for rank, row in enumerate(rows)),
                   " " * (margin - 1) + _ruler(start, min(columns, len(rows[0]) - start), scale)]
-    return "\n".join([line.rstrip() for line in lines[1:]] + ["", _key(timeline, lower_case=not fits)])
+    return "\n".join([row.rstrip() for row in lines[1:]] + ["", _key(timeline, lower_case=not fits)])
 
 
 def schedule_svg(timeline: Timeline) -> str:
-    """The timeline as a stand-alone SVG document, light or dark as the reader prefers."""
+    """The timeline as an `<svg>` element for a page that has the `STYLE` of `engine.report.svg`."""
     schedule = timeline.schedule
     plot = min(max(timeline.elapsed / _shortest(timeline) * EVENT_PX, MIN_PLOT_PX), MAX_PLOT_PX)
     scale = plot / timeline.elapsed
     width, bottom = ceil(LEFT_PX + plot + RIGHT_PX), TOP_PX + ROW_PX * schedule.num_stages
-    body = [f'<text class="title" x="16" y="28">{escape(title(timeline))}</text>', *_svg_legend(timeline),
-            f'<text x="{width - 12}" y="{TOP_PX - 10}" text-anchor="end">peak held</text>']
+    body = [text(16, 28, title(timeline), "title"), *_svg_legend(timeline),
+            text(width - 12, TOP_PX - 10, "peak held", anchor="end")]
     for rank, events in enumerate(timeline.events):
         top = TOP_PX + ROW_PX * rank
         middle = top + BAR_PX / 2 + 4
-        body.append(f'<text x="{LEFT_PX - 10}" y="{middle:g}" text-anchor="end">rank {rank}</text>'
-                    f'<rect class="idle" x="{LEFT_PX}" y="{top}" width="{plot:g}" height="{BAR_PX}"/>'
-                    f'<text x="{width - 12}" y="{middle:g}" text-anchor="end">{timeline.peak_in_flight[rank]}</text>')
-        body += [_svg_bar(timeline, event, rank, scale) for event in events]
+        body += [text(LEFT_PX - 10, middle, f"rank {rank}", anchor="end"), rect(LEFT_PX, top, plot, BAR_PX, "idle"),
+                 text(width - 12, middle, str(timeline.peak_in_flight[rank]), anchor="end"),
+                 *(_svg_bar(timeline, event, rank, scale) for event in events)]
     for tick in _ticks(timeline.elapsed, plot / 80):
         x = LEFT_PX + tick * scale
-        body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 5}"/>'
-                    f'<text x="{x:.1f}" y="{bottom + 19}" text-anchor="middle">{number(tick)}</text>')
-    return (f'<svg class="schedule" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 30}" '
-            f'width="{width}" height="{bottom + 30}" role="img" aria-label="{escape(title(timeline))}">'
-            f"<style>{STYLE}</style>\n"
-            + "\n".join(body) + "\n</svg>\n")
+        body += [line(x, bottom, x, bottom + 5, "grid"), text(x, bottom + 19, number(tick), anchor="middle")]
+    return picture(width, bottom + 30, title(timeline), body, "schedule", scales=False)
 
 
 def title(timeline: Timeline) -> str:
@@ -110,11 +92,11 @@ def _labelled_cell(timeline: Timeline, event: Event, columns: int) -> str:
 def _letter_cell(timeline: Timeline, event: Event, columns: int) -> str:
     """`F`, `B` or `W` over the whole length; `BW` shows where B would end."""
     kind, costs = event.action.kind, timeline.costs
-    text = kind.value * columns
+    letters = kind.value * columns
     if kind is Kind.BW and columns:
         num_b = round(columns * costs.backward / costs.of(kind))
-        text = "B" * num_b + "W" * (columns - num_b)
-    return text.lower() if _local_chunk(timeline, event) % 2 else text
+        letters = "B" * num_b + "W" * (columns - num_b)
+    return letters.lower() if _local_chunk(timeline, event) % 2 else letters
 
 
 def _local_chunk(timeline: Timeline, event: Event) -> int:
@@ -132,12 +114,12 @@ def _row(timeline: Timeline, events: tuple[Event, ...], scale: float,
 
 def _ruler(first_column: int, num_columns: int, scale: float) -> str:
     """Times under the columns they stand for."""
-    line = ""
+    ruler = ""
     for tick in _ticks((first_column + num_columns) / scale, (first_column + num_columns) / 14):
         column = round(tick * scale) - first_column
-        if column >= len(line) + (2 if line else 0) and column + len(number(tick)) < num_columns:
-            line = line.ljust(column) + f" {number(tick)}"
-    return line
+        if column >= len(ruler) + (2 if ruler else 0) and column + len(number(tick)) < num_columns:
+            ruler = ruler.ljust(column) + f" {number(tick)}"
+    return ruler
 
 
 def _key(timeline: Timeline, lower_case: bool) -> str:
@@ -151,13 +133,9 @@ def _kinds(timeline: Timeline) -> list[Kind]:
     return [kind for kind in Kind if kind in used]
 
 
-def _ticks(stop: float, count: float) -> Iterator[float]:
-    """Round numbers from 0 to `stop`, at most about `count` of them."""
-    rough = stop / max(count, 1)
-    power = 10.0 ** floor(log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    for i in range(floor(stop / step + 1e-9) + 1):
-        yield float(f"{i * step:.12g}")
+def _ticks(stop: float, count: float) -> list[float]:
+    """Round numbers from 0 to `stop`, at most about `count` of them; whole ones where they can be."""
+    return round_ticks(0.0, stop, max(count, 1), factors=(1, 2, 5))
 
 
 def _svg_legend(timeline: Timeline) -> Iterator[str]:
@@ -165,13 +143,12 @@ def _svg_legend(timeline: Timeline) -> Iterator[str]:
     chunks = timeline.schedule.num_chunks
     for kind in _kinds(timeline):
         for chunk in range(chunks):
-            yield (f'<rect class="bar" x="{left + 14 * chunk:g}" y="42" width="14" height="14" '
-                   f'fill="{_color(kind, chunk, chunks)}"/>')
-        text = f"{kind} {MEANING[kind]}"
-        yield f'<text x="{left + 14 * chunks + 7:g}" y="53">{text}</text>'
-        left += 14 * chunks + 28 + 6.3 * len(text)
+            yield rect(left + 14 * chunk, 42, 14, 14, "bar", fill=_color(kind, chunk, chunks))
+        words = f"{kind} {MEANING[kind]}"
+        yield text(left + 14 * chunks + 7, 53, words)
+        left += 14 * chunks + 28 + 6.3 * len(words)
     if chunks > 1:
-        yield f'<text x="{left:g}" y="53">the lighter, the later the chunk</text>'
+        yield text(left, 53, "the lighter, the later the chunk")
 
 
 def _svg_bar(timeline: Timeline, event: Event, rank: int, scale: float) -> str:
@@ -179,11 +156,9 @@ def _svg_bar(timeline: Timeline, event: Event, rank: int, scale: float) -> str:
     width = (event.end - event.start) * scale
     color = _color(event.action.kind, _local_chunk(timeline, event), timeline.schedule.num_chunks)
     microbatch = str(event.action.microbatch)
-    text = f'<text class="number" x="{x + width / 2:.1f}" y="{y + BAR_PX / 2 + 4:g}">{microbatch}</text>'
-    fits = width >= 7 * len(microbatch) + 3
-    return (f'<g><title>{event.action}: {number(event.start)} to {number(event.end)}</title>'
-            f'<rect class="bar" x="{x:.1f}" y="{y}" width="{width:.2f}" height="{BAR_PX}" fill="{color}"/>'
-            f'{text if fits else ""}</g>')
+    label = [text(x + width / 2, y + BAR_PX / 2 + 4, microbatch, "number", "middle")]
+    return group(rect(x, y, width, BAR_PX, "bar", fill=color), *(label if width >= 7 * len(microbatch) + 3 else []),
+                 hint=f"{event.action}: {number(event.start)} to {number(event.end)}")
 
 
 def _color(kind: Kind, local_chunk: int, num_chunks: int) -> str:

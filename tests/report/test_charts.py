@@ -12,19 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.distributed.topology import Topology
-from engine.report.charts import (
-    LEFT,
-    TOP,
-    Axis,
-    Chart,
-    Series,
-    line_chart,
-    moving_median,
-    number,
-    round_ticks,
-    standalone,
-)
+from engine.report.charts import LEFT, TOP, Chart, Series, line_chart, moving_median
 from engine.report.layout_picture import MAX_ROWS, layout_picture
+from engine.report.svg import Axis, number, round_ticks, standalone
 
 SVG = "{http://www.w3.org/2000/svg}"
 
