@@ -25,6 +25,7 @@ FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 READ_BYTES = 1 << 18
 OUTPUT_BYTES = 1 << 20  # unpacked at a time
+GZ_INPUT_BYTES = 1 << 12  # handed to zlib at a time: as closely is known where damage begins
 ZST_INPUT_BYTES = 1 << 11  # handed to zstd at a time: 64 MiB at the very most when unpacked
 
 
@@ -159,7 +160,9 @@ def until_damage(items: Iterable[Item], damage: list[DataError]) -> Iterator[Ite
 def _unzipped(raw: BinaryIO) -> Iterator[bytes]:
     """gzip: members one after the other, and zeros behind them, which tapes leave."""
     stream: Any = None
-    while data := raw.read(READ_BYTES):
+    end = 0
+    for start, data in _pieces(raw, GZ_INPUT_BYTES):
+        end = start + len(data)
         while data := data if stream else data.lstrip(b"\0"):
             stream = stream or zlib.decompressobj(wbits=31)
             try:
@@ -170,31 +173,49 @@ def _unzipped(raw: BinaryIO) -> Iterator[bytes]:
                     content = stream.decompress(b"", OUTPUT_BYTES)
                     yield content
             except zlib.error as error:
-                raise DataError(f"the .gz file is damaged ({error})") from error
+                raise _damaged(".gz", start, end, error) from error
             if stream.eof:
                 data, stream = stream.unused_data, None
             elif not data:
                 break
     if stream is not None:
-        raise DataError("the .gz file ends in the middle; it was cut off")
+        raise _cut_off(".gz", end)
 
 
 def _unpacked_zst(raw: BinaryIO) -> Iterator[bytes]:
     """zstd: frames one after the other.  A block of 128 KiB may take four bytes, so little is handed over at a time."""
-    start = _zst_decompressor()
+    begin = _zst_decompressor()
     stream: Any = None
-    while read := raw.read(READ_BYTES):
-        for begin in range(0, len(read), ZST_INPUT_BYTES):
-            data = read[begin : begin + ZST_INPUT_BYTES]
-            while data:
-                stream = stream or start()
-                try:
-                    yield stream.decompress(data)
-                except Exception as error:  # ZstdError of an optional package
-                    raise DataError(f"the .zst file is damaged ({error})") from error
-                data, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+    end = 0
+    for start, data in _pieces(raw, ZST_INPUT_BYTES):
+        end = start + len(data)
+        while data:
+            stream = stream or begin()
+            try:
+                yield stream.decompress(data)
+            except Exception as error:  # ZstdError of an optional package
+                raise _damaged(".zst", start, end, error) from error
+            data, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
     if stream is not None:
-        raise DataError("the .zst file ends in the middle; it was cut off")
+        raise _cut_off(".zst", end)
+
+
+def _pieces(raw: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:
+    """What lies in a file in pieces of at most `size` bytes, and where each begins."""
+    start = 0
+    while read := raw.read(READ_BYTES):
+        for at in range(0, len(read), size):
+            yield start + at, read[at : at + size]
+        start += len(read)
+
+
+def _damaged(suffix: str, start: int, end: int, error: Exception) -> DataError:
+    return DataError(f"the {suffix} file is damaged ({error}): bytes {start:,} to {end:,} cannot be unpacked, and all "
+                     "that follows them is lost; copy it anew")
+
+
+def _cut_off(suffix: str, end: int) -> DataError:
+    return DataError(f"the {suffix} file ends in the middle, at byte {end:,}: it was cut off; copy it anew")
 
 
 def _zst_decompressor() -> Callable[[], Any]:

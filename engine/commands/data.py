@@ -11,7 +11,7 @@ from pathlib import Path
 from corpus_tools.cleaning.command import run as clean
 from corpus_tools.example import write_example
 from corpus_tools.inspect import histogram_lines, segments, share_lines, statistics
-from corpus_tools.outputs import output_prefix, prefix_name
+from corpus_tools.outputs import output_prefix, prefix_name, unused_prefix
 from corpus_tools.shards import merge_corpora
 from corpus_tools.verify import num_bytes_to_read, verify
 from engine.config import load_config
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 def _example(args: argparse.Namespace) -> int:
     number = write_example(Path(args.output), args.bytes)
     print(f"{args.output}: {number:,} documents, the sources of this Python's standard library")
-    print(hint("prepare", args.output, "--tokenizer", "bytes", "--output", "data/tiny"))
+    print(hint("prepare", args.output, "--tokenizer", "bytes", "--output", unused_prefix("data/tiny")))
     return 0
 
 

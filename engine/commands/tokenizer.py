@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from itertools import chain, count
+from pathlib import Path
 
 from corpus_tools.outputs import unused_prefix
 from corpus_tools.readers import read_texts
@@ -36,8 +38,16 @@ def _extend(args: argparse.Namespace) -> int:
     if plan.unreachable:
         print(f"{len(plan.unreachable):,} of the new pieces are never produced: no two pieces join to them")
     print(f"{plan_path(path)}: each new embedding row as the mean of the old rows of the pieces it replaces")
-    print("next: compare it with its Hugging Face export on text of yours: octant tokenizer verify --help")
+    print(_try(path))
     return 0
+
+
+def _try(model: Path) -> str:
+    """The command that makes a text, on which the model can be tried."""
+    names = chain(["example.jsonl"], (f"example-{number}.jsonl" for number in count(2)))
+    text = next(name for name in names if not Path(name).exists())
+    return hint("data", "example", text,
+                why=f"or text of yours; then octant tokenizer verify {text} --tokenizer {model}")
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 
 from engine.config import Config
 from engine.errors import ConfigError
+from engine.schedules.table import recipe
 
 AXES = ("pipeline", "data", "context", "tensor")
 
@@ -45,10 +46,13 @@ class Topology:
 
     @staticmethod
     def of(config: Config) -> Topology:
-        """The topology a resolved configuration asks for."""
+        """The topology a resolved configuration asks for.
+
+        Where the chunks lie in a V, the first and the last are on one stage, which has the tied parameter once.
+        """
         parallel = config.parallel
         return Topology(parallel.pipeline, parallel.data_size, parallel.context, parallel.tensor, parallel.zero_shard,
-                        config.model.tie_embeddings)
+                        config.model.tie_embeddings and not recipe(parallel.schedule).v_shaped)
 
     @property
     def shape(self) -> tuple[int, ...]:

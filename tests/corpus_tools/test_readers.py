@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -304,6 +306,22 @@ def test_unpacking_however_it_is_read(tmp_path: Path, size: int, monkeypatch: py
         with open(write(tmp_path / "cut.gz", path.read_bytes()[:-cut]), "rb") as file:
             with pytest.raises(DataError, match="ends in the middle"):
                 list(decompressed(file, ".gz"))
+
+
+@pytest.mark.parametrize(("suffix", "place"), [(".gz", r"bytes 4,096 to 8,192"), (".zst", r"bytes 4,096 to 6,144")])
+def test_damage_in_a_member_has_a_place_and_says_what_is_lost(tmp_path: Path, suffix: str, place: str) -> None:
+    """Of three members of random text the second has a damaged header; the records that came before are kept."""
+    numbers = random.Random(1)
+    members = [b"".join(b'{"text": "%d %x"}\n' % (member, numbers.getrandbits(2000)) for _ in range(16))
+               for member in range(3)]
+    packed = [gzip.compress(member) if suffix == ".gz" else
+              pytest.importorskip("zstandard").ZstdCompressor().compress(member) for member in members]
+    assert 4096 < len(packed[0]) < 6000
+    packed[1] = b"\xff\xff" + packed[1][2:]
+    path = write(tmp_path / f"a.jsonl{suffix}", b"".join(packed))
+    texts, bad, skipped = read(path)
+    assert [text[0] for text in texts] == ["0"] * 16 and skipped == 1
+    assert re.search(f"{place} cannot be unpacked, and all that follows them is lost", bad[0]), bad
 
 
 def test_pipes_and_devices_are_no_files(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from engine.distributed.topology import AXES, Topology
 from engine.errors import ConfigError
+from tests.kit.layouts import tiny_config
 
 
 def test_the_picture_of_the_readme() -> None:
@@ -20,6 +21,15 @@ def test_the_picture_of_the_readme() -> None:
         "replicate": (6,), "ends": (6,), "world": tuple(range(8))}
     tied = Topology(pipeline=3, data=2, tied=True)
     assert [tied.axes_of(rank)["ends"] for rank in range(6)] == [(0, 4), (1, 5), (2,), (3,), (0, 4), (1, 5)]
+
+
+@pytest.mark.parametrize(("schedule", "chunks", "meet"),
+                         [("1f1b", 1, True), ("interleaved", 2, True), ("zb-v", 2, False)])
+def test_both_ends_of_a_v_are_on_one_stage(schedule: str, chunks: int, meet: bool) -> None:
+    """A tied embedding is there once; no group is made for two copies to meet in."""
+    config = tiny_config(model={"tie_embeddings": True},
+                         parallel={"pipeline": 2, "schedule": schedule, "virtual_stages": chunks})
+    assert Topology.of(config).axes_of(0)["ends"] == ((0, 1) if meet else (0,))
 
 
 @pytest.mark.parametrize("shard", [0, 1, 2, 4, 8])
