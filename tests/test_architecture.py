@@ -6,7 +6,12 @@ Each rule is a function of one parsed file that returns its complaints; every co
 from __future__ import annotations
 
 import ast
+import io
 import re
+import subprocess
+import sys
+import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -42,7 +47,30 @@ OPTIONAL = {"amp_C", "apex", "fasttext", "flash_attn", "fsspec", "gigatoken", "h
             "transformers", "triton", "wandb", "zstandard"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 
+# Lines of code that a rank of a training run imports, by room; comments and docstrings, which teach, are free.  (They
+# are four lines of ten: a limit on all lines would be met by explaining less.)  Each ceiling is a tenth above what is
+# there, or, where the comment says so, has room for what the design still wants in that room.
+RANK_CEILINGS = {
+    "": 350,              # errors, reading, writing, hints, progress
+    "align": 600,         # objectives besides pretraining
+    "checkpoint": 1_600,  # formats 1 and 2, resuming, adapters apart
+    "config": 1_200,      # and the sections of alignment and reliability
+    "data": 1_900,        # corpora and conversations, tokenizers of three kinds
+    "distributed": 1_000,     # and moving live weights between roles
+    "kernels": 1_000,     # and implementations for a GPU of each operation
+    "metrics": 450,
+    "model": 700,         # and kinds of layers
+    "optim": 150,         # and learning-rate shapes
+    "parallel": 1_400,
+    "precision": 250,     # FP8
+    "reliability": 450,   # and the watchdog, what to do about a bad step, goodput
+    "schedules": 430,
+    "train": 1_150,       # and hooks of alignment
+}
+RANK_CEILING = 11_000     # lower than the sum: who needs the whole of a room makes another smaller
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
 @dataclass(frozen=True)
@@ -219,6 +247,60 @@ SOURCES = _sources()
 def test_rule(rule: Callable[[Source], Iterator[str]]) -> None:
     complaints = [f"{source.module}, {complaint}" for source in SOURCES.values() for complaint in rule(source)]
     assert not complaints, "\n" + "\n".join(complaints)
+
+
+def lines_of_code(source: Source) -> int:
+    """Lines with something to execute or declare on them: no comments, docstrings and empty lines."""
+    taught = {number for node in ast.walk(source.tree)
+              if isinstance(node, ast.Module | ast.ClassDef | Function) and ast.get_docstring(node) is not None
+              for number in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)}
+    tokens = tokenize.generate_tokens(io.StringIO(source.text).readline)
+    written = {number for token in tokens if token.type not in NO_CODE
+               for number in range(token.start[0], token.end[0] + 1)}
+    return len(written - taught)
+
+
+def _arrows(source: Source) -> set[str]:
+    """Modules of ours that a module imports, and the packages that they lie in."""
+    named = {module for found in _imports(source.tree) for module in (found.name, found.name.rpartition(".")[0])}
+    return {module for name in named if name in SOURCES
+            for module in (".".join(name.split(".")[:depth + 1]) for depth in range(name.count(".") + 1))
+            if module in SOURCES}
+
+
+def imported_by(module: str) -> set[str]:
+    """All modules of ours that importing `module` brings in."""
+    found, to_see = {module}, [module]
+    while to_see:
+        new = _arrows(SOURCES[to_see.pop()]) - found
+        found |= new
+        to_see += new
+    return found
+
+
+def test_what_a_rank_imports_stays_small() -> None:
+    """Whoever reads how a step works reads these files."""
+    sizes: Counter[str] = Counter()
+    for module in imported_by("engine.train.rank"):
+        room = SOURCES[module].room
+        sizes[room if LEVEL[room] else ""] += lines_of_code(SOURCES[module])
+    over = {room: (size, RANK_CEILINGS.get(room, 0)) for room, size in sizes.items()
+            if size > RANK_CEILINGS.get(room, 0)}
+    assert not over, f"(lines of code, ceiling) of rooms: {over}.  Does a rank need all of it?  Can it be said in less?"
+    assert sizes.total() <= RANK_CEILING, f"{sizes.total():,} lines of code, at most {RANK_CEILING:,}: {sizes}"
+
+
+def test_lines_of_code_are_counted_without_what_teaches() -> None:
+    text = ('"""Two\nlines."""\n\n# why\nA = (1,\n     2)   # both\n\n\n'
+            'def f() -> str:\n    """One."""\n    return """x\ny"""\n')
+    assert lines_of_code(Source("engine.model.x", text)) == 5
+
+
+def test_a_rank_imports_what_is_counted() -> None:
+    """The walk over the sources finds what Python finds; imports made inside functions are no rank's first."""
+    code = "import engine.train.rank, sys; print(*(name for name in sys.modules if name.startswith('engine')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= imported_by("engine.train.rank")
 
 
 def test_every_room_has_a_level() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -109,10 +109,6 @@ class Tokenizer(ABC):
         if not parts:
             return Cut(np.zeros(0, np.int32), np.zeros(0, np.int64))
         return Cut(np.concatenate([part.ids for part in parts]), np.concatenate([part.ends for part in parts]))
-
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
 
     def stream(self) -> StreamDecoder:
         """A fresh incremental decoder, for printing while generating."""

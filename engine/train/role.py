@@ -100,10 +100,6 @@ class RoleState:
         optimizer = AdamW(model.buckets, config.optim, model.operations) if role.trainable else None
         return RoleState(role, mesh, model, optimizer)
 
-    @property
-    def lives_here(self) -> bool:
-        return self.model is not None
-
     def initialise(self, seed: int) -> None:
         """Gives every parameter its share of the global initial values, the same in every layout."""
         if self.model is None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from engine.report.svg import element, group, line, picture, rect, standalone, text
 
 ROOT = Path(__file__).resolve().parents[2]
+SVG = "{http://www.w3.org/2000/svg}"
 PRINTABLE = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\ufffe\uffff"))
 
 
@@ -18,10 +19,10 @@ PRINTABLE = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_chara
 def test_any_words_come_back(words: str, hint: str) -> None:
     body = [group(text(1, 2, words, "title"), hint=hint), rect(0, 0, 1, 1, style=hint)]
     root = ElementTree.fromstring(standalone(picture(10, 10, words, body)))
-    shown = next(root.iter("{*}text"))
+    shown = next(root.iter(f"{SVG}text"))
     assert (shown.text or "") == words == root.get("aria-label", "")
-    assert [found.text for found in root.iter("{*}title")] == ([hint] if hint else [])
-    assert next(root.iter("{*}rect")).get("style", "") == hint
+    assert [found.text for found in root.iter(f"{SVG}title")] == ([hint] if hint else [])
+    assert next(root.iter(f"{SVG}rect")).get("style", "") == hint
 
 
 def test_attributes() -> None:

@@ -109,7 +109,7 @@ def train_roles(placement: Placement, where: Job) -> dict[str, Result]:
                     out[state.role.name].gradients = shards(state.model.buckets, "grad_shard")
                 state.update(learning_rate(step, run.steps, run.optim), totals)
                 state.publish()
-            assert (totals is not None) == state.lives_here
+            assert (totals is not None) == (state.model is not None)
             if totals is not None:
                 out[state.role.name].totals.append(totals.sums.tolist())
                 out[state.role.name].losses.append(totals.sums.item() * scale)
