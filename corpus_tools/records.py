@@ -65,4 +65,4 @@ def names(found: Iterable[str]) -> str:
 
 
 def _kind(value: Any) -> str:
-    return "a number" if isinstance(value, float) else type(value).__name__
+    return "a number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
