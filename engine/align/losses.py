@@ -36,18 +36,27 @@ def pairwise(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> 
     return F.softplus(-(difference if margin is None else difference - margin))
 
 
-def all_pairs(scores_PK: Tensor, there_PK: Tensor | None = None) -> Tensor:
-    """Mean of `pairwise` over all pairs of a prompt's texts, best first: [P, K] → [P].
+def pairs_of(scores_PK: Tensor, there_PK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of a prompt's texts, best first: the better's scores, the worse's, and weights for a mean over them.
 
     Args:
-        there_PK: False where a prompt has fewer texts than K; one with a single text has no pair, and loss 0.
+        there_PK: False where a prompt has fewer texts than K; one with a single text has no pair, and weights of 0.
+
+    Returns:
+        [P, K·(K − 1)/2] each.
     """
     better, worse = torch.triu_indices(scores_PK.shape[1], scores_PK.shape[1], offset=1, device=scores_PK.device)
-    losses = pairwise(scores_PK[:, better], scores_PK[:, worse])
+    chosen, rejected = scores_PK[:, better], scores_PK[:, worse]
     if there_PK is None:
-        return losses.mean(1)
-    counts = there_PK[:, better] & there_PK[:, worse]
-    return losses.mul(counts).sum(1) / counts.sum(1).clamp(min=1)
+        return chosen, rejected, torch.full_like(chosen, 1 / chosen.shape[1])
+    counts = (there_PK[:, better] & there_PK[:, worse]).to(chosen.dtype)
+    return chosen, rejected, counts / counts.sum(1, keepdim=True).clamp(min=1)
+
+
+def all_pairs(scores_PK: Tensor, there_PK: Tensor | None = None) -> Tensor:
+    """Mean of `pairwise` over all pairs of a prompt's texts, best first: [P, K] → [P]."""
+    chosen, rejected, weights = pairs_of(scores_PK, there_PK)
+    return (pairwise(chosen, rejected) * weights).sum(1)
 
 
 def off_centre(chosen: Tensor, rejected: Tensor) -> Tensor:

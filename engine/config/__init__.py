@@ -8,7 +8,7 @@ Keys, defaults and units are in `schema`; the equations a layout must satisfy in
 `parallel.schedule` may have in `engine.schedules.table`.
 """
 
-from engine.config.alignment import AdapterConfig
+from engine.config.alignment import AdapterConfig, DPOConfig, ORPOConfig, RewardConfig
 from engine.config.layout import resolve_layout
 from engine.config.load import config_names, load_config, preset_names
 from engine.config.reliability import FaultConfig, ReliabilityConfig
@@ -30,8 +30,8 @@ from engine.config.schema import (
 )
 
 __all__ = [
-    "AdapterConfig", "BatchConfig", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "FaultConfig",
-    "LogConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PrecisionConfig", "ProfileConfig",
-    "ReliabilityConfig", "RopeScalingConfig", "RunConfig", "SourceConfig", "config_names", "load_config",
-    "preset_names", "resolve_layout",
+    "AdapterConfig", "BatchConfig", "CheckpointConfig", "Config", "DPOConfig", "DataConfig", "EvalConfig",
+    "FaultConfig", "LogConfig", "ModelConfig", "ORPOConfig", "OptimConfig", "ParallelConfig", "PrecisionConfig",
+    "ProfileConfig", "ReliabilityConfig", "RewardConfig", "RopeScalingConfig", "RunConfig", "SourceConfig",
+    "config_names", "load_config", "preset_names", "resolve_layout",
 ]

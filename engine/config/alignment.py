@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from engine.config.fields import Fraction, Positive, Section, Size, nearest
+from engine.config.fields import Fraction, Number, Positive, Section, Size, nearest
 
 ALL_LINEAR, HEAD = "all-linear", "lm_head"
 # The projections of a layer by the names that Hugging Face's models and PEFT have for them.
@@ -45,3 +45,33 @@ class AdapterConfig(Section):
     def scale(self) -> float:
         """What B·A is multiplied by."""
         return self.alpha / self.rank
+
+
+class RewardConfig(Section):
+    """Reward models."""
+
+    loss: Literal["pairwise", "kwise"] = "pairwise"          # kwise: all pairs of a prompt's ranked answers
+    margin: bool = True                                      # the data's, where they have any; pairwise only
+    center: Number = 0.0                                     # weight of (s_chosen + s_rejected)²
+
+
+class DPOConfig(Section):
+    """Direct preference optimization."""
+
+    beta: Positive = 0.1
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0        # share of preferences that are mistaken
+    sft_weight: Number = 0.0                                 # of the chosen answer's mean loss per token
+    reference: Literal["cached", "live"] = "cached"          # live: the model without its adapter, in every step
+
+    @model_validator(mode="after")
+    def _smooths(self) -> DPOConfig:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing({self.label_smoothing}) is of loss: sigmoid; {self.loss} has none")
+        return self
+
+
+class ORPOConfig(Section):
+    """Odds ratio preference optimization."""
+
+    lambda_: Number = Field(default=0.1, validation_alias="lambda", serialization_alias="lambda")

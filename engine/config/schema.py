@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from engine.config.alignment import HEAD, AdapterConfig
+from engine.config.alignment import HEAD, AdapterConfig, DPOConfig, ORPOConfig, RewardConfig
 from engine.config.decay import Cosine, Decay
 from engine.config.fields import (
     Count,
@@ -266,6 +266,9 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     reliability: ReliabilityConfig = ReliabilityConfig()
+    reward: RewardConfig = RewardConfig()
+    dpo: DPOConfig = DPOConfig()
+    orpo: ORPOConfig = ORPOConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")

@@ -1,0 +1,67 @@
+"""Reward models: one score for a text, learned from comparisons (`engine.align.losses`).
+
+The score is read at the last token of a text, whose hidden state has seen all of it.  Texts of one prompt are one
+sample, so that all their pairs are in one microbatch, as InstructGPT has them: shuffled over batches, a text would be
+seen K − 1 times and learned by heart (Ouyang et al. 2022, section 3.5).  The loss is a mean over prompts, of the mean
+over the pairs of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.align.fields import END, MARGIN
+from engine.align.losses import off_centre, pairs_of, pairwise
+from engine.model.context import Batch
+from engine.model.objective import Head, Objective
+
+
+class RewardModel(Objective):
+    """What `run.objective: reward` trains.
+
+    Logged are the loss, the share of pairs in the right order, and the mean difference of their scores.
+    """
+
+    sums = ("loss", "accuracy", "margin")
+    head = "score"
+    fields = (END, MARGIN)
+
+    def __init__(self, texts: int = 2, center: float = 0.0) -> None:
+        """
+        Args:
+            texts: rows of a sample, the most that a prompt has.
+            center: weight of `off_centre`.
+        """
+        self.rows_per_sample, self.center = texts, center
+
+    def __call__(self, x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
+        end = batch.extra[END]
+        at_end = head.sum_over_sequence(torch.stack((head.scores(x_SBH).mul(end).sum(0), end.sum(0).float())))
+        scores, there = at_end.unflatten(1, (-1, self.rows_per_sample))
+        chosen, rejected, weights = pairs_of(scores, there > 0)
+        weights = weights * _counts(batch, head, self.rows_per_sample).unsqueeze(1)
+        margin = batch.extra[MARGIN].unflatten(0, (-1, self.rows_per_sample))[:, :1]
+        losses = pairwise(chosen, rejected, margin)
+        if self.center:
+            losses = losses + self.center * off_centre(chosen, rejected)
+        of_pairs = (losses, (chosen > rejected).float(), chosen - rejected)
+        return [head.once((each * weights).sum()) for each in of_pairs]
+
+    def count(self, batch: Batch) -> Tensor:
+        return count_samples(batch, self.rows_per_sample)
+
+
+def count_samples(batch: Batch, rows: int) -> Tensor:
+    """How many samples of so many rows each are there to learn from."""
+    assert batch.loss_mask_SB is not None
+    return batch.loss_mask_SB.any(0).unflatten(0, (-1, rows)).any(1).sum()
+
+
+def _counts(batch: Batch, head: Head, rows: int) -> Tensor:
+    """The same for each sample, 0 or 1, where this rank has only a part of the sequence."""
+    assert batch.loss_mask_SB is not None
+    learned = head.sum_over_sequence(batch.loss_mask_SB.sum(0).float())
+    return learned.unflatten(0, (-1, rows)).sum(1).gt(0).float()
