@@ -50,7 +50,8 @@ def expand_inputs(files: Iterable[str | Path]) -> list[InputFile]:
 
     In folders, names that begin with `_` or `.` and the side files of corpora are passed over: they are no text.
 
-    Raises RequestError for a name that matches nothing or whose format isn't known.
+    Raises:
+        RequestError: a name matches nothing, or its format isn't known.
     """
     found: dict[str, InputFile] = {}
     for name in map(str, files):
@@ -126,7 +127,11 @@ def open_input(file: InputFile) -> BinaryIO:
 
 
 def decompressed(raw: BinaryIO, compression: str) -> Iterator[bytes]:
-    """The content in chunks of bounded size.  Raises DataError where a compressed file is damaged or ends early."""
+    """The content in chunks of bounded size.
+
+    Raises:
+        DataError: a compressed file is damaged or ends early.
+    """
     if not compression:
         return iter(lambda: raw.read(READ_BYTES), b"")
     return _gathered(_unzipped(raw) if compression == ".gz" else _unpacked_zst(raw))
@@ -227,7 +232,11 @@ def _zst_decompressor() -> Callable[[], Any]:
 
 
 def utf8(chunks: Iterable[bytes], *, json: bool) -> Iterator[bytes]:
-    """Chunks of a text without its byte order mark.  Raises DataError where the text begins as UTF-16 or UTF-32 do."""
+    """Chunks of a text without its byte order mark.
+
+    Raises:
+        DataError: the text begins as UTF-16 or UTF-32 do.
+    """
     head, rest = b"", iter(chunks)
     for chunk in rest:
         head += chunk

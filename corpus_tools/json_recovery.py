@@ -46,8 +46,14 @@ class NeedsMoreText(Exception):
 def end_of_broken(text: str, error: int, column: int, in_list: bool, *, complete: bool) -> int | None:
     """The place behind the broken record that `text` begins with; None where there is no sign in `text`.
 
-    `error`: where it is wrong; `column`: characters before it on its line; `in_list`: it is an element of a list;
-    `complete`: nothing follows `text`.  Raises NeedsMoreText where a sign may follow.
+    Args:
+        error: where it is wrong.
+        column: characters before it on its line.
+        in_list: it is an element of a list.
+        complete: nothing follows `text`.
+
+    Raises:
+        NeedsMoreText: a sign may follow.
     """
     if text[:1] not in ("{", "["):
         return _end_of_words(text, in_list)

@@ -37,8 +37,9 @@ def ordered_map(
 
     One worker, or one item, is done in this process.
 
-    Raises what the function raised where that is an OctantError, WorkerError (with the worker's traceback) for
-    anything else and for a worker that died.
+    Raises:
+        OctantError: what the function raised.
+        WorkerError: with the worker's traceback, for anything else that it raised and for a worker that died.
     """
     rest = iter(items)
     first = list(islice(rest, 2))

@@ -30,7 +30,8 @@ SUFFIXES = (".bin", ".idx", ".json")
 def output_prefix(output: str | os.PathLike[str], shard: tuple[int, int] | None = None) -> Path:
     """The PREFIX that a user means, also when it is given as the name of one of its files; of a shard its own.
 
-    Raises RequestError for a folder.
+    Raises:
+        RequestError: it is a folder.
     """
     path = named_file(output, "corpus")
     path = path.with_name(prefix_name(path.name))
@@ -67,7 +68,8 @@ def recipe(*parts: Any) -> str:
 def is_made(files: Sequence[Path], made_from: str, overwrite: bool) -> bool:
     """Whether the corpus of these `files_of` is there already, made from just this; then there is nothing to do.
 
-    Raises RequestError where another is there, or other files of these names, and `overwrite` was not asked for.
+    Raises:
+        RequestError: another is there, or other files of these names, and `overwrite` was not asked for.
     """
     prefix = files[0].with_suffix("")
     there = [path for path in files if path.exists()]

@@ -33,7 +33,9 @@ class Rows:
 def parquet_rows(file: InputFile, raw: BinaryIO, column: str | None) -> Iterator[Rows]:
     """The rows of a file; of nested columns `a.b` is what lies in `a`.  `column`: this one only.
 
-    Raises DataError where the file is no parquet file or lacks the column, RequestError where pyarrow is missing.
+    Raises:
+        DataError: the file is no parquet file or lacks the column.
+        RequestError: pyarrow is missing.
     """
     try:
         import pyarrow  # optional package

@@ -140,7 +140,8 @@ class Parts:
     def _take(self) -> None:
         """Keep other processes out, and other files where they are.
 
-        Raises RequestError where another process writes here, or something here is not of our making.
+        Raises:
+            RequestError: another process writes here, or something here is not of our making.
         """
         self._lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with suppress(OSError):  # some network file systems have no locks

@@ -118,11 +118,17 @@ def prepare(
 ) -> Counts:
     """Tokenize `files` (see `readers`) into `output`.bin, .idx and .json.  Returns what went through.
 
-    `workers`: processes, by default one per core.  `on_error`: `stop` at the first unusable record, or `skip` it and
-    count.  `backend`: `auto` uses gigatoken where it is installed and agrees (`fast_backend`), `reference` never does.
-    `shard=(k, n)`: only the k-th of n runs of files, into `output`-0000k-of-0000n; merged in order (`shards`) they are
-    what one run would have written.  `overwrite`: replace what is there under these names; else the same corpus is left
-    as it is and any other refused.  Raises DataError for the corpus (file and line) and RequestError for the request.
+    Args:
+        workers: processes, by default one per core.
+        on_error: `stop` at the first unusable record, or `skip` it and count.
+        backend: `auto` uses gigatoken where it is installed and agrees (`fast_backend`), `reference` never does.
+        shard: `(k, n)`: only the k-th of n runs of files, into `output`-0000k-of-0000n; merged in order (`shards`) they
+            are what one run would have written.
+        overwrite: replace what is there under these names; else the same corpus is left as it is and any other refused.
+
+    Raises:
+        DataError: something is wrong with the corpus (file and line).
+        RequestError: something is wrong with the request.
     """
     if on_error not in ("stop", "skip"):
         raise RequestError(f"--on-error {on_error}: use stop or skip")

@@ -266,7 +266,11 @@ def records_of(block: Block, text_field: str) -> Records:
 
 
 def read_texts(files: Iterable[str | Path], text_field: str = "text") -> Iterator[str]:
-    """Every document of files, in order.  Raises DataError at the first unusable record."""
+    """Every document of files, in order.
+
+    Raises:
+        DataError: at the first unusable record.
+    """
     for file in expand_inputs(files):
         for block in read_blocks(file, text_field, join_texts=False):
             records = records_of(block, text_field)

@@ -28,7 +28,8 @@ class BadRecord:
 def text_of(record: Any, text_field: str) -> str:
     """The document of a record; `a.b` is field `b` of the object in field `a`.
 
-    Raises ValueError saying what is wrong with it.
+    Raises:
+        ValueError: saying what is wrong with it.
     """
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")

@@ -22,7 +22,8 @@ from engine.writing import write_errors
 def shard_of(inputs: Sequence[InputFile], index: int, count: int) -> list[InputFile]:
     """A run of consecutive files, about 1/count of all bytes: those whose middle lies in that stretch.
 
-    Raises RequestError where the index is out of range or no file falls to it.
+    Raises:
+        RequestError: the index is out of range or no file falls to it.
     """
     if not 0 <= index < count:
         raise RequestError(f"--shard {index}/{count}: shards are 0/{count} to {count - 1}/{count}")
@@ -40,9 +41,12 @@ def merge_corpora(
 ) -> Sidecar:
     """Corpora of one tokenizer, in the order given, as one with a side file of its own.
 
-    `overwrite`: replace what is there under these names; else the same corpus is left as it is and any other refused.
-    Raises DataError where side files are missing, tokenizers differ, or `output` is among them; RequestError where
-    something else is there.
+    Args:
+        overwrite: replace what is there under these names; else the same corpus is left as it is and any other refused.
+
+    Raises:
+        DataError: side files are missing, tokenizers differ, or `output` is among them.
+        RequestError: something else is there.
     """
     prefix = output_prefix(output)
     if prefix.resolve() in [Path(part).resolve() for part in prefixes]:

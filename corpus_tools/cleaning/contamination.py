@@ -68,7 +68,8 @@ def ngram_hashes(words: npt.NDArray[np.uint64], length: int) -> npt.NDArray[np.u
 def evaluation_index(files: Sequence[str | Path], rules: Contamination) -> EvaluationIndex:
     """Read evaluation sets: every string anywhere in a JSON record or parquet row, every line of a .txt file.
 
-    Raises DataError where a file cannot be read.
+    Raises:
+        DataError: a file cannot be read.
     """
     inputs = expand_inputs(files) if files else []
     found: dict[int, list[tuple[npt.NDArray[np.uint64], int]]] = {}
@@ -96,7 +97,11 @@ def _sorted(parts: list[tuple[npt.NDArray[np.uint64], int]]) -> tuple[npt.NDArra
 
 
 def _evaluation_texts(file: InputFile) -> Iterator[str]:
-    """Every string in a file.  Raises DataError at what cannot be read: a text left out here would be trained on."""
+    """Every string in a file.
+
+    Raises:
+        DataError: something cannot be read: a text left out here would be trained on.
+    """
     try:
         with open_input(file) as raw:
             if file.format == ".parquet":

@@ -33,7 +33,11 @@ class Fingerprint:
 
 
 def fingerprint(text: str, words: Sequence[str], rules: Duplicates) -> Fingerprint:
-    """Of a text and its words (`tokens`); computed by the workers.  Raises RequestError where rensa is absent."""
+    """Of a text and its words (`tokens`); computed by the workers.
+
+    Raises:
+        RequestError: rensa is absent.
+    """
     words = words or [text]
     whole = " ".join(words)
     sketch = None

@@ -24,7 +24,8 @@ OURS = re.compile(rf"clean-\d{{5}}\.jsonl\.gz(\.partial)?|{re.escape(REPORT)}|{r
 def begin(folder: Path, inputs: Sequence[InputFile], made_from: str, overwrite: bool) -> Report | None:
     """Make room for files in `folder / UNFINISHED`; or the report where just this was cleaned already.
 
-    Raises RequestError where the folder holds anything else, unless it is of our making and `overwrite` is asked for.
+    Raises:
+        RequestError: the folder holds anything else, unless it is of our making and `overwrite` is asked for.
     """
     staged = folder / UNFINISHED
     _refuse_foreign(folder, inputs)

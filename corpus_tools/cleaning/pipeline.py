@@ -111,9 +111,14 @@ def clean(
 ) -> Report:
     """Clean `files` into the folder `output`: `clean-00000.jsonl.gz` …, `report.md`, `_report.json`.
 
-    `evaluation_files`: texts that must not be in the result.  `num_examples`: shown per rule.  `overwrite`: replace
-    what was cleaned into this folder before.  Raises RequestError where the output folder holds anything else,
-    DataError for a record that cannot be read (with `on_error="stop"`).
+    Args:
+        evaluation_files: texts that must not be in the result.
+        num_examples: shown per rule.
+        overwrite: replace what was cleaned into this folder before.
+
+    Raises:
+        RequestError: the output folder holds anything else.
+        DataError: a record cannot be read (with `on_error="stop"`).
     """
     if on_error not in ("stop", "skip"):
         raise RequestError(f"--on-error {on_error}: use stop or skip")

@@ -252,7 +252,11 @@ class Patterns(Rule):
 
 
 def check_pattern(pattern: str) -> str:
-    """The pattern itself.  Raises ValueError where it is no regular expression."""
+    """The pattern itself.
+
+    Raises:
+        ValueError: it is no regular expression.
+    """
     try:
         re.compile(pattern)
     except re.error as error:
@@ -261,7 +265,11 @@ def check_pattern(pattern: str) -> str:
 
 
 def load_fasttext(path: str) -> Any:
-    """A fastText model, such as lid.176.bin.  Raises RequestError where the package or the file is missing."""
+    """A fastText model, such as lid.176.bin.
+
+    Raises:
+        RequestError: the package or the file is missing.
+    """
     try:
         import fasttext  # optional package
     except ImportError as error:

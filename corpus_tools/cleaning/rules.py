@@ -52,7 +52,11 @@ MOST_BYTES = 1 << 22  # of a rules file
 
 
 def load_rules(path: str | Path = DEFAULT_RULES) -> Rules:
-    """Read a rules file.  Raises ConfigError naming the place of everything that is wrong with it."""
+    """Read a rules file.
+
+    Raises:
+        ConfigError: naming the place of everything that is wrong with it.
+    """
     try:
         content = yaml.safe_load(read_bytes(Path(path), MOST_BYTES).decode())
     except OSError as error:

@@ -38,7 +38,8 @@ from engine.reading import shown
 class Format:
     """A row: the keys by which it is known, and how a record with them is read.
 
-    Raises ValueError, from `read`, where the record is not what its keys promise.
+    Raises:
+        ValueError: from `read`, where the record is not what its keys promise.
     """
 
     name: str

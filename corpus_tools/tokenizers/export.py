@@ -45,7 +45,8 @@ HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 def export_hf_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json for `AutoTokenizer.from_pretrained`.
 
-    Raises DataError for SentencePiece models without an exact counterpart (unigram, spaces as suffixes, user symbols).
+    Raises:
+        DataError: the SentencePiece model has no exact counterpart (unigram, spaces as suffixes, user symbols).
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -78,8 +78,11 @@ def extend_tokenizer(
 ) -> ExpansionPlan:
     """Append `other`'s pieces that `base` lacks (`only`: those with Han characters, or all) and write `output`.
 
-    The plan goes to a `.plan.json` beside it.  `overwrite`: replace what is there under these names.  Raises
-    RequestError where `base` isn't a BPE model or the files cannot be written, DataError where a file is no model.
+    The plan goes to a `.plan.json` beside it.  `overwrite`: replace what is there under these names.
+
+    Raises:
+        RequestError: `base` isn't a BPE model, or the files cannot be written.
+        DataError: a file is no model.
     """
     base, output = Path(base), model_path(output)
     if output.resolve() in (base.resolve(), Path(other).resolve()):
@@ -148,7 +151,10 @@ def _unreachable(old: SentencePieceModel, new: list[Piece]) -> list[int]:
 def expanded_rows(old_weight: Any, plan: ExpansionPlan) -> Any:
     """A weight [old_vocab_size, …] (numpy or torch) -> [vocab_size, …]: old rows copied, new ones means of old ones.
 
-    Rows behind `old_vocab_size` (padding) are dropped.  Raises RequestError where there are too few.
+    Rows behind `old_vocab_size` (padding) are dropped.
+
+    Raises:
+        RequestError: there are too few.
     """
     if old_weight.shape[0] < plan.old_vocab_size:
         raise RequestError(f"a weight of {old_weight.shape[0]} rows cannot hold the {plan.old_vocab_size} old pieces")

@@ -65,7 +65,11 @@ class FastTokenizer(Tokenizer):
         return self.reference.decode(ids)
 
     def check(self, text: str) -> None:
-        """Encode the beginning of a text both ways.  Raises DataError where they differ."""
+        """Encode the beginning of a text both ways.
+
+        Raises:
+            DataError: they differ.
+        """
         text = text[:CHECKED_CHARACTERS]
         if not np.array_equal(self.encode_array(text), self.reference.encode_array(text)):
             raise DataError(

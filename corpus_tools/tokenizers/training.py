@@ -44,9 +44,13 @@ def train_tokenizer(
 ) -> Path:
     """Train on documents and write `<output>.model` (and `.vocab`: pieces and scores); returns the model's path.
 
-    `overwrite`: replace what is there under these names.  `character_coverage` is the share of characters that get a
-    piece of their own, the rest being bytes; `max_lines` lines, drawn evenly, bound memory.  Raises RequestError where
-    the vocabulary is too small, or too large for the text, or the files cannot be written.
+    Args:
+        overwrite: replace what is there under these names.
+        character_coverage: the share of characters that get a piece of their own, the rest being bytes.
+        max_lines: so many lines, drawn evenly, bound memory.
+
+    Raises:
+        RequestError: the vocabulary is too small, or too large for the text, or the files cannot be written.
     """
     if vocab_size <= NUM_RESERVED:
         raise RequestError(
@@ -75,7 +79,11 @@ def train_tokenizer(
 
 
 def model_path(output: str | Path) -> Path:
-    """The `.model` file that a user means, also without the ending.  Raises RequestError for a folder."""
+    """The `.model` file that a user means, also without the ending.
+
+    Raises:
+        RequestError: it is a folder.
+    """
     path = named_file(output, "tok.model")
     return path.with_name(path.name.removesuffix(".model") + ".model")
 

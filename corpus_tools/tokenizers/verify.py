@@ -45,7 +45,11 @@ class VerifyReport:
 
 
 def verify_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> VerifyReport:
-    """Compare on each text and each of its lines.  Raises RequestError where `transformers` isn't installed."""
+    """Compare on each text and each of its lines.
+
+    Raises:
+        RequestError: `transformers` isn't installed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         export_hf_tokenizer(tokenizer, folder)
         others = {"exported Hugging Face tokenizer": _hugging_face(folder)}

@@ -108,7 +108,11 @@ def _print_document(prefix: str, number: int, tokenizer: Tokenizer | None, as_js
 
 
 def _text(ids: list[int], tokenizer: Tokenizer | None) -> str:
-    """What ids say; without a tokenizer the ids.  Raises DataError for ids that are none of the tokenizer's."""
+    """What ids say; without a tokenizer the ids.
+
+    Raises:
+        DataError: there are ids that are none of the tokenizer's.
+    """
     if tokenizer is None:
         return " ".join(map(str, ids))
     if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:

@@ -25,7 +25,11 @@ class Corpus:
 
     @staticmethod
     def open(prefix: str | os.PathLike[str]) -> Corpus:
-        """Open both.  Raises DataError where one is missing or damaged, or is not the other's."""
+        """Open both.
+
+        Raises:
+            DataError: one is missing or damaged, or is not the other's.
+        """
         dataset, sidecar = IndexedDataset(prefix), Sidecar.read(prefix)
         for problem in mismatches(dataset, sidecar) if sidecar else ():
             raise DataError(f"{problem}. They do not belong together: prepare the corpus again.")

@@ -74,8 +74,9 @@ class IndexedDataset:
 
     `checked`: the index was checked inside before, so it needn't be again.
 
-    Raises DataError when a file is missing, is not this format, has another size than the index says, or when the index
-    contradicts itself.
+    Raises:
+        DataError: a file is missing, is not this format, has another size than the index says, or its index
+            contradicts itself.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], *, checked: bool = False) -> None:
@@ -227,7 +228,8 @@ class IndexedWriter:
     index from the lengths in chunks, syncs both files and gives them their names, the index last: whoever finds
     an index finds a whole corpus.  Leaving the `with` block by an exception, or `abort`, leaves nothing behind.
 
-    Raises DataError for ids outside the dtype (Megatron's builder turns 70000 into 4464 in u16 without a word).
+    Raises:
+        DataError: ids lie outside the dtype (Megatron's builder turns 70000 into 4464 in u16 without a word).
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike) -> None:
@@ -333,8 +335,10 @@ def sync(file: BinaryIO) -> None:
 def merge(prefixes: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
     """Concatenate corpora of one dtype into `out`, sequences and documents kept (Megatron's `add_index`).
 
-    One input is open at a time, however many there are.  Raises DataError when there is nothing to merge, the dtypes
-    differ, or `out` is one of the inputs.
+    One input is open at a time, however many there are.
+
+    Raises:
+        DataError: there is nothing to merge, the dtypes differ, or `out` is one of the inputs.
     """
     if not prefixes:
         raise DataError(f"{os.fspath(out)}: nothing to merge, no input was given.")

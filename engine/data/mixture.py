@@ -36,7 +36,8 @@ class Mixture:
     `caps[s]` is the number of samples source s can give (None: no limit).  When every source has reached its
     cap the mixture ends, after `num_samples` (None: never).
 
-    Raises DataError for weights that are not positive numbers and for caps below 1.
+    Raises:
+        DataError: a weight is not a positive number, or a cap is below 1.
     """
 
     def __init__(self, weights: Sequence[Rational | float], caps: Sequence[int | None] | None = None) -> None:
@@ -74,7 +75,11 @@ class Mixture:
         return phases
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """(source, position in that source) of a sample.  Raises DataError past the end of the mixture."""
+        """(source, position in that source) of a sample.
+
+        Raises:
+            DataError: past the end of the mixture.
+        """
         if sample < 0:
             raise DataError(f"Sample {sample} was asked for; samples are numbered from 0.")
         if self.num_samples is not None and sample >= self.num_samples:

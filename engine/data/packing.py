@@ -64,7 +64,8 @@ def pack(
     documents of their own) or "drop".  Empty documents are passed over.  The result depends on nothing but the
     arguments.
 
-    Raises DataError for a mask of another length than its tokens, and for a document that is too long.
+    Raises:
+        DataError: a mask has another length than its tokens, or a document is too long.
     """
     pieces = _fitting(documents, row_len + 1, too_long)
     window = _Window(islice(pieces, window_documents))

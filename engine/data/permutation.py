@@ -48,8 +48,10 @@ def derive_key(*parts: int | str) -> bytes:
 class Permutation:
     """The permutation of range(num_items) that belongs to a key from `derive_key`.
 
-    `p(i)` takes an int or an integer array with 0 ≤ i < num_items; `p.inverse` undoes it.  Raises IndexError
-    outside that range.
+    `p(i)` takes an int or an integer array with 0 ≤ i < num_items; `p.inverse` undoes it.
+
+    Raises:
+        IndexError: outside that range.
     """
 
     __slots__ = ("_keys", "_num_left", "_num_right", "num_items")

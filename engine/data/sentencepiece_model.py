@@ -60,7 +60,11 @@ class SentencePieceModel:
 
 
 def read_model(path: str | Path) -> SentencePieceModel:
-    """Read a `.model` file.  Raises DataError where it is missing, damaged or no SentencePiece model."""
+    """Read a `.model` file.
+
+    Raises:
+        DataError: it is missing, damaged or no SentencePiece model.
+    """
     return open_model(path).model
 
 
@@ -76,7 +80,8 @@ class OpenedModel:
 def open_model(path: str | Path) -> OpenedModel:
     """Read a `.model` file once and hand it to SentencePiece.
 
-    Raises DataError where it is missing, damaged or no SentencePiece model.
+    Raises:
+        DataError: it is missing, damaged or no SentencePiece model.
     """
     path = Path(path)
     try:

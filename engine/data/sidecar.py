@@ -55,7 +55,11 @@ class Sidecar:
 
     @staticmethod
     def read(prefix: str | os.PathLike[str]) -> Sidecar | None:
-        """The side file of a corpus, or None where there is none.  Raises DataError for one that is no side file."""
+        """The side file of a corpus, or None where there is none.
+
+        Raises:
+            DataError: what has its name is no side file.
+        """
         path = sidecar_path(prefix)
         if not path.exists():
             return None

@@ -17,7 +17,11 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 def merge_ranges(ranges: Iterable[Sequence[int]]) -> Ranges:
-    """Sorted, disjoint ranges that cover the same numbers.  Raises DataError for one that runs backwards."""
+    """Sorted, disjoint ranges that cover the same numbers.
+
+    Raises:
+        DataError: one of them runs backwards.
+    """
     merged: list[tuple[int, int]] = []
     for start, stop in sorted((int(start), int(stop)) for start, stop in ranges):
         if not 0 <= start <= stop:
@@ -44,7 +48,10 @@ def num_left(skip: Ranges, stream_length: int) -> int:
 
 
 def require_same_past(saved: Iterable[Sequence[int]], current: Iterable[Sequence[int]], consumed_samples: int) -> None:
-    """Raises DataError unless both lists leave out the same among the samples up to here."""
+    """
+    Raises:
+        DataError: the lists leave out different samples up to here.
+    """
     before, now = merge_ranges(saved), merge_ranges(current)
     if _passed(before, consumed_samples) != _passed(now, consumed_samples):
         raise DataError(

@@ -43,9 +43,9 @@ def open_sources(
 ) -> list[Source]:
     """Open every corpus, in constant time and memory each.
 
-    Raises DataError, naming the file and the numbers, for corpora that are missing, damaged, too short for one window,
-    or, where side files tell, made by another tokenizer than the run's or than each other, or with more ids than
-    `vocab_size`.
+    Raises:
+        DataError: with the file and the numbers: a corpus is missing, damaged, too short for one window, or, where side
+            files tell, made by another tokenizer than the run's or the others, or has more ids than `vocab_size`.
     """
     if not sources:
         raise DataError("No corpus is given: name at least one, e.g. `data.train: [{path: data/web}]`.")

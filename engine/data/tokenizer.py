@@ -84,7 +84,8 @@ class _ByteStreamDecoder(StreamDecoder):
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """`bytes`, a SentencePiece `.model`, a Hugging Face folder or its `tokenizer.json` -> Tokenizer.
 
-    Raises DataError where it is missing or unreadable, or when the extra `[hf]` is needed and absent.
+    Raises:
+        DataError: it is missing or unreadable, or the extra `[hf]` is needed and absent.
     """
     if str(spec) == "bytes":
         return ByteTokenizer()

@@ -49,9 +49,12 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_array(self, text: str, *, continues: bool = False) -> npt.NDArray[np.int32]:
-        """Ids of `text`, nothing added -> int32 [tokens].  Raises UnicodeEncodeError on lone surrogates.
+        """Ids of `text`, nothing added -> int32 [tokens].
 
         `continues`: the text begins with a line end and goes on with the text encoded before (`joins_at_newline` only).
+
+        Raises:
+            UnicodeEncodeError: on lone surrogates.
         """
 
     @property

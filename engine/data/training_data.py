@@ -97,7 +97,8 @@ class TrainingData:
     ) -> TrainingData:
         """Open a mixture of corpora; `shuffle=False` keeps every source in its own order, for validation.
 
-        Raises DataError as `open_sources` does, and when the first window of a source has ids outside the vocabulary.
+        Raises:
+            DataError: as in `open_sources`, or the first window of a source has ids outside the vocabulary.
         """
         opened = open_sources(sources, seq_len, vocab_size, tokenizer)
         data = TrainingData(opened, seq_len, seed, vocab_size, document_mask, skip, shuffle)
@@ -131,7 +132,8 @@ class TrainingData:
     def sample(self, index: int) -> Sample:
         """Sample `index` ≥ 0 of the run, in the order of consumption over all epochs.
 
-        Raises DataError past the end of a mixture that is exhausted, and for token ids outside the vocabulary.
+        Raises:
+            DataError: the mixture is exhausted before that, or token ids lie outside the vocabulary.
         """
         source, window = self.locate(index)
         return self.window(source, window)

@@ -121,7 +121,10 @@ class WandbSink:
     """
 
     def __init__(self, config: Config, run_dir: Path, resumed_step: int = 0) -> None:
-        """Raises RequestError where nobody is logged in, or the service cannot be reached."""
+        """
+        Raises:
+            RequestError: nobody is logged in, or the service cannot be reached.
+        """
         wandb, identity = importlib.import_module("wandb"), run_dir / "wandb-run-id.txt"
         if resumed_step == 0 or not identity.is_file():
             identity.write_text(uuid.uuid4().hex[:12])
@@ -144,7 +147,10 @@ class MlflowSink:
     """Sends configuration and records to the MLflow server of MLFLOW_TRACKING_URI, or where MLflow keeps them here."""
 
     def __init__(self, config: Config, run_dir: Path, resumed_step: int = 0) -> None:
-        """Raises RequestError where the server cannot be used."""
+        """
+        Raises:
+            RequestError: the server cannot be used.
+        """
         self._mlflow, identity = importlib.import_module("mlflow"), run_dir / "mlflow-run-id.txt"
         resumed = identity.read_text().strip() if resumed_step and identity.is_file() else None
         try:

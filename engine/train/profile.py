@@ -31,7 +31,10 @@ class StepProfiler:
 
     def __init__(self, config: ProfileConfig, directory: Path, device: torch.device, rank: int,
                  tell: Callable[[str], None]) -> None:
-        """Raises RequestError where a picture of the memory is asked for and the device has none."""
+        """
+        Raises:
+            RequestError: a picture of the memory is asked for and the device has none.
+        """
         if config.steps is not None and config.memory and device.type != "cuda":
             raise RequestError(f"profile.memory is a snapshot of a GPU's memory, and this run is on {device.type}: set "
                                "profile.memory to false")
