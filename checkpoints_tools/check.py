@@ -83,15 +83,16 @@ def compare_logits(source: Source, folder: Path, dtype: torch.dtype, allow_pickl
     tokens_BS = torch.randint(0, source.config.vocab_size, (NUM_SEQUENCES, length),
                               generator=torch.Generator().manual_seed(0))
     ours = octant_logits(source.config, lambda name: source.read(name, dtype), tokens_BS)
-    name, theirs = _hf_logits(folder, tokens_BS, allow_pickle)
+    name, theirs = _hf_logits(folder, tokens_BS, source.config.head, allow_pickle)
     largest = ours.abs().max().item()
-    what = f"logits (up to {largest:.3g}) of {tokens_BS.numel()} random tokens, Octant's model against {name}, fp32"
+    numbers = "scores" if source.config.head == "score" else "logits"
+    what = f"{numbers} (up to {largest:.3g}) of {tokens_BS.numel()} random tokens, Octant's model against {name}, fp32"
     return Checked(what, (ours - theirs).abs().max().item(), TOLERANCE * max(1.0, largest))
 
 
 @torch.inference_mode()
 def octant_logits(config: ModelConfig, read: Callable[[str], torch.Tensor], tokens_BS: torch.Tensor) -> torch.Tensor:
-    """fp32 logits [B, S, V] of the model whose parameters `read` gives."""
+    """fp32 logits [B, S, V], or scores [B, S], of the model whose parameters `read` gives."""
     model = Transformer(config)
     for parameter in model.parameters():
         parameter.copy_(read(spec_of(parameter).name))
@@ -101,15 +102,19 @@ def octant_logits(config: ModelConfig, read: Callable[[str], torch.Tensor], toke
 
 
 @torch.inference_mode()
-def _hf_logits(folder: Path, tokens_BS: torch.Tensor, allow_pickle: bool) -> tuple[str, torch.Tensor]:
-    from transformers import AutoModelForCausalLM  # optional package
+def _hf_logits(folder: Path, tokens_BS: torch.Tensor, head: str, allow_pickle: bool) -> tuple[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # optional package
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32,
-                                                     use_safetensors=None if allow_pickle else True).eval()
-        return f"transformers' {type(model).__name__}", model(tokens_BS).logits
+        loader = AutoModelForSequenceClassification if head == "score" else AutoModelForCausalLM
+        model = loader.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32,
+                                       use_safetensors=None if allow_pickle else True).eval()
+        name = f"transformers' {type(model).__name__}"
+        if head == "score":                 # by itself it would say the score of the last token only
+            return name, model.score(model.model(tokens_BS)[0]).squeeze(-1)
+        return name, model(tokens_BS).logits
     except Exception as error:          # of another package, about somebody's files: there is no end of kinds
         raise CheckpointError(f"transformers does not compute with {folder}: {type(error).__name__}: {error}; "
                               "--skip-check converts without comparing logits") from error

@@ -5,6 +5,9 @@ unless the model has something that only another takes: biases on q, k and v (Qw
 multiple of the heads (Mistral).  Reading takes them all.  What a file leaves out has the value that `transformers`
 gives it, and what would compute something else is refused by name: a setting that is passed over in silence is a model
 that is quietly wrong.
+
+A model with a score for its head (a reward model) is the class `…ForSequenceClassification` of the same family, with
+one label.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from engine.reading import read_object, shown
 Json = dict[str, Any]
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+WITH_HEAD = {"language_model": "ForCausalLM", "score": "ForSequenceClassification"}       # how their classes' names end
+ONE_LABEL: Json = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
 
 
 @dataclass(frozen=True)
@@ -94,14 +99,20 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: Json) -> Json:
         scaling = {"rope_type": "llama3",
                    **{theirs: getattr(config.rope_scaling, ours) for ours, theirs in ROPE_KEYS.items()}}
     return {
-        "architectures": [family.name], "model_type": family.model_type,
+        "architectures": [architecture_of(family.name, config.head)], "model_type": family.model_type,
         "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
         "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
         "vocab_size": config.vocab_size, "max_position_embeddings": config.max_seq_len,
         "rope_theta": config.rope_theta, "rope_scaling": scaling, "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings, "hidden_act": "silu", "attention_dropout": 0.0,
-        "initializer_range": 0.02, "use_cache": True, **family.written, **special_ids, "torch_dtype": dtype}
+        "initializer_range": 0.02, "use_cache": True, **family.written, **special_ids,
+        **(ONE_LABEL if config.head == "score" else {}), "torch_dtype": dtype}
+
+
+def architecture_of(family: str, head: str) -> str:
+    """The class of a family, which is named after the one for language models, with another head."""
+    return family.removesuffix(WITH_HEAD["language_model"]) + WITH_HEAD[head]
 
 
 def special_ids(tokenizer: Tokenizer | None, end_ids: Sequence[int]) -> Json:
@@ -136,7 +147,7 @@ def read_hf_config(folder: Path) -> tuple[str, ModelConfig]:
         if differs(found.get(key)):
             raise found.refuse(key, f"which Octant's model does not have: {why}")
     try:
-        config = ModelConfig.model_validate(_model_section(found, family))
+        config = ModelConfig.model_validate(_model_section(found, family) | _head(found))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise CheckpointError(f"{path} describes no model that Octant has: {problems}") from None
@@ -165,6 +176,8 @@ def _family(found: Settings) -> Family:
     if not names and known is not None:
         return known
     name = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else None
+    if name is not None and name.endswith(WITH_HEAD["score"]):
+        name = name.removesuffix(WITH_HEAD["score"]) + WITH_HEAD["language_model"]
     if name not in FAMILIES:
         raise found.refuse("architectures", f"and model_type {shown(model_type)}; Octant converts "
                            f"{', '.join(FAMILIES)}")
@@ -184,6 +197,17 @@ def _model_section(found: Settings, family: Family) -> Json:
         "max_seq_len": found.count("max_position_embeddings"), "rope_theta": theta, "rope_scaling": scaling,
         "norm_eps": found.number("rms_norm_eps"), "tie_embeddings": found.flag("tie_word_embeddings"),
         "qkv_bias": family.qkv_bias}
+
+
+def _head(found: Settings) -> Json:
+    """What of our model section follows from the class's head."""
+    names = found.get("architectures")
+    if not names or not str(names[0]).endswith(WITH_HEAD["score"]):
+        return {}
+    labels = found.section("id2label")
+    if labels is None or len(labels.values) != 1:
+        raise found.refuse("id2label", "and a model whose head is a score has one label")
+    return {"head": "score", "tie_embeddings": False}
 
 
 def _rope(found: Settings) -> tuple[float, Json | None]:

@@ -59,6 +59,9 @@ def convert_to_megatron(reader: CheckpointReader, output: Path, dtype: torch.dty
             cannot be written.
     """
     source = Source.of(reader)
+    if source.config.head == "score":
+        raise CheckpointError(f"{reader.path} is a model with a score for its head, which torch_dist has no name for; "
+                              "`octant convert to-hf` writes it")
     parts = {_entry(part, source.config, dtype).name: part for part in megatron_parts(source.config).values()}
     entries = [_entry(part, source.config, dtype) for part in parts.values()]
     num_bytes = sum(entry.num_bytes for entry in entries)

@@ -65,6 +65,7 @@ TABLE = (
         "decoder.layers.mlp.linear_fc2.weight"),
     Row("final_layernorm.weight", ("model.norm.weight",), "decoder.final_layernorm.weight"),
     Row("output_layer.weight", ("lm_head.weight",), "output_layer.weight"),
+    Row("score.weight", ("score.weight",), ""),
 )
 ROWS = {row.ours: row for row in TABLE}
 PREFIX = "model."                       # of parameters in our checkpoints

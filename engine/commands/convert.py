@@ -35,8 +35,10 @@ def _to_hf(args: argparse.Namespace) -> int:
     checked = convert_to_hf(source, Path(args.output), DTYPES[args.dtype], tokenizer=args.tokenizer,
                             check=not args.skip_check, begin=Progress)
     _report(f"{args.output}: step {source.step} of {source.path} for transformers, {args.dtype}", checked)
+    scores = (source.metadata["config"]["model"]).get("head") == "score"
+    task = "text-classification" if scores else "text-generation"
     print(f'next: python -c "from transformers import pipeline; '
-          f"print(pipeline('text-generation', '{args.output}')('The'))\"")
+          f"print(pipeline('{task}', '{args.output}')('The'))\"")
     return 0
 
 

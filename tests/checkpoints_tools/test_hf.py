@@ -324,3 +324,35 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert {PREFIX + name for name in parameter_shapes(model())} == set(CheckpointReader(tmp_path / "ours").keys())
     assert cli.run(["convert", "from-hf", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+
+
+SCORING = [{}, {"num_kv_heads": 2, "qkv_bias": True}, {"num_heads": 5, "num_kv_heads": 5, "head_dim": 10}]
+
+
+@pytest.mark.parametrize("changes", SCORING, ids=str)
+def test_a_reward_model_is_a_classifier_of_one_label(changes: dict[str, Any], tmp_path: Path) -> None:
+    reader = write_random(tmp_path / "ours", model(head="score", **changes))
+    checked = convert_to_hf(reader, tmp_path / "hf")
+    assert checked is not None and "scores (up to" in checked.what and "ForSequenceClassification" in checked.what
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").float().eval()
+    assert theirs.config.num_labels == 1
+    with torch.no_grad():
+        got = torch.cat([theirs(row.unsqueeze(0)).logits for row in TOKENS])
+    want = ours(reader)[:, -1:]
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    convert_from_hf(tmp_path / "hf", tmp_path / "back")
+    back = CheckpointReader(tmp_path / "back")
+    assert back.metadata["config"]["model"] == reader.metadata["config"]["model"]
+    assert all(torch.equal(back.read(key), reader.read(key)) for key in reader.keys())
+
+
+def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:
+    convert_to_hf(write_random(tmp_path / "ours", model(head="score")), tmp_path / "hf", check=False)
+    edit(tmp_path / "hf" / "config.json", id2label={"0": "a", "1": "b"})
+    with pytest.raises(CheckpointError, match="has one label"):
+        convert_from_hf(tmp_path / "hf", tmp_path / "back")
+
+
+def test_a_reward_model_has_no_place_in_torch_dist(tmp_path: Path) -> None:
+    write_random(tmp_path / "ours", model(head="score"))
+    assert cli.run(["convert", "to-megatron", str(tmp_path / "ours"), str(tmp_path / "out")]) == 2
