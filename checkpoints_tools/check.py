@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
+from checkpoints_tools.hf_config import read_hf_config
 from checkpoints_tools.hf_files import HFWeights
 from checkpoints_tools.names import parameter_shapes
 from checkpoints_tools.source import Source
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.model.context import Batch
-from engine.model.spec import spec_of
+from engine.model.parameters import spec_of
 from engine.model.transformer import Transformer
 from engine.progress import Begin, quiet
 
@@ -126,7 +127,7 @@ def compare_tensors(source: Source, folder: Path, dtype: torch.dtype, allow_pick
     weights = HFWeights(folder, allow_pickle)
 
     def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for name, parts in weights.parts(source.config).items():
+        for name, parts in weights.parts(source.config, read_hf_config(folder)[0].names).items():
             ours = source.read(name, dtype)
             for part in parts:
                 yield ours[part.box.slices], weights.read(part.name).reshape(part.box.size).to(dtype)

@@ -52,10 +52,10 @@ def convert_from_hf(folder: Path, output: Path, *, tokenizer: str | None = None,
             `output` is there already or cannot be written.
     """
     require_format(folder, HUGGING_FACE)
-    _, config = read_hf_config(folder)
+    family, config = read_hf_config(folder)
     weights = HFWeights(folder, allow_pickle)
     _require_size(config, weights)
-    parts = weights.parts(config)
+    parts = weights.parts(config, family.names)
     _require_weights(config, weights, parts)
     entries = [Entry(PREFIX + name, shape, Box.whole(shape), torch.float32)
                for name, shape in parameter_shapes(config).items()]

@@ -1,10 +1,8 @@
 """`config.json` and `generation_config.json`: our model section in Hugging Face's words, and back.
 
-Several classes of `transformers` compute what `engine.model` computes: a row of `FAMILIES` each.  Llama is written
-unless the model has something that only another takes: biases on q, k and v (Qwen2), or a hidden size that is no
-multiple of the heads (Mistral).  Reading takes them all.  What a file leaves out has the value that `transformers`
-gives it, and what would compute something else is refused by name: a setting that is passed over in silence is a model
-that is quietly wrong.
+Several classes of `transformers` compute what `engine.model` computes: a row of `FAMILIES` each (`families`).  What a
+file leaves out has the value that `transformers` gives it, and what would compute something else is refused by name: a
+setting that is passed over in silence is a model that is quietly wrong.
 
 A model with a score for its head (a reward model) is the class `…ForSequenceClassification` of the same family, with
 one label.
@@ -13,12 +11,12 @@ one label.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from checkpoints_tools.families import FAMILIES, Family, family_of
 from checkpoints_tools.hf_values import Settings
 from engine.config import ModelConfig
 from engine.data.tokenizer import Tokenizer
@@ -30,46 +28,6 @@ Json = dict[str, Any]
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WITH_HEAD = {"language_model": "ForCausalLM", "score": "ForSequenceClassification"}       # how their classes' names end
 ONE_LABEL: Json = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-
-
-@dataclass(frozen=True)
-class Family:
-    """A class of `transformers`.
-
-    Attributes:
-        defaults: what it takes for keys that `config.json` leaves out.
-        written: keys that only this class has, as they are written.
-        window: which of the layers look back through `sliding_window` only: all, none, or as `layer_types` says.
-        refused: settings of this class that Octant has not, and why; they must be false.
-    """
-
-    name: str
-    model_type: str
-    defaults: Json
-    written: Json
-    window: str
-    refused: tuple[tuple[str, str], ...] = ()
-    qkv_bias: bool = False
-
-
-SAME: Json = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu",
-              "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0}
-LAYERED: Json = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
-                 "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
-                 "max_window_layers": 28}
-ALSO_ON_O_PROJ = "it puts a bias on o_proj; biases are on q, k, v only"
-FAMILIES = {family.name: family for family in (
-    Family("LlamaForCausalLM", "llama",
-           {**SAME, "vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
-           {"attention_bias": False, "mlp_bias": False}, "none",
-           (("attention_bias", ALSO_ON_O_PROJ), ("mlp_bias", "the feed-forward layers have no bias"))),
-    Family("MistralForCausalLM", "mistral",
-           {**SAME, "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8,
-            "max_position_embeddings": 131072, "sliding_window": 4096},
-           {"sliding_window": None}, "all"),
-    Family("Qwen2ForCausalLM", "qwen2", {**SAME, **LAYERED}, {"use_sliding_window": False}, "layer_types",
-           qkv_bias=True),
-)}
 ROPE_KEYS = {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
              "original_max_seq_len": "original_max_position_embeddings"}
 LAYER_KINDS = frozenset({"full_attention", "sliding_attention"})
@@ -77,23 +35,15 @@ KNOWN_ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_
 
 # A setting of any class, what is true of it where Octant computes something else, and why that is refused.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("hidden_act", lambda value: value not in ("silu", "swish"), "the feed-forward layer is SwiGLU"),
     ("quantization_config", bool, "weights are read as they are trained"),
     ("transformers_weights", bool, "weights are read from the files of the usual names"),
     ("partial_rotary_factor", lambda value: value not in (None, 1, 1.0), "RoPE turns whole heads"),
 )
 
 
-def architecture(config: ModelConfig) -> str:
-    """The class of `transformers` that computes this model."""
-    if config.qkv_bias:
-        return "Qwen2ForCausalLM"
-    return "MistralForCausalLM" if config.hidden_size % config.num_heads else "LlamaForCausalLM"
-
-
 def hf_config(config: ModelConfig, dtype: str, special_ids: Json) -> Json:
     """`config.json`; `dtype` as in `float32`."""
-    family = FAMILIES[architecture(config)]
+    family = family_of(config)
     scaling = None
     if config.rope_scaling is not None:
         scaling = {"rope_type": "llama3",
@@ -105,8 +55,9 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: Json) -> Json:
         "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
         "vocab_size": config.vocab_size, "max_position_embeddings": config.max_seq_len,
         "rope_theta": config.rope_theta, "rope_scaling": scaling, "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings, "hidden_act": "silu", "attention_dropout": 0.0,
-        "initializer_range": 0.02, "use_cache": True, **family.written, **special_ids,
+        "tie_word_embeddings": config.tie_embeddings, "hidden_act": family.hidden_act(config), "attention_dropout": 0.0,
+        "initializer_range": 0.02, "use_cache": True, **family.written,
+        **{flag: getattr(config, flag) for flag in family.flags}, **special_ids,
         **(ONE_LABEL if config.head == "score" else {}), "torch_dtype": dtype}
 
 
@@ -133,8 +84,8 @@ def generation_config(special_ids: Json) -> Json:
     return {"_from_model_config": True, **{key: value for key, value in special_ids.items() if value is not None}}
 
 
-def read_hf_config(folder: Path) -> tuple[str, ModelConfig]:
-    """The architecture and our model section of a Hugging Face folder.
+def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
+    """The family and our model section of a Hugging Face folder.
 
     Raises:
         CheckpointError: there is no `config.json`, or Octant's model would compute something else.
@@ -142,8 +93,9 @@ def read_hf_config(folder: Path) -> tuple[str, ModelConfig]:
     path = folder / CONFIG
     found = Settings(path, read_object(path, "the configuration of a model", CheckpointError))
     family = _family(found)
-    found = found.over(family.defaults)
-    for key, differs, why in (*REFUSED, *((key, bool, why) for key, why in family.refused)):
+    found = found.over({**dict.fromkeys(family.flags, False), **family.defaults})
+    for key, differs, why in (*REFUSED, ("hidden_act", lambda value: value not in family.mlps,
+                                         f"a {family.name} may have {', '.join(family.mlps)}")):
         if differs(found.get(key)):
             raise found.refuse(key, f"which Octant's model does not have: {why}")
     try:
@@ -155,7 +107,7 @@ def read_hf_config(folder: Path) -> tuple[str, ModelConfig]:
     pad = found.get("pad_token_id")
     if pad is not None and (type(pad) is not int or not -config.vocab_size <= pad < config.vocab_size):
         raise found.refuse("pad_token_id", f"which is outside the vocabulary of {config.vocab_size:,} ids")
-    return family.name, config
+    return family, config
 
 
 def read_end_ids(folder: Path, config: ModelConfig) -> list[int]:
@@ -196,7 +148,8 @@ def _model_section(found: Settings, family: Family) -> Json:
         "ffn_hidden_size": found.count("intermediate_size"), "vocab_size": found.count("vocab_size"),
         "max_seq_len": found.count("max_position_embeddings"), "rope_theta": theta, "rope_scaling": scaling,
         "norm_eps": found.number("rms_norm_eps"), "tie_embeddings": found.flag("tie_word_embeddings"),
-        "qkv_bias": family.qkv_bias}
+        "mlp": family.mlps[found.get("hidden_act")],
+        **dict.fromkeys(family.always, True), **{flag: found.flag(flag) for flag in family.flags}}
 
 
 def _head(found: Settings) -> Json:

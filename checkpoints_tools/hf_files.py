@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,9 +132,12 @@ class HFWeights:
     def read(self, name: str) -> torch.Tensor:
         return self._where[name].read(name)
 
-    def parts(self, config: ModelConfig) -> dict[str, list[Part]]:
-        """Per parameter of ours, the tensors it is made of; one matrix that serves twice may bear the head's name."""
-        parts = hf_parts(config)
+    def parts(self, config: ModelConfig, names: Mapping[str, tuple[str, ...]]) -> dict[str, list[Part]]:
+        """Per parameter of ours, the tensors it is made of; one matrix that serves twice may bear the head's name.
+
+        `names` is as of `hf_parts`.
+        """
+        parts = hf_parts(config, names)
         if config.tie_embeddings and EMBEDDING not in self._where and HEAD in self._where:
             parts[EMBEDDING_OURS] = [replace(part, name=HEAD) for part in parts[EMBEDDING_OURS]]
         return parts

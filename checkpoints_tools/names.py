@@ -14,7 +14,7 @@ Rotary embedding turns the two halves of a head in all three, so no row changes 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -22,7 +22,7 @@ import torch
 
 from engine.config import ModelConfig
 from engine.distributed.boxes import Box
-from engine.model.spec import spec_of
+from engine.model.parameters import spec_of
 from engine.model.transformer import Transformer
 
 Shape = tuple[int, ...]
@@ -33,7 +33,7 @@ class Row:
     """One kind of parameter under its three names; `{i}` is the layer.
 
     Where Hugging Face has several names, ours is cut along `dim`: the others take one index each, from the end, and the
-    first takes what is left.
+    first takes what is left.  A feed-forward layer without a gate has one index there, and the last name.
     """
 
     ours: str
@@ -54,15 +54,26 @@ TABLE = (
         ("model.layers.{i}.self_attn.q_proj.bias", "model.layers.{i}.self_attn.k_proj.bias",
          "model.layers.{i}.self_attn.v_proj.bias"),
         "decoder.layers.self_attention.linear_qkv.bias", dim=1),
+    Row("layers.{i}.self_attention.q_layernorm.weight", ("model.layers.{i}.self_attn.q_norm.weight",),
+        "decoder.layers.self_attention.q_layernorm.weight"),
+    Row("layers.{i}.self_attention.k_layernorm.weight", ("model.layers.{i}.self_attn.k_norm.weight",),
+        "decoder.layers.self_attention.k_layernorm.weight"),
     Row("layers.{i}.self_attention.linear_proj.weight", ("model.layers.{i}.self_attn.o_proj.weight",),
         "decoder.layers.self_attention.linear_proj.weight"),
+    Row("layers.{i}.self_attention.linear_proj.bias", ("model.layers.{i}.self_attn.o_proj.bias",),
+        "decoder.layers.self_attention.linear_proj.bias"),
     Row("layers.{i}.pre_mlp_layernorm.weight", ("model.layers.{i}.post_attention_layernorm.weight",),
         "decoder.layers.mlp.linear_fc1.layer_norm_weight"),
     Row("layers.{i}.mlp.linear_fc1.weight",
         ("model.layers.{i}.mlp.gate_proj.weight", "model.layers.{i}.mlp.up_proj.weight"),
         "decoder.layers.mlp.linear_fc1.weight"),
+    Row("layers.{i}.mlp.linear_fc1.bias",
+        ("model.layers.{i}.mlp.gate_proj.bias", "model.layers.{i}.mlp.up_proj.bias"),
+        "decoder.layers.mlp.linear_fc1.bias"),
     Row("layers.{i}.mlp.linear_fc2.weight", ("model.layers.{i}.mlp.down_proj.weight",),
         "decoder.layers.mlp.linear_fc2.weight"),
+    Row("layers.{i}.mlp.linear_fc2.bias", ("model.layers.{i}.mlp.down_proj.bias",),
+        "decoder.layers.mlp.linear_fc2.bias"),
     Row("final_layernorm.weight", ("model.norm.weight",), "decoder.final_layernorm.weight"),
     Row("output_layer.weight", ("lm_head.weight",), "output_layer.weight"),
     Row("score.weight", ("score.weight",), ""),
@@ -97,11 +108,19 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {spec.name: spec.shape for spec in specs}
 
 
-def hf_parts(config: ModelConfig) -> dict[str, list[Part]]:
-    """Per parameter of ours, the Hugging Face tensors that are cut out of it."""
-    return {ours: [Part(ours, box, name.format(i=layer), _run_together(ours, box.size))
-                   for name, box in zip(row.hf, _cut(Box.whole(shape), row.dim, len(row.hf)), strict=True)]
-            for ours, shape, row, layer in _rows(config)}
+def hf_parts(config: ModelConfig, names: Mapping[str, tuple[str, ...]] | None = None) -> dict[str, list[Part]]:
+    """Per parameter of ours, the Hugging Face tensors that are cut out of it.
+
+    Args:
+        names: those of a family that differ from the table, by our name in it.
+    """
+    parts = {}
+    for ours, shape, row, layer in _rows(config):
+        hf = (names or {}).get(row.ours, row.hf)
+        hf = hf[-min(len(hf), shape[row.dim]):]
+        parts[ours] = [Part(ours, box, name.format(i=layer), _run_together(ours, box.size))
+                       for name, box in zip(hf, _cut(Box.whole(shape), row.dim, len(hf)), strict=True)]
+    return parts
 
 
 def megatron_parts(config: ModelConfig) -> dict[str, Part]:

@@ -37,7 +37,7 @@ from engine.config import AdapterConfig, ModelConfig
 from engine.distributed.boxes import Box
 from engine.errors import CheckpointError
 from engine.model.adapter import SCORE, attach_adapters
-from engine.model.spec import spec_of
+from engine.model.parameters import spec_of
 from engine.model.transformer import Transformer
 from engine.reading import read_object
 

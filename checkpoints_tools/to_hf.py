@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from checkpoints_tools.check import Checked, check_hf, require_finite
+from checkpoints_tools.families import family_of
 from checkpoints_tools.hf_config import CONFIG, GENERATION, generation_config, hf_config, special_ids
 from checkpoints_tools.hf_files import SHARD_BYTES, Whole, write_hf_weights
 from checkpoints_tools.names import Part, hf_parts
@@ -44,7 +45,8 @@ def convert_to_hf(reader: CheckpointReader, output: Path, dtype: torch.dtype = t
     """
     source = Source.of(reader)
     text = tokenizer_of(source, tokenizer)
-    parts = {part.name: part for parts in hf_parts(source.config).values() for part in parts}
+    names = family_of(source.config).names
+    parts = {part.name: part for parts in hf_parts(source.config, names).values() for part in parts}
     entries = [Whole.of(part.name, part.shape, dtype) for part in parts.values()]
     num_bytes = sum(entry.num_bytes for entry in entries)
     with committed(output, num_bytes) as folder:

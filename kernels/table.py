@@ -25,11 +25,12 @@ from engine.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from engine.kernels.log_probs import LOG_PROBS, log_probs_and_entropy
 from engine.kernels.matmul import LINEAR, WEIGHT_GRADIENT, add_product, linear
 from engine.kernels.operation import Implementation, Operation, Place, Unavailable, short_name
+from engine.kernels.relu2 import RELU2, relu2
 from engine.kernels.rms_norm import RMS_NORM, rms_norm
 from engine.kernels.rope import ROPE, split_and_rotate
 from engine.kernels.swiglu import SWIGLU, swiglu
 
-TABLE: tuple[Operation, ...] = (ATTENTION, ATTENTION_BLOCK, RMS_NORM, ROPE, SWIGLU, CROSS_ENTROPY, LOG_PROBS,
+TABLE: tuple[Operation, ...] = (ATTENTION, ATTENTION_BLOCK, RMS_NORM, ROPE, SWIGLU, RELU2, CROSS_ENTROPY, LOG_PROBS,
                                 LINEAR, WEIGHT_GRADIENT, ADAMW)
 
 
@@ -51,6 +52,7 @@ class Operations:
     rms_norm: Callable[..., Tensor] = rms_norm
     rope: Callable[..., tuple[Tensor, Tensor, Tensor]] = split_and_rotate
     swiglu: Callable[[Tensor], Tensor] = swiglu
+    relu2: Callable[[Tensor], Tensor] = relu2
     cross_entropy: Callable[..., Tensor] = cross_entropy
     log_probs: Callable[..., tuple[Tensor, Tensor]] = log_probs_and_entropy
     linear: Callable[..., Tensor] = linear

@@ -26,7 +26,7 @@ from engine.distributed.agree import Group
 from engine.distributed.boxes import Box
 from engine.distributed.pieces import Piece
 from engine.errors import CheckpointError
-from engine.model.adapter import FUSED
+from engine.model.projections import FUSED
 
 BASE = "base"                           # where a checkpoint's metadata say what lies under its adapter
 MODEL, WEIGHT, A, B = "model.", ".weight", ".lora_a", ".lora_b."

@@ -35,6 +35,7 @@ from engine.config.fields import (
     Words,
     ZeroLevel,
 )
+from engine.config.kinds import AttentionName, MLPName
 from engine.config.reliability import ReliabilityConfig
 from engine.config.yaml_values import dump_yaml
 from engine.errors import ConfigError
@@ -88,7 +89,12 @@ class ModelConfig(Section):
     rope_scaling: RopeScalingConfig | None = None
     norm_eps: Rate = 1e-5
     tie_embeddings: bool = False
+    attention: AttentionName = "grouped-query"               # rows of engine.config.kinds
+    mlp: MLPName = "swiglu"
+    qk_norm: bool = False                                    # normalise queries and keys, head by head
     qkv_bias: bool = False
+    attention_bias: bool = False                             # on q, k, v and the projection behind attention
+    mlp_bias: bool = False
     head: Literal["language_model", "score"] = "language_model"      # score: one number per token (reward, critic)
 
     @model_validator(mode="after")
@@ -97,6 +103,8 @@ class ModelConfig(Section):
             raise ValueError(f"num_heads({self.num_heads}) is not a multiple of num_kv_heads({self.num_kv_heads})")
         if self.head_dim % 2:
             raise ValueError(f"head_dim({self.head_dim}) is odd; RoPE rotates pairs")
+        if self.attention_bias and self.qkv_bias:
+            raise ValueError("attention_bias includes qkv_bias: set one of them")
         if self.head == "score" and self.tie_embeddings:
             raise ValueError("head: score has no output layer that tie_embeddings could tie: set it to false")
         return self
@@ -242,6 +250,7 @@ class KernelsConfig(Section):
     rms_norm: Words = "auto"
     rope: Words = "auto"
     swiglu: Words = "auto"
+    relu2: Words = "auto"
     cross_entropy: Words = "auto"
     log_probs: Words = "auto"
     linear: Words = "auto"

@@ -15,7 +15,6 @@ between them.  So what ranks exchange is `rank` numbers per token and projection
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,37 +24,12 @@ from torch import Tensor, nn
 
 from engine.config import AdapterConfig
 from engine.model.layers import Linear
-from engine.model.spec import BETWEEN, ParamSpec, Rule, new_parameter, spec_of
+from engine.model.parameters import new_parameter, spec_of
+from engine.model.projections import FUSED, Fused, require_targets
+from engine.model.spec import BETWEEN, ParamSpec, Rule
+from engine.model.transformer import Transformer
 
 SCORE = "score.weight"
-
-
-@dataclass(frozen=True)
-class Fused:
-    """The projections in the weight of a layer, one behind the other along a dimension.
-
-    Each name takes one index, from the end; the first takes what is left.  Where there are fewer indices than names,
-    they are the last names'.
-    """
-
-    names: tuple[str, ...]
-    dim: int = 0
-
-    def rows(self, size: int) -> Iterator[tuple[str, int, int]]:
-        """Name, first index and number of indices of each projection in a weight of `size` along the dimension."""
-        names = self.names[-min(len(self.names), size):]
-        first = size - len(names) + 1
-        yield names[0], 0, first
-        yield from ((name, first + i, 1) for i, name in enumerate(names[1:]))
-
-
-FUSED = {
-    "linear_qkv": Fused(("q_proj", "k_proj", "v_proj"), dim=1),
-    "linear_proj": Fused(("o_proj",)),
-    "linear_fc1": Fused(("gate_proj", "up_proj")),
-    "linear_fc2": Fused(("down_proj",)),
-    "output_layer": Fused(("lm_head",)),
-}
 
 
 @dataclass(frozen=True)
@@ -143,8 +117,13 @@ class _AddRows(torch.autograd.Function):
         return grads[0], None, *parts
 
 
-def attach_adapters(chunk: nn.Module, config: AdapterConfig) -> None:
-    """Gives the targets in `chunk` (uncut) their adapters; nothing else is trained any more, but for a score head."""
+def attach_adapters(chunk: Transformer, config: AdapterConfig) -> None:
+    """Gives the targets in `chunk` (uncut) their adapters; nothing else is trained any more, but for a score head.
+
+    Raises:
+        ConfigError: the model does not have one of them.
+    """
+    require_targets(chunk.config, config)
     for parameter in chunk.parameters():
         spec = spec_of(parameter)
         if spec.name != SCORE:

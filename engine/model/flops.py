@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a model, counted from its configuration.
+"""Parameters and floating-point operations of a model, counted from its configuration, without torch.
 
 A matrix product of `[tokens, n]` with `[n, m]` costs `2·tokens·n·m` operations: one multiplication and one addition
 for each weight and token.  Training does three such products per weight: the forward pass, the gradient of the input
@@ -31,6 +31,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.config import AdapterConfig, ModelConfig
+from engine.model.inventory import end_specs, layer_specs
+from engine.model.kinds import attention_of, mlp_of
+from engine.model.projections import adapter_elements, require_targets
 
 AttentionCount = Literal["causal", "full"]
 
@@ -45,7 +48,7 @@ class ParameterCounts:
         layer_vectors: norms and biases of one transformer layer.
         num_layers: how often the layer is repeated.
         final_norm: the norm before the LM head, `h`.
-        head: the LM head, `V·h`; it is the embedding itself when `tied`.
+        head: the LM head, `V·h`, or a score's `h`; it is the embedding itself when `tied`.
         tied: the LM head shares the embedding's weights.
     """
 
@@ -70,30 +73,29 @@ class ParameterCounts:
 
 
 def count_parameters(model: ModelConfig) -> ParameterCounts:
-    """Count the parameters of a Llama-family decoder (SwiGLU, RMSNorm, grouped-query attention)."""
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    query_size = model.num_heads * model.head_dim
-    qkv_size = query_size + 2 * model.num_kv_heads * model.head_dim
+    """Count the parameters of a model: those of one layer and of both ends (`engine.model.inventory`)."""
+    layer, ends = layer_specs(model, 0).values(), {name: spec.num_elements for name, spec in end_specs(model).items()}
+    matrices = sum(spec.num_elements for spec in layer if spec.decay)
     return ParameterCounts(
-        embedding=model.vocab_size * hidden,
-        layer_matrices=hidden * qkv_size + query_size * hidden + 3 * hidden * ffn,
-        layer_vectors=2 * hidden + (qkv_size if model.qkv_bias else 0),
-        num_layers=model.num_layers,
-        final_norm=hidden,
-        head=model.vocab_size * hidden,
-        tied=model.tie_embeddings,
-    )
+        embedding=ends.pop("embedding.weight"), layer_matrices=matrices,
+        layer_vectors=sum(spec.num_elements for spec in layer) - matrices, num_layers=model.num_layers,
+        final_norm=ends.pop("final_layernorm.weight"), head=sum(ends.values()), tied=model.tie_embeddings)
+
+
+def products(model: ModelConfig, seq_len: int) -> int:
+    """Multiply-accumulates of one layer per token among activations, forward, with causal scores counted half."""
+    return attention_of(model).products(model, seq_len) + mlp_of(model).products(model, seq_len)
 
 
 def count_adapter(model: ModelConfig, adapter: AdapterConfig) -> int:
-    """Parameters of low-rank adapters: `rank · (in + out)` for each projection that has one."""
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    sizes = {"q_proj": hidden + queries, "k_proj": hidden + keys, "v_proj": hidden + keys, "o_proj": queries + hidden,
-             "gate_proj": hidden + ffn, "up_proj": hidden + ffn, "down_proj": ffn + hidden}
-    of_a_layer = sum(size for name, size in sizes.items() if adapter.adapts(name))
-    of_the_head = hidden + model.vocab_size if adapter.adapts("lm_head") else 0
-    return adapter.rank * (model.num_layers * of_a_layer + of_the_head)
+    """Parameters of low-rank adapters.
+
+    Raises:
+        ConfigError: a projection is to have one that the model does not have.
+    """
+    require_targets(model, adapter)
+    of_a_layer, of_the_ends = (adapter_elements(specs, adapter) for specs in (layer_specs(model, 0), end_specs(model)))
+    return model.num_layers * of_a_layer + of_the_ends
 
 
 def flops_per_token(model: ModelConfig, seq_len: int, attention: AttentionCount = "causal") -> int:
@@ -105,5 +107,4 @@ def flops_per_token(model: ModelConfig, seq_len: int, attention: AttentionCount 
         attention: `causal` counts half of the score matrix (`6·L·h·s`), `full` all of it (`12·L·h·s`).
     """
     factor = 6 if attention == "causal" else 12
-    query_size = model.num_heads * model.head_dim
-    return 6 * count_parameters(model).matmul + factor * model.num_layers * query_size * seq_len
+    return 6 * count_parameters(model).matmul + factor * model.num_layers * products(model, seq_len)

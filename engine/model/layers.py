@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.kernels.table import Operations
-from engine.model.spec import BETWEEN, ParamSpec, Rule, new_parameter
+from engine.model.inventory import Specs
+from engine.model.parameters import new_parameter
 
 
 class Adds(Protocol):
@@ -40,16 +41,10 @@ class Linear(nn.Module):
         self.adapter = None
 
     @staticmethod
-    def create(name: str, out_shape: tuple[int, ...], in_features: int, rule: Rule, *, init_std: float = 0.02,
-               bias: bool = False) -> Linear:
-        """A layer with parameters of its own; `rule` is its weight's.
-
-        The bias of a layer whose output is divided is divided alike; any other is added to the whole sum, outside.
-        """
-        weight = ParamSpec(f"{name}.weight", (*out_shape, in_features), rule, init_std=init_std)
-        bias_rule = BETWEEN if rule.kind == "row" else rule
-        bias_spec = ParamSpec(f"{name}.bias", out_shape, bias_rule, init="zeros", decay=False)
-        return Linear(new_parameter(weight), new_parameter(bias_spec) if bias else None)
+    def of(specs: Specs, name: str) -> Linear:
+        """A layer with parameters of its own: `name.weight` and, where there is one, `name.bias`."""
+        bias = specs.get(f"{name}.bias")
+        return Linear(new_parameter(specs[f"{name}.weight"]), None if bias is None else new_parameter(bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., prod(out)]."""
@@ -71,10 +66,10 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """See `kernels/rms_norm.py`."""
 
-    def __init__(self, name: str, size: int, eps: float, operations: Operations, rule: Rule = BETWEEN) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float, operations: Operations) -> None:
         super().__init__()
         self.eps, self._normalise = eps, operations.rms_norm
-        self.weight = new_parameter(ParamSpec(f"{name}.weight", (size,), rule, init="ones", decay=False))
+        self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self._normalise(x, self.weight, self.eps)
@@ -83,10 +78,9 @@ class RMSNorm(nn.Module):
 class ScoreHead(nn.Module):
     """A number per token: w·x in fp32 (reward models, critics)."""
 
-    def __init__(self, name: str, hidden_size: int) -> None:
+    def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
-        spec = ParamSpec(f"{name}.weight", (1, hidden_size), BETWEEN, init_std=(hidden_size + 1) ** -0.5)
-        self.weight = new_parameter(spec)
+        self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] → fp32 [...]."""
@@ -104,15 +98,3 @@ class _Widen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
-
-
-class SwiGLU(nn.Module):
-    """See `kernels/swiglu.py`."""
-
-    def __init__(self, operations: Operations) -> None:
-        super().__init__()
-        self._activate = operations.swiglu
-
-    def forward(self, gate_up: Tensor) -> Tensor:
-        """[..., 2·F], gate then up → [..., F]."""
-        return self._activate(gate_up.unflatten(-1, (2, -1)))

@@ -18,18 +18,18 @@ parallelism each its part of the tokens.
 A cut dimension that the axis does not divide is only allowed for the vocabulary (`padded`): every rank then holds the
 same number of rows, a multiple of `ROW_ALIGNMENT`, and the rows beyond the true vocabulary are local padding at the end
 of the last ranks.  Padding is in no box, so it never reaches a checkpoint, a norm or an export.
+
+A spec is integers and words, no tensor: this module needs no torch, so that a model's parameters can be counted before
+it is imported (`engine.model.inventory`).  `engine.model.parameters` makes tensors of specs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor, nn
-
 from engine.distributed.boxes import Box
-from engine.distributed.random import generator_for
 
 # Rows of a padded dimension per rank are a multiple of this: 16 bytes of bf16, what tensor cores want.
 ROW_ALIGNMENT = 8
@@ -63,7 +63,7 @@ class ParamSpec:
         shape: global shape, vocabulary unpadded.
         rule: how tensor parallelism treats it.
         init: `normal` with `init_std`, or `ones`, or `zeros`.
-        decay: whether weight decay applies (matrices yes; norms and biases no).
+        decay: whether it is a matrix, which multiplies activations and decays; norms and biases do neither.
         trainable: it takes gradients; what lies under an adapter does not.
         cut: how the tensor axis cuts it; None means that every tensor rank holds all of it.
         partial_sum: every tensor rank sees a part of the tokens, so gradients must be summed over the tensor axis.
@@ -82,6 +82,11 @@ class ParamSpec:
     partial_sum: bool = False
     tied: bool = False
     tied_copy: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        """Of the global tensor."""
+        return prod(self.shape)
 
     @property
     def padded(self) -> bool:
@@ -129,46 +134,3 @@ class ParamSpec:
         if self.rule.dim is not None:
             return self.with_cut(self.rule.dim, parts, index)
         return replace(self, partial_sum=sequence or self.rule.kind == "inside")
-
-    def initial_values(self, seed: int) -> Tensor:
-        """The global tensor at initialisation, fp32; it depends on seed and name alone, not on layout or device.
-
-        It is drawn on the CPU: a GPU has another generator, whose numbers depend on how many processors it has.
-        """
-        values = torch.empty(self.shape, dtype=torch.float32, device="cpu")
-        if self.init == "normal":
-            return values.normal_(0.0, self.init_std, generator=generator_for(seed, "init", self.name))
-        return values.fill_(1.0 if self.init == "ones" else 0.0)
-
-    def take_local(self, values: Tensor) -> Tensor:
-        """Cuts this rank's box out of the global tensor and pads it with zero rows to `local_shape`."""
-        mine = values[self.box.slices]
-        if mine.shape == self.local_shape:
-            return mine
-        out = values.new_zeros(self.local_shape)
-        out[: mine.shape[0]] = mine
-        return out
-
-
-def new_parameter(spec: ParamSpec, device: torch.device | str | None = None,
-                  dtype: torch.dtype | None = None) -> nn.Parameter:
-    """An uninitialised parameter of the spec's local shape that carries the spec."""
-    parameter = nn.Parameter(torch.empty(spec.local_shape, device=device, dtype=dtype), requires_grad=spec.trainable)
-    parameter.spec = spec  # type: ignore[attr-defined]
-    return parameter
-
-
-def spec_of(parameter: Tensor) -> ParamSpec:
-    """The spec a parameter of the model carries."""
-    spec = getattr(parameter, "spec", None)
-    if not isinstance(spec, ParamSpec):
-        raise TypeError("this parameter carries no ParamSpec: it was not made by `new_parameter`")
-    return spec
-
-
-def initialise(model: nn.Module, seed: int) -> None:
-    """Fills every parameter of the model, cut or not, with its share of the global initial values."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            values = spec_of(parameter).initial_values(seed)
-            parameter.copy_(spec_of(parameter).take_local(values))

@@ -1,4 +1,4 @@
-"""A decoder-only transformer: LLaMA 1/2/3, Mistral, Qwen2.
+"""A decoder-only transformer: LLaMA 1/2/3, Mistral, Qwen2 and 3, Arcee.
 
     x = embedding(tokens)
     for each layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))
@@ -12,82 +12,48 @@ under any cut.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from pkgutil import resolve_name
+from typing import Any
 
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.kernels.table import PORTABLE, Operations
 from engine.model.context import Batch
-from engine.model.layers import Embedding, Linear, RMSNorm, ScoreHead, SwiGLU
+from engine.model.half import Angles, Attention, Half
+from engine.model.inventory import Specs, below, end_specs, layer_specs
+from engine.model.kinds import Kind, attention_of, mlp_of
+from engine.model.layers import Embedding, Linear, RMSNorm, ScoreHead
+from engine.model.parameters import new_parameter
 from engine.model.rope import rotary_angles
-from engine.model.spec import VOCABULARY, ParamSpec, Rule, new_parameter
-
-INIT_STD = 0.02
-
-
-def residual_init_std(config: ModelConfig) -> float:
-    """Layers that write into the residual stream start smaller, by 1/√(2·layers) (Radford et al. 2019, section 2.3)."""
-    return INIT_STD / (2 * config.num_layers) ** 0.5
-
-
-def embedding_spec(config: ModelConfig) -> ParamSpec:
-    """Spec of the token embedding, which with `tie_embeddings` is the output layer's weight too."""
-    return ParamSpec("embedding.weight", (config.vocab_size, config.hidden_size), VOCABULARY, init_std=INIT_STD,
-                     tied=config.tie_embeddings)
-
-
-class SelfAttention(nn.Module):
-    """Causal grouped-query self-attention with rotary positions."""
-
-    def __init__(self, config: ModelConfig, index: int, name: str, operations: Operations) -> None:
-        super().__init__()
-        self.index = index
-        groups, heads, dim = config.num_kv_heads, config.num_heads, config.head_dim
-        self.head_shape = (heads // groups + 2, dim)
-        self.linear_qkv = Linear.create(f"{name}.linear_qkv", (groups, *self.head_shape), config.hidden_size,
-                                        Rule("column", 0), init_std=INIT_STD, bias=config.qkv_bias)
-        self.linear_proj = Linear.create(f"{name}.linear_proj", (config.hidden_size,), heads * dim,
-                                         Rule("row", 1), init_std=residual_init_std(config))
-        self.core_attention, self._split_and_rotate = operations.attention, operations.rope
-
-    def forward(self, x_SBH: Tensor, angles: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        qkv = self.linear_qkv(x_SBH)
-        q, k, v = self._split_and_rotate(qkv.unflatten(-1, (-1, *self.head_shape)), *angles)
-        if batch.cache is not None:
-            k, v = batch.cache.append(self.index, k, v)
-        return self.linear_proj(self.core_attention(q, k, v, batch.attention_mask))
-
-
-class MLP(nn.Module):
-    """SwiGLU feed-forward layer: the fused gate and up projection is [2, F, H]."""
-
-    def __init__(self, config: ModelConfig, name: str, operations: Operations) -> None:
-        super().__init__()
-        self.linear_fc1 = Linear.create(f"{name}.linear_fc1", (2, config.ffn_hidden_size), config.hidden_size,
-                                        Rule("column", 1), init_std=INIT_STD)
-        self.activation = SwiGLU(operations)
-        self.linear_fc2 = Linear.create(f"{name}.linear_fc2", (config.hidden_size,), config.ffn_hidden_size,
-                                        Rule("row", 1), init_std=residual_init_std(config))
-
-    def forward(self, x_SBH: Tensor) -> Tensor:
-        return self.linear_fc2(self.activation(self.linear_fc1(x_SBH)))
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer, of the kinds of halves that the configuration names."""
 
     def __init__(self, config: ModelConfig, index: int, operations: Operations) -> None:
         super().__init__()
-        name = f"layers.{index}"
-        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", config.hidden_size, config.norm_eps, operations)
-        self.self_attention = SelfAttention(config, index, f"{name}.self_attention", operations)
-        self.pre_mlp_layernorm = RMSNorm(f"{name}.pre_mlp_layernorm", config.hidden_size, config.norm_eps, operations)
-        self.mlp = MLP(config, f"{name}.mlp", operations)
+        specs = layer_specs(config, index)
 
-    def forward(self, x_SBH: Tensor, angles: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(new_parameter(specs[f"{name}.weight"]), config.norm_eps, operations)
+
+        def half(name: str, kind: Kind) -> Any:
+            return resolve_name(kind.computes)(config, index, below(specs, name), operations)
+
+        self.input_layernorm = norm("input_layernorm")
+        self.self_attention: Attention = half("self_attention", attention_of(config))
+        self.pre_mlp_layernorm = norm("pre_mlp_layernorm")
+        self.mlp: Half = half("mlp", mlp_of(config))
+
+    def forward(self, x_SBH: Tensor, angles: Angles, batch: Batch) -> Tensor:
         x_SBH = x_SBH + self.self_attention(self.input_layernorm(x_SBH), angles, batch)
-        return x_SBH + self.mlp(self.pre_mlp_layernorm(x_SBH))
+        return x_SBH + self.mlp(self.pre_mlp_layernorm(x_SBH), angles, batch)
+
+    @property
+    def halves(self) -> tuple[tuple[RMSNorm, Half], ...]:
+        """Each half with the norm in front of it."""
+        return (self.input_layernorm, self.self_attention), (self.pre_mlp_layernorm, self.mlp)
 
 
 class Transformer(nn.Module):
@@ -97,21 +63,20 @@ class Transformer(nn.Module):
                  last: bool = True, operations: Operations = PORTABLE) -> None:
         super().__init__()
         self.config = config
-        self.embedding = Embedding(new_parameter(embedding_spec(config))) if first else None
+        specs = end_specs(config)
+        self.embedding = Embedding(new_parameter(specs["embedding.weight"])) if first else None
         indices = range(config.num_layers) if layers is None else layers
         self.layers = nn.ModuleDict({str(i): Block(config, i, operations) for i in indices})
-        self.final_layernorm = RMSNorm("final_layernorm", config.hidden_size, config.norm_eps, operations) \
+        self.final_layernorm = RMSNorm(new_parameter(specs["final_layernorm.weight"]), config.norm_eps, operations) \
             if last else None
-        self.output_layer = self._output_layer() if last and config.head == "language_model" else None
-        self.score = ScoreHead("score", config.hidden_size) if last and config.head == "score" else None
+        self.output_layer = self._output_layer(specs) if last and config.head == "language_model" else None
+        self.score = ScoreHead(new_parameter(specs["score.weight"])) if last and config.head == "score" else None
 
-    def _output_layer(self) -> Linear:
+    def _output_layer(self, specs: Specs) -> Linear:
         """Tied, it shares the embedding's parameter or, in a chunk without the embedding, holds a copy of it."""
-        if not self.config.tie_embeddings:
-            return Linear.create("output_layer", (self.config.vocab_size,), self.config.hidden_size, VOCABULARY)
-        if self.embedding is not None:
+        if self.config.tie_embeddings and self.embedding is not None:
             return Linear(self.embedding.weight)
-        return Linear(new_parameter(replace(embedding_spec(self.config), tied_copy=True)))
+        return Linear.of(specs, "output_layer")
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """Token ids [S, B] (first chunk) or hidden states → hidden states, or logits (last chunk), or scores."""

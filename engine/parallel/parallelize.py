@@ -30,7 +30,7 @@ from engine.kernels.table import Operations, choose
 from engine.model.adapter import Adapter, attach_adapters
 from engine.model.context import Batch
 from engine.model.objective import NEXT_TOKEN, Measure, Objective
-from engine.model.spec import new_parameter, spec_of
+from engine.model.parameters import initial_values, new_parameter, spec_of, take_local
 from engine.model.transformer import Block, Transformer
 from engine.parallel.context.ring import RingAttention
 from engine.parallel.data.buckets import Bucket
@@ -89,10 +89,10 @@ class ParallelModel:
         """
         for bucket in self.buckets:
             for entry in bucket.entries:
-                bucket.set_master(entry, entry.spec.take_local(entry.spec.initial_values(seed)))
+                bucket.set_master(entry, take_local(entry.spec, initial_values(entry.spec, seed)))
         for flat in self.frozen if frozen else ():
             for entry in flat.entries:
-                flat.fill(flat.param_shard, entry, entry.spec.take_local(entry.spec.initial_values(seed)))
+                flat.fill(flat.param_shard, entry, take_local(entry.spec, initial_values(entry.spec, seed)))
         self.publish()
 
     def forward_backward(self, batches: Sequence[Batch], scale: float | Tensor) -> Tensor | None:

@@ -3,8 +3,9 @@
 full         A layer keeps its input only and runs its forward pass again before its backward pass (Chen et al. 2016):
              about a third more computation, almost no memory.
 selective    What is cheap to compute and large to keep (Korthikanti et al. 2022, section 5; attention's own share of it
-             is done by the fused attention kernel already): the outputs of both norms and of SwiGLU.  Of a layer's
-             roughly 16·S·B·H activations at F = 8/3·H that is 4.7, for a few elementwise passes.
+             is done by the fused attention kernel already): the outputs of both norms and what the halves call cheap,
+             such as the output of SwiGLU.  Of a layer's roughly 16·S·B·H activations at F = 8/3·H that is 4.7, for
+             a few elementwise passes.
 
 The selective kind works on single outputs.  The norm's output is needed by the linear layer behind it, in the forward
 pass and for the weight gradient.  After that layer has run, the output's storage is emptied; when the gradient of the
@@ -32,9 +33,10 @@ def apply_recompute(blocks: Iterable[Block], kind: Recompute) -> None:
         if kind == "full":
             block.forward = partial(_checkpointed, block.forward)  # type: ignore[method-assign]
         elif kind == "selective":
-            _forget_output(block.input_layernorm, block.self_attention.linear_qkv)
-            _forget_output(block.pre_mlp_layernorm, block.mlp.linear_fc1)
-            _forget_output(block.mlp.activation, block.mlp.linear_fc2)
+            for norm, half in block.halves:
+                _forget_output(norm, half.get_submodule(half.entrance))
+                for producer, consumer in half.cheap:
+                    _forget_output(half.get_submodule(producer), half.get_submodule(consumer))
 
 
 def _checkpointed(forward: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -18,7 +18,7 @@ from engine.distributed.mesh import Mesh, meta_mesh
 from engine.distributed.topology import Topology
 from engine.errors import RequestError
 from engine.kernels.table import PORTABLE
-from engine.model.spec import spec_of
+from engine.model.parameters import spec_of
 from engine.optim.adamw import AdamW
 from engine.parallel.data.buckets import Bucket
 from engine.parallel.parallelize import ParallelModel, parallelize

@@ -28,7 +28,7 @@ from engine.distributed.pieces import Piece
 from engine.distributed.topology import Topology
 from engine.model.context import Batch
 from engine.model.objective import NEXT_TOKEN, Measure, Objective
-from engine.model.spec import initialise
+from engine.model.parameters import initialise
 from engine.optim.adamw import AdamW
 from engine.optim.gradients import StepSums, clip_divisor, sum_over_world
 from engine.parallel.parallelize import ParallelModel, parallelize

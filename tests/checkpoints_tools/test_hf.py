@@ -70,6 +70,11 @@ def test_ours_to_theirs_and_back_is_the_same_bits(kind: str, tmp_path: Path) -> 
     ("Mistral", torch.bfloat16, {"sliding_window": None}),
     ("Qwen2", torch.float32, {"tie_word_embeddings": True, "rope_theta": 1e6}),
     ("Qwen2", torch.bfloat16, {}),
+    ("Llama", torch.float32, {"attention_bias": True, "mlp_bias": True}),
+    ("Qwen3", torch.bfloat16, {"head_dim": 16}),
+    ("Qwen3", torch.float32, {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": True}),
+    ("Arcee", torch.float32, {"mlp_bias": True, "bos_token_id": 1, "eos_token_id": 2}),
+    ("Arcee", torch.bfloat16, {"hidden_act": "gelu", "bos_token_id": 1, "eos_token_id": 2}),
 ])
 def test_theirs_to_ours_and_back_is_the_same_bits(name: str, dtype: torch.dtype, settings: dict[str, Any],
                                                   tmp_path: Path) -> None:
@@ -175,8 +180,7 @@ def test_a_wrong_tokenizer_is_refused(tokenizer: str, data: dict[str, Any], mess
     ("Llama", {}, {"architectures": ["LlamaModel"]}, "Octant converts"),
     ("Llama", {}, {"model_type": "mistral"}, "architectures is .'LlamaForCausalLM'., but model_type 'mistral'"),
     ("Llama", {}, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ("Llama", {"attention_bias": True}, {}, "bias on o_proj"),
-    ("Llama", {"mlp_bias": True}, {}, "mlp_bias"),
+    ("Llama", {}, {"attention_bias": 1}, "attention_bias is 1, which is not true or false"),
     ("Llama", {}, {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("Mistral", {"sliding_window": 64}, {}, "max_position_embeddings in config.json lowered to it"),
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, {}, "sliding_window is 64"),
@@ -211,8 +215,8 @@ def test_older_spellings_of_config_json_are_read(tmp_path: Path) -> None:
                "original_max_position_embeddings": 32}
     edit(folder / "config.json", rope_parameters=None, rope_theta=5e5, rope_scaling=scaling, num_key_value_heads=None,
          head_dim=None)
-    name, config = read_hf_config(folder)
-    assert (name, config.rope_theta, config.num_kv_heads, config.head_dim) == ("LlamaForCausalLM", 5e5, 4, 12)
+    family, config = read_hf_config(folder)
+    assert (family.name, config.rope_theta, config.num_kv_heads, config.head_dim) == ("LlamaForCausalLM", 5e5, 4, 12)
     assert config.rope_scaling is not None and config.rope_scaling.model_dump() == LLAMA3
 
 

@@ -24,7 +24,7 @@ from engine.config import AdapterConfig, ModelConfig
 from engine.distributed.boxes import Box
 from engine.errors import CheckpointError
 from engine.model.adapter import attach_adapters
-from engine.model.spec import spec_of
+from engine.model.parameters import spec_of
 from engine.model.transformer import Transformer
 from tests.kit.checkpoints import KINDS, model, random_block, write_random
 

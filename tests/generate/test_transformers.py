@@ -7,7 +7,7 @@ import torch
 
 from engine.generate.generator import Generator
 from engine.generate.request import Limits, Sampling
-from engine.model.spec import spec_of
+from engine.model.parameters import spec_of
 from tests.kit.hugging_face import build_twin, load_twin, twin_names
 from tests.kit.models import PROMPTS, inference_model, model_config, whole_model
 

@@ -97,6 +97,10 @@ def swiglu_cases() -> list[Case]:
     return [Case(str(shape), (4 * random(*shape, seed=7),), differentiated()) for shape in ((LENGTH, BATCH, 2, 56),)]
 
 
+def relu2_cases() -> list[Case]:
+    return [Case(str(shape), (4 * random(*shape, seed=17),), differentiated()) for shape in ((LENGTH, BATCH, 56),)]
+
+
 VOCABULARY, CUT = 37, (20, 17)
 
 
@@ -173,6 +177,6 @@ def adamw_cases() -> list[Case]:
 
 CASES: dict[str, Callable[[], list[Case]]] = {
     "attention": attention_cases, "attention_block": attention_block_cases, "rms_norm": rms_norm_cases,
-    "rope": rope_cases, "swiglu": swiglu_cases, "cross_entropy": vocabulary_cases,
+    "rope": rope_cases, "swiglu": swiglu_cases, "relu2": relu2_cases, "cross_entropy": vocabulary_cases,
     "log_probs": partial(vocabulary_cases, temperature=0.8), "linear": linear_cases,
     "weight_gradient": weight_gradient_cases, "adamw": adamw_cases}

@@ -30,6 +30,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "scaled rotation": {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "num_kv_heads": 2},
     "wide heads": {"head_dim": 32, "num_kv_heads": 2},
     "heads that do not divide": {"num_heads": 5, "num_kv_heads": 5, "head_dim": 10},
+    "all biases": {"attention_bias": True, "mlp_bias": True, "num_kv_heads": 2},
+    "qk-norm": {"qk_norm": True, "num_kv_heads": 2, "head_dim": 16, "rope_theta": 1e6},
+    "qk-norm, biased and tied": {"qk_norm": True, "attention_bias": True, "tie_embeddings": True},
+    "relu2": {"mlp": "relu2", "num_kv_heads": 2},
+    "gelu, all biases": {"mlp": "gelu", "attention_bias": True, "mlp_bias": True},
 }
 MEGATRON_KINDS = {**{kind: KINDS[kind] for kind in ("grouped", "tied", "biased", "odd vocabulary", "wide heads")},
                   "scaled rotation": {"rope_scaling": LLAMA3 | {"original_max_seq_len": 8192}, "rope_theta": 500000.0}}

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    ArceeConfig,
+    ArceeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from engine.config import ModelConfig
@@ -24,6 +28,8 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "arcee": (ArceeConfig, ArceeForCausalLM, {"bos_token_id": None, "eos_token_id": None}),
 }
 
 
@@ -37,6 +43,12 @@ def build_twin(config: ModelConfig, family: str) -> nn.Module:
                  "original_max_position_embeddings": scaling.original_max_seq_len}
     if family != "qwen2" or config.head_dim != config.hidden_size // config.num_heads:
         extra = extra | {"head_dim": config.head_dim}
+    if family in ("llama", "qwen3", "arcee"):
+        extra = extra | {"attention_bias": config.attention_bias}
+    if family in ("llama", "arcee"):
+        extra = extra | {"mlp_bias": config.mlp_bias}
+    if family == "arcee":
+        extra = extra | {"hidden_act": config.mlp}
     twin_config = config_class(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.ffn_hidden_size,
         num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
@@ -68,9 +80,11 @@ def _translate(name: str, values: Tensor, config: ModelConfig) -> dict[str, Tens
         return {f"{layer}.self_attn.{letter}_proj.{kind}": part.flatten(0, 2)
                 for letter, part in (("q", q), ("k", k), ("v", v))}
     if module == "mlp.linear_fc1":
-        gate, up = values
-        return {f"{layer}.mlp.gate_proj.weight": gate, f"{layer}.mlp.up_proj.weight": up}
-    renamed = {"self_attention.linear_proj": "self_attn.o_proj", "mlp.linear_fc2": "mlp.down_proj",
+        *gate, up = values
+        named = {"up": up} | ({"gate": gate[0]} if gate else {})
+        return {f"{layer}.mlp.{letters}_proj.{kind}": part for letters, part in named.items()}
+    renamed = {"self_attention.q_layernorm": "self_attn.q_norm", "self_attention.k_layernorm": "self_attn.k_norm",
+               "self_attention.linear_proj": "self_attn.o_proj", "mlp.linear_fc2": "mlp.down_proj",
                "input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
     return {f"{layer}.{renamed[module]}.{kind}": values}
 

@@ -16,6 +16,7 @@ from engine.distributed.boxes import Box
 from engine.distributed.mesh import Mesh
 from engine.distributed.topology import Topology
 from engine.model.context import Batch
+from engine.model.parameters import take_local
 from engine.optim.adamw import AdamW
 from engine.optim.gradients import clip_divisor, sum_over_world
 from engine.optim.schedule import learning_rate
@@ -86,7 +87,7 @@ def train_layout(config: Config, num_steps: int, task: Task = PRETRAINING) -> Re
     for bucket in model.buckets:
         for entry in bucket.entries:
             if (values := adapter_values(entry.spec)) is not None:
-                bucket.set_master(entry, entry.spec.take_local(values))
+                bucket.set_master(entry, take_local(entry.spec, values))
     model.publish()
     optimizer = AdamW(model.buckets, config.optim, model.operations)
     out = Result(initial=shards(model.buckets, "master"))

@@ -8,7 +8,7 @@ import torch
 
 from engine.config import Config
 from engine.distributed.mesh import Mesh, single_mesh
-from engine.model.spec import initialise
+from engine.model.parameters import initialise
 from engine.model.transformer import Transformer
 from engine.parallel.parallelize import ParallelModel, parallelize
 from tests.kit.layouts import tiny_config

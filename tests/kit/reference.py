@@ -17,7 +17,8 @@ from engine.config import Config
 from engine.model.adapter import attach_adapters
 from engine.model.context import Batch, document_mask, document_positions
 from engine.model.objective import NEXT_TOKEN, Objective
-from engine.model.spec import ParamSpec, initialise, spec_of
+from engine.model.parameters import initial_values, initialise, spec_of
+from engine.model.spec import ParamSpec
 from engine.model.transformer import Transformer
 from engine.optim.schedule import learning_rate
 
@@ -80,7 +81,7 @@ def adapter_values(spec: ParamSpec) -> Tensor | None:
     """What the B of an adapter begins with in tests: as zeros, it would leave its A without a gradient."""
     if ".lora_b." not in spec.name:
         return None
-    return replace(spec, init="normal", init_std=0.1).initial_values(11)
+    return initial_values(replace(spec, init="normal", init_std=0.1), 11)
 
 
 def train_reference(config: Config, num_steps: int, task: Task = PRETRAINING) -> Reference:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.model.context import Batch, document_mask, document_positions
-from engine.model.spec import initialise, spec_of
+from engine.model.parameters import initialise, spec_of
 from engine.model.transformer import Transformer
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_hidden_size=64, vocab_size=50)

@@ -1,4 +1,4 @@
-"""The uncut model is `transformers`' Llama, Mistral and Qwen2: loss and every gradient, on the same weights, in fp32.
+"""The uncut model is `transformers`' Llama, Mistral, Qwen2 and 3, and Arcee: loss and every gradient, fp32.
 
 So is the training path of one process, which goes through buckets, gradient slots and the executor.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.config import Config, ModelConfig, RopeScalingConfig, resolve_layout
 from engine.distributed.mesh import single_mesh
 from engine.model.context import Batch
-from engine.model.spec import spec_of
+from engine.model.parameters import spec_of
 from engine.model.transformer import Transformer
 from engine.parallel.parallelize import parallelize
 
@@ -55,6 +55,11 @@ CASES = {
     "narrow-heads": Case("llama", {"head_dim": 10, "hidden_size": 72}),
     "large-norm-eps": Case("llama", {"norm_eps": 0.1}),
     "long-sequence": Case("llama", {"max_seq_len": 600, "num_layers": 1}),
+    "all-biases": Case("llama", {"attention_bias": True, "mlp_bias": True, "num_kv_heads": 2}),
+    "qk-norm": Case("qwen3", {"qk_norm": True, "num_kv_heads": 2, "head_dim": 24}),
+    "qk-norm-bias-tied": Case("qwen3", {"qk_norm": True, "attention_bias": True, "tie_embeddings": True}),
+    "squared-relu": Case("arcee", {"mlp": "relu2", "num_kv_heads": 2}),
+    "gelu-all-biases": Case("arcee", {"mlp": "gelu", "attention_bias": True, "mlp_bias": True}),
 }
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from engine.errors import ConfigError
+from engine.model.adapter import attach_adapters
+from engine.model.flops import count_adapter
+from engine.model.transformer import Transformer
 from tests.kit.layouts import check, reference, run_layout, tiny_config
 
 EVERYWHERE = {"rank": 3, "alpha": 5, "targets": ["all-linear", "lm_head"]}
@@ -38,3 +43,29 @@ def test_any_projections(targets: list[str], parallel: dict[str, Any]) -> None:
     config = tiny_config(parallel=parallel, adapter={"rank": 2, "targets": targets},
                          model={"num_kv_heads": 4, "num_heads": 8})
     check(run_layout(config, 2), reference(config, 2))
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "relu2"])
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"data": 2, "zero": 3}], ids=str)
+def test_two_matrices_have_no_gate(mlp: str, parallel: dict[str, Any]) -> None:
+    """And biases are left as they are."""
+    config = tiny_config(parallel=parallel, adapter=EVERYWHERE, model={
+        "num_kv_heads": 4, "num_heads": 8, "mlp": mlp, "qk_norm": True, "mlp_bias": True, "attention_bias": True})
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    assert config.adapter is not None
+    attach_adapters(model, config.adapter)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(trained.values()) == count_adapter(config.model, config.adapter)
+    assert any(name.endswith("b_up_proj") for name in trained) and not any("gate_proj" in name for name in trained)
+    check(run_layout(config, 2), reference(config, 2))
+
+
+def test_a_gate_that_is_not_there_is_refused() -> None:
+    config = tiny_config(adapter={"targets": ["q_proj", "gate_proj"]}, model={"mlp": "gelu"})
+    assert config.adapter is not None
+    message = "has gate_proj, which a model with model.mlp: gelu does not have; its layers have q_proj, k_proj"
+    with pytest.raises(ConfigError, match=message):
+        count_adapter(config.model, config.adapter)
+    with pytest.raises(ConfigError, match=message):
+        attach_adapters(Transformer(config.model), config.adapter)

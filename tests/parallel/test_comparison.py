@@ -54,6 +54,9 @@ def keep_key_gradients(x: Tensor, axis: Axis, tag: int = 0) -> ring.RingShift:
 MUTATIONS: dict[str, tuple[Any, str, Any, dict[str, Any], str]] = {
     "norm gradients not summed over tensor ranks": (
         buckets, "all_reduce", drop_tensor_sum, {"parallel": {"tensor": 2}}, "replicas of"),
+    "norms inside a region not summed over tensor ranks": (
+        buckets, "all_reduce", drop_tensor_sum,
+        {"parallel": {"tensor": 2, "sequence": False}, "model": {"qk_norm": True}}, "k_layernorm.weight"),
     "tied embeddings not summed over stages": (
         buckets, "all_reduce", drop_tied_sum,
         {"parallel": {"pipeline": 2}, "model": {"tie_embeddings": True}}, "replicas of embedding.weight"),

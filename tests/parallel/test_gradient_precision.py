@@ -59,7 +59,7 @@ def test_sums_over_tokens_are_as_good_as_in_fp32(what: str) -> None:
         wide = x.double()
         want = (upstream.double() * wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).sum(0)
     elif what == "score":
-        head = ScoreHead("score", 64).bfloat16()
+        head = ScoreHead(torch.nn.Parameter(random(1, 64, seed=3))).bfloat16()
         sums = slot_for(head.weight)
         head(x).backward(upstream[:, 0].float())
         sums, want = sums[0], (upstream[:, :1].double() * x.double()).sum(0)

@@ -50,7 +50,10 @@ SHAPES = {
     "tied-odd-vocabulary": {"tie_embeddings": True, "vocab_size": 61},
     "five-layers": {"num_layers": 5},
     "one-kv-head": {"num_kv_heads": 1, "head_dim": 12},
+    "qk-norm-all-biases": {"num_kv_heads": 2, "qk_norm": True, "attention_bias": True, "mlp_bias": True},
+    "gelu": {"mlp": "gelu", "mlp_bias": True, "qk_norm": True, "qkv_bias": True},
 }
+EVERYTHING = {"mlp": "relu2", "qk_norm": True, "attention_bias": True, "mlp_bias": True}
 
 
 def run_case(layout: dict[str, object], model: dict[str, object], data: dict[str, object], batch: dict[str, int],
@@ -96,7 +99,7 @@ def test_zero_bubble(layout: dict[str, object]) -> None:
     {"data": 4, "zero_shard": 2}, {"pipeline": 2, "data": 2, "schedule": "interleaved", "virtual_stages": 2},
 ], ids=name_of)
 def test_zero_levels(layout: dict[str, object], zero: int) -> None:
-    run_case(layout | {"zero": zero}, {"qkv_bias": True, "tie_embeddings": True}, {}, {})
+    run_case(layout | {"zero": zero}, EVERYTHING | {"tie_embeddings": True}, {}, {})
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
@@ -107,7 +110,7 @@ def test_zero_levels(layout: dict[str, object], zero: int) -> None:
     {"context": 4, "data": 2, "zero": 2, "zero_shard": 4},
 ], ids=name_of)
 def test_context_parallelism(layout: dict[str, object], masked: bool) -> None:
-    run_case(layout, {"num_kv_heads": 2}, {"document_mask": masked}, {"micro": 2})
+    run_case(layout, EVERYTHING | {"num_kv_heads": 2}, {"document_mask": masked}, {"micro": 2})
 
 
 @pytest.mark.parametrize("recompute", [
@@ -116,7 +119,8 @@ def test_context_parallelism(layout: dict[str, object], masked: bool) -> None:
     {}, {"tensor": 2, "pipeline": 2, "schedule": "zb-h1"}, {"data": 2, "zero": 3}, {"tensor": 2, "sequence": False},
 ], ids=name_of)
 def test_recomputation_changes_no_bit(layout: dict[str, object], recompute: dict[str, object]) -> None:
-    kept, recomputed = (run_layout(tiny_config(parallel=layout | extra), 2) for extra in ({}, recompute))
+    model = EVERYTHING if "pipeline" in layout else {}
+    kept, recomputed = (run_layout(tiny_config(parallel=layout | extra, model=model), 2) for extra in ({}, recompute))
     for a, b in zip(kept, recomputed, strict=True):
         assert a.losses == b.losses and a.grad_norms == b.grad_norms
         for (name, _, _, x), (_, _, _, y) in zip(a.gradients + a.weights, b.gradients + b.weights, strict=True):

@@ -23,6 +23,7 @@ from engine.distributed.topology import Topology
 from engine.model.context import Batch
 from engine.model.fields import Field
 from engine.model.objective import Head, Objective
+from engine.model.parameters import initial_values, take_local
 from engine.model.transformer import Transformer
 from engine.optim.gradients import sum_over_world
 from engine.parallel.context.zigzag import positions_of
@@ -172,8 +173,8 @@ def measured_per_token(config: Config) -> Tensor | None:
     model = parallelize(config, mesh, training=False)
     for chunk in model.chunks.values():
         for parameter in chunk.parameters():
-            values = parameter.spec.initial_values(config.run.seed)
-            parameter.data.copy_(parameter.spec.take_local(values))
+            values = initial_values(parameter.spec, config.run.seed)
+            parameter.data.copy_(take_local(parameter.spec, values))
     measured = model.evaluate(microbatches(config, global_batch(config, 1), mesh), numbers_per_token)
     if measured is None:
         return None

@@ -1,10 +1,10 @@
 """Layouts drawn at random: whatever is combined is the same mathematics as one process, or is refused with a reason.
 
 Everything that can be combined is drawn together: the four degrees, schedule and chunks, sequence parallelism, ZeRO
-level and the ranks it shards over, recomputation, document masks, tied embeddings, query groups, biases, odd numbers of
-layers, microbatch size and vocabulary.  `REASONS` says, independently of the code, which draws cannot work and what the
-user must be told; all others run.  Memory that the engine hands out uninitialised is filled with NaN, so that reading
-it before writing it shows.
+level and the ranks it shards over, recomputation, document masks, tied embeddings, query groups, kinds of feed-forward
+layers, norms of queries and keys, biases, odd numbers of layers, microbatch size and vocabulary.  `REASONS` says,
+independently of the code, which draws cannot work and what the user must be told; all others run.  Memory that the
+engine hands out uninitialised is filled with NaN, so that reading it before writing it shows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tests.kit.layouts import Result, check, reference, tiny_config, train_layou
 
 NUM_LAYOUTS, NUM_STEPS, SEED = 66, 5, 20240
 SCHEDULES = ("1f1b", "interleaved", "zb-v", "zb-h1", "gpipe", "zb-h2")
+BIASES = (("qkv_bias",), ("attention_bias", "mlp_bias"), ("mlp_bias",))
 Draw = dict[str, dict[str, Any]]
 
 
@@ -39,6 +40,7 @@ def draw(rng: random.Random, index: int) -> Draw:
     chunks = {"interleaved": rng.choice((1, 2, 2, 3)), "zb-v": 2}.get(schedule, rng.choice((1, 1, 1, 1, 2)))
     layers = max(1, pipeline * chunks + rng.choice((-1, 0, 1, 1, 2, 3)))
     recompute = rng.choice(("none", "none", "selective", "full"))
+    kinds = random.Random(repr((index, degrees, layers)))
     micro = rng.choice((1, 2))
     return {
         "parallel": {
@@ -47,8 +49,10 @@ def draw(rng: random.Random, index: int) -> Draw:
             "zero_shard": rng.choice((0, 0, 1, 2, data * context)), "recompute": recompute,
             "recompute_layers": rng.choice((None, None, 1, tuple(rng.randrange(3) for _ in range(pipeline)))),
         },
-        "model": {"num_layers": layers, "num_kv_heads": rng.choice((4, 4, 2, 1)), "qkv_bias": rng.random() < 0.3,
-                  "tie_embeddings": rng.random() < 0.5, "vocab_size": rng.choice((97, 61))},
+        "model": {"num_layers": layers, "num_kv_heads": rng.choice((4, 4, 2, 1)),
+                  **(dict.fromkeys(kinds.choice(BIASES), True) if rng.random() < 0.5 else {}),
+                  "tie_embeddings": rng.random() < 0.5, "vocab_size": rng.choice((97, 61)),
+                  "mlp": kinds.choice(("swiglu", "gelu", "relu2")), "qk_norm": kinds.random() < 0.4},
         "data": {"seq_len": rng.choice((16, 16, 16, 16, 18, 20)), "document_mask": rng.random() < 0.4},
         "batch": {"micro": micro, "global": rng.choice((micro * data * rng.choice((1, 2, 3, 4)), 6))},
     }
@@ -86,7 +90,8 @@ def name_of(drawn: Draw) -> str:
     layers = str(p["recompute_layers"]).replace(" ", "")
     name += f"-zero{p['zero']}s{p['zero_shard']}-{p['recompute']}{layers}-L{m['num_layers']}g{m['num_kv_heads']}"
     name += f"-s{d['seq_len']}b{b['micro']}of{b['global']}"
-    flags = {"seq": p["sequence"], "tied": m["tie_embeddings"], "bias": m["qkv_bias"], "docs": d["document_mask"]}
+    flags = {"seq": p["sequence"], "tied": m["tie_embeddings"], "docs": d["document_mask"], m["mlp"]: True,
+             "qk_norm": m["qk_norm"]} | {key: key in m for key in ("qkv_bias", "attention_bias", "mlp_bias")}
     return name + "".join(f"-{flag}" for flag, on in flags.items() if on)
 
 
@@ -158,6 +163,9 @@ def test_draws_cover_what_they_claim() -> None:
     assert {2, 3, 4} <= seen("parallel", "pipeline") and {2, 3} <= seen("parallel", "data")
     assert seen("parallel", "recompute") == {"none", "selective", "full"}
     assert 3 in seen("parallel", "virtual_stages")
-    for section, key in (("parallel", "sequence"), ("model", "tie_embeddings"), ("data", "document_mask")):
+    assert seen("model", "mlp") == {"swiglu", "gelu", "relu2"}
+    assert all(any(key in drawn["model"] for drawn in POSSIBLE) for biases in BIASES for key in biases)
+    for section, key in (("parallel", "sequence"), ("model", "tie_embeddings"), ("data", "document_mask"),
+                         ("model", "qk_norm")):
         assert seen(section, key) == {True, False}
     assert any(isinstance(drawn["parallel"]["recompute_layers"], tuple) for drawn in POSSIBLE)

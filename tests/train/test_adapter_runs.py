@@ -21,7 +21,7 @@ from engine.errors import CheckpointError, ConfigError
 from engine.generate.load import inference_config, load_model
 from engine.model.adapter import attach_adapters
 from engine.model.flops import count_adapter, count_parameters
-from engine.model.spec import spec_of
+from engine.model.parameters import spec_of
 from engine.model.transformer import Transformer
 from engine.train.corpora import Corpora
 from engine.train.introduction import introduction

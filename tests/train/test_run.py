@@ -30,7 +30,7 @@ from engine.metrics.sinks import JsonlSink
 from engine.model.context import Batch
 from engine.model.flops import flops_per_token
 from engine.model.objective import NEXT_TOKEN
-from engine.model.spec import spec_of
+from engine.model.parameters import spec_of
 from engine.model.transformer import Transformer
 from engine.optim.schedule import learning_rate
 from engine.train.batches import Loader

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from engine.distributed.mesh import Mesh
-from engine.model.spec import spec_of
+from engine.model.parameters import spec_of
 from engine.model.transformer import Transformer
 from engine.parallel.data.buckets import Bucket, BucketKind, kind_of
 from engine.parallel.data.flat import FlatParameters

@@ -22,7 +22,8 @@ from engine.distributed.boxes import Box, flat_range_boxes
 from engine.distributed.collectives import DONE, Work, all_gather_into
 from engine.distributed.mesh import Mesh
 from engine.distributed.pieces import Piece
-from engine.model.spec import ParamSpec, spec_of
+from engine.model.parameters import spec_of
+from engine.model.spec import ParamSpec
 
 # A parameter starts at a multiple of this many elements: 128 bytes of bf16, so that GEMMs find aligned operands.
 ALIGNMENT = 64

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from engine.config import ModelConfig
 from engine.errors import ConfigError
+from engine.model.flops import count_parameters, products
 
 
 def layer_costs(config: ModelConfig, seq_len: int) -> tuple[float, float, float]:
@@ -16,10 +17,9 @@ def layer_costs(config: ModelConfig, seq_len: int) -> tuple[float, float, float]
 
     The embedding is a table look-up; it is counted as the one pass over the hidden state that it writes.
     """
-    heads = config.num_heads * config.head_dim
-    attention = config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    layer = attention + 3 * config.hidden_size * config.ffn_hidden_size + heads * seq_len
-    return float(layer), float(config.hidden_size), float(config.hidden_size * config.vocab_size)
+    counts = count_parameters(config)
+    layer = counts.layer_matrices + products(config, seq_len)
+    return float(layer), float(config.hidden_size), float(counts.head)
 
 
 def deal_layers(num_layers: int, num_chunks: int, *, layer: float = 1.0, embedding: float = 0.0,

@@ -14,6 +14,7 @@ Messages cost nothing here: how long they take is a matter of the network.
 from __future__ import annotations
 
 from engine.config import Config
+from engine.model.flops import products
 from engine.parallel.pipeline.partition import deal_layers, layer_costs
 from engine.schedules.simulate import Costs, Timeline, simulate
 from engine.schedules.table import build_schedule
@@ -33,7 +34,7 @@ def timeline(config: Config) -> Timeline:
         work[stage] += len(deal[chunk]) * layer + embedding * (chunk == 0) + output * (chunk == len(deal) - 1)
     slowest = max(range(parallel.pipeline), key=work.__getitem__)
     forward = work[slowest]
-    attention = num_layers[slowest] * config.model.num_heads * config.model.head_dim * config.data.seq_len / forward
+    attention = num_layers[slowest] * products(config.model, config.data.seq_len) / forward
     again = _recomputed_layers(config, slowest, num_layers[slowest]) * layer / forward
     return simulate(schedule, Costs(1, 1 + attention + again, 1 - attention))
 

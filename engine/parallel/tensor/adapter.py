@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from engine.distributed.mesh import Axis
 from engine.model.adapter import Adapter, Projection
-from engine.model.spec import spec_of
+from engine.model.parameters import spec_of
 from engine.parallel.tensor.gemms import plain_gemms
 from engine.parallel.tensor.layers import ParallelLinear, TensorContext, full_sequence, sum_over_ranks
 

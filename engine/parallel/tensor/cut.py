@@ -11,7 +11,7 @@ from torch import nn
 
 from engine.model.adapter import Adapter
 from engine.model.layers import Embedding, Linear
-from engine.model.spec import new_parameter, spec_of
+from engine.model.parameters import new_parameter, spec_of
 from engine.model.transformer import Transformer
 from engine.parallel.tensor.adapter import ParallelAdapter
 from engine.parallel.tensor.layers import ParallelLinear, TensorContext, VocabEmbedding

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.distributed.boxes import Box
 from engine.distributed.collectives import all_gather, all_reduce, my_part
 from engine.distributed.mesh import Axis
-from engine.model.spec import spec_of
+from engine.model.parameters import spec_of
 from engine.model.transformer import Transformer
 from engine.parallel.tensor.layers import TensorContext
 

@@ -35,7 +35,7 @@ from engine.distributed.collectives import (
 from engine.distributed.mesh import Axis
 from engine.kernels.table import Operations
 from engine.model.layers import Adds
-from engine.model.spec import spec_of
+from engine.model.parameters import spec_of
 from engine.parallel.gradients import WeightGradQueue, slot_of
 from engine.parallel.tensor.gemms import Gemms, GemmsFactory
 
@@ -86,7 +86,9 @@ class _Linear(torch.autograd.Function):
         matrix, context = weight.flatten(0, -2), layer.context
         if layer.kind == "column":
             x = full_sequence(x, context)
-            return layer.gemms.forward(x, matrix, None if bias is None else bias.flatten())
+            out = layer.gemms.forward(x, matrix, None if bias is None else bias.flatten())
+            # With a bias torch's product is a view, and to one that leaves here an adapter may not add in place.
+            return out if bias is None or layer.adapter is None else out.clone()
         out = sum_over_ranks(layer.gemms.forward(x, matrix, None), context)
         return out if bias is None else out.add_(bias)
 

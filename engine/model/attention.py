@@ -1,0 +1,50 @@
+"""Causal grouped-query self-attention with rotary positions (Ainslie et al. 2023).
+
+G key-value groups have Q query heads each; G equal to the heads is multi-head attention, G = 1 multi-query.  Query, key
+and value of a group are rows of one projection, so a tensor rank's groups are a plain box of it.
+
+With `qk_norm` queries and keys are normalised, head by head, before they are turned (Dehghani et al. 2023, Qwen3): the
+scores then cannot grow with the norms of the projections.  All heads share one weight each, so every tensor rank holds
+it whole and uses it on its own heads: the rule `inside`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.kernels.table import Operations
+from engine.model.context import Batch
+from engine.model.half import Angles, Attention
+from engine.model.inventory import Specs
+from engine.model.layers import Linear, RMSNorm
+from engine.model.parameters import new_parameter
+
+
+class GroupedQueryAttention(Attention):
+    """See the module docstring."""
+
+    entrance = "linear_qkv"
+
+    def __init__(self, config: ModelConfig, index: int, specs: Specs, operations: Operations) -> None:
+        super().__init__(config, index, specs, operations)
+        self.index = index
+        self.head_shape = specs["linear_qkv.weight"].shape[1:3]
+        self.linear_qkv, self.linear_proj = Linear.of(specs, "linear_qkv"), Linear.of(specs, "linear_proj")
+        self.q_layernorm = self.k_layernorm = None
+        if config.qk_norm:
+            self.q_layernorm, self.k_layernorm = (
+                RMSNorm(new_parameter(specs[f"{name}.weight"]), config.norm_eps, operations)
+                for name in ("q_layernorm", "k_layernorm"))
+        self.core_attention, self._split_and_rotate = operations.attention, operations.rope
+
+    def forward(self, x_SBH: Tensor, angles: Angles, batch: Batch) -> Tensor:
+        qkv = self.linear_qkv(x_SBH).unflatten(-1, (-1, *self.head_shape))
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k, v = qkv.split((self.head_shape[0] - 2, 1, 1), dim=-2)
+            qkv = torch.cat((self.q_layernorm(q), self.k_layernorm(k), v), dim=-2)
+        q, k, v = self._split_and_rotate(qkv, *angles)
+        if batch.cache is not None:
+            k, v = batch.cache.append(self.index, k, v)
+        return self.linear_proj(self.core_attention(q, k, v, batch.attention_mask))

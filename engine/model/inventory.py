@@ -1,0 +1,46 @@
+"""All parameters of a model, as specs: what `engine.model.transformer` makes tensors of, and what is counted.
+
+Layers are alike, so one of them and both ends are the whole model.  Specs come by the name that a parameter has in its
+module; the spec's own name is the global one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from engine.config import ModelConfig
+from engine.model.kinds import INIT_STD, attention_of, mlp_of, norm
+from engine.model.spec import BETWEEN, VOCABULARY, ParamSpec
+
+Specs = Mapping[str, ParamSpec]
+
+
+def layer_specs(config: ModelConfig, index: int) -> Specs:
+    """The parameters of layer `index`: two halves, each with the norm in front of it."""
+    return {spec.name: replace(spec, name=f"layers.{index}.{spec.name}") for spec in _layer(config)}
+
+
+def _layer(config: ModelConfig) -> Iterator[ParamSpec]:
+    for norm_name, half_name, kind in (("input_layernorm", "self_attention", attention_of(config)),
+                                       ("pre_mlp_layernorm", "mlp", mlp_of(config))):
+        yield norm(norm_name, config.hidden_size)
+        for spec in kind.parameters(config):
+            yield replace(spec, name=f"{half_name}.{spec.name}")
+
+
+def below(specs: Specs, module: str) -> Specs:
+    """Those of a module inside, by their names in it."""
+    return {name.removeprefix(f"{module}."): spec for name, spec in specs.items() if name.startswith(f"{module}.")}
+
+
+def end_specs(config: ModelConfig) -> Specs:
+    """The parameters in front of the first layer and behind the last; a tied output layer has the embedding's name."""
+    table = (config.vocab_size, config.hidden_size)
+    embedding = ParamSpec("embedding.weight", table, VOCABULARY, init_std=INIT_STD, tied=config.tie_embeddings)
+    ends = {"embedding.weight": embedding, "final_layernorm.weight": norm("final_layernorm", config.hidden_size)}
+    if config.head == "score":
+        scale = (config.hidden_size + 1) ** -0.5
+        return ends | {"score.weight": ParamSpec("score.weight", (1, config.hidden_size), BETWEEN, init_std=scale)}
+    own = ParamSpec("output_layer.weight", table, VOCABULARY, init_std=INIT_STD)
+    return ends | {"output_layer.weight": replace(embedding, tied_copy=True) if config.tie_embeddings else own}

@@ -1,0 +1,145 @@
+"""The kinds of halves of a layer, in numbers: what each holds and costs.
+
+    x = x + half(norm(x))
+
+A kind is an object here, named by its row in `engine.config.kinds`, and a class with the mathematics, which the object
+names (`engine.model.half`).  All that is asked about a kind before anything is computed stands here and needs no torch:
+
+    parameters    their names, shapes and rules (`engine.model.spec`), of which the class makes its tensors: counts of
+                  parameters, initialisation, tensor parallelism, ZeRO, checkpoints
+    products      operations that no weight takes part in: FLOPs, the dealing of layers to stages
+    kept          what the backward pass needs: memory
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pkgutil import resolve_name
+
+from engine.config import ModelConfig
+from engine.config.kinds import ATTENTIONS, MLPS
+from engine.model.spec import BETWEEN, INSIDE, ParamSpec, Rule
+
+INIT_STD = 0.02
+
+
+def residual_init_std(config: ModelConfig) -> float:
+    """Layers that write into the residual stream start smaller, by 1/√(2·layers) (Radford et al. 2019, section 2.3)."""
+    return INIT_STD / (2 * config.num_layers) ** 0.5
+
+
+def linear(name: str, out_shape: tuple[int, ...], in_features: int, rule: Rule, *, init_std: float = INIT_STD,
+           bias: bool = False) -> Iterator[ParamSpec]:
+    """The parameters of a linear layer; `rule` is its weight's.
+
+    The bias of a layer whose output is divided is divided alike; any other is added to the whole sum, outside.
+    """
+    yield ParamSpec(f"{name}.weight", (*out_shape, in_features), rule, init_std=init_std)
+    if bias:
+        bias_rule = BETWEEN if rule.kind == "row" else rule
+        yield ParamSpec(f"{name}.bias", out_shape, bias_rule, init="zeros", decay=False)
+
+
+def norm(name: str, size: int, rule: Rule = BETWEEN) -> ParamSpec:
+    """The weight of an RMSNorm."""
+    return ParamSpec(f"{name}.weight", (size,), rule, init="ones", decay=False)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Elements per token that a half keeps for its backward pass, inside its region: tensor ranks divide them.
+
+    What stands outside is its input, the norm's output.
+
+    Attributes:
+        elements: in the compute dtype.
+        cheap: those of them that selective recomputation forgets.
+        statistics: fp32 numbers.
+    """
+
+    elements: int
+    cheap: int = 0
+    statistics: int = 0
+
+
+@dataclass(frozen=True)
+class Kind(ABC):
+    """A kind of half; `computes` is where its class is, as `module:class`."""
+
+    computes: str
+
+    @abstractmethod
+    def parameters(self, config: ModelConfig) -> Iterator[ParamSpec]:
+        """All parameters, named as in the class."""
+
+    @abstractmethod
+    def kept(self, config: ModelConfig) -> Kept:
+        """What the backward pass needs of each token."""
+
+    def products(self, config: ModelConfig, seq_len: int) -> int:
+        """Multiply-accumulates per token among activations, a causal score matrix counted half."""
+        return 0
+
+
+class GroupedQuery(Kind):
+    """See `engine.model.attention`."""
+
+    def parameters(self, config: ModelConfig) -> Iterator[ParamSpec]:
+        groups, heads, dim = config.num_kv_heads, config.num_heads, config.head_dim
+        yield from linear("linear_qkv", (groups, heads // groups + 2, dim), config.hidden_size, Rule("column", 0),
+                          bias=config.qkv_bias or config.attention_bias)
+        if config.qk_norm:
+            yield norm("q_layernorm", dim, INSIDE)
+            yield norm("k_layernorm", dim, INSIDE)
+        yield from linear("linear_proj", (config.hidden_size,), heads * dim, Rule("row", 1),
+                          init_std=residual_init_std(config), bias=config.attention_bias)
+
+    def products(self, config: ModelConfig, seq_len: int) -> int:
+        """Scores and weighted values over half of the `seq_len` keys each."""
+        return config.num_heads * config.head_dim * seq_len
+
+    def kept(self, config: ModelConfig) -> Kept:
+        """Queries, keys, values, the output, its log-sum-exps; with norms of queries and keys, what they normalise."""
+        heads, groups, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        projection = (heads + 2 * groups) * dim
+        elements = projection + heads * dim
+        if not config.qk_norm:
+            return Kept(elements, statistics=heads)
+        return Kept(elements + projection, statistics=2 * heads + groups)
+
+
+@dataclass(frozen=True)
+class FeedForward(Kind):
+    """See `engine.model.mlp`; `inputs` is how many projections into the features there are."""
+
+    inputs: int
+
+    def parameters(self, config: ModelConfig) -> Iterator[ParamSpec]:
+        yield from linear("linear_fc1", (self.inputs, config.ffn_hidden_size), config.hidden_size, Rule("column", 1),
+                          bias=config.mlp_bias)
+        yield from linear("linear_fc2", (config.hidden_size,), config.ffn_hidden_size, Rule("row", 1),
+                          init_std=residual_init_std(config), bias=config.mlp_bias)
+
+    def kept(self, config: ModelConfig) -> Kept:
+        """The activation's input and its output, of which the latter is cheap."""
+        return Kept((self.inputs + 1) * config.ffn_hidden_size, cheap=config.ffn_hidden_size)
+
+
+GROUPED_QUERY = GroupedQuery("engine.model.attention:GroupedQueryAttention")
+SWIGLU = FeedForward("engine.model.mlp:SwiGLU", inputs=2)
+GELU = FeedForward("engine.model.mlp:GELU", inputs=1)
+RELU2 = FeedForward("engine.model.mlp:SquaredReLU", inputs=1)
+
+
+def attention_of(config: ModelConfig) -> Kind:
+    """The kind of attention that a model has."""
+    kind: Kind = resolve_name(ATTENTIONS[config.attention])
+    return kind
+
+
+def mlp_of(config: ModelConfig) -> Kind:
+    """The kind of feed-forward layer that a model has."""
+    kind: Kind = resolve_name(MLPS[config.mlp])
+    return kind
