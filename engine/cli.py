@@ -258,6 +258,13 @@ def _report(p: Parser) -> None:
                                                                 "itself again as often")
 
 
+def _rewind(p: Parser) -> None:
+    p.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run that is not training now")
+    p.add_argument("--to", type=int, required=True, metavar="STEP", help="a step with a checkpoint; 0: the beginning")
+    p.add_argument("--skip-steps", type=int, required=True, metavar="N", help="leave out the data of so many steps "
+                                                                             "from there on")
+
+
 def _config(p: Parser) -> None:
     p.add_argument("config", metavar="CONFIG.yaml", nargs="?", help=CONFIG)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as optim.lr=3e-4")
@@ -293,6 +300,8 @@ VERBS = (
          _eval),
     Verb("convert", "checkpoints to and from Hugging Face and megatron-core", "convert to-hf runs/x out/", _convert),
     Verb("checkpoint", "list, inspect, verify or reshard checkpoints", "checkpoint list runs/x", _checkpoint),
+    Verb("rewind", "a run back to an earlier step, leaving out the data behind it: once, and remembered",
+         "rewind runs/x --to 1000 --skip-steps 300", _rewind),
     Verb("config", "a configuration as it will be read, resolved; or the schema of one",
          "config tiny parallel.tensor=2", _config),
     Verb("presets", "the models that model.preset knows", "presets llama3-8b", _presets),

@@ -15,6 +15,7 @@ from engine.launching.local import run_as_rank
 from engine.metrics.console import Console
 from engine.metrics.sinks import require_packages
 from engine.plan.estimate import gib, mean_state_bytes
+from engine.reliability.rewind import with_rewinds
 from engine.train.corpora import Corpora
 from engine.train.introduction import introduction
 from engine.train.run_folder import locked, require_at_home
@@ -45,7 +46,7 @@ def _load(args: argparse.Namespace) -> Config:
     config = load_config(args.config, [*args.overrides, *([f"reliability.inject={faults}"] if faults else [])])
     require_at_home(Path(args.config), Path(config.run.dir), given=any(
         override.startswith("run.dir=") for override in args.overrides))
-    return config
+    return with_rewinds(config)
 
 
 def _run_launched(config: Config, launched: LaunchEnvironment, stop: StopRequest) -> int:

@@ -11,7 +11,7 @@ Keys, defaults and units are in `schema`; the equations a layout must satisfy in
 from engine.config.alignment import AdapterConfig, DPOConfig, ORPOConfig, RewardConfig
 from engine.config.layout import resolve_layout
 from engine.config.load import config_names, load_config, preset_names
-from engine.config.reliability import FaultConfig, ReliabilityConfig
+from engine.config.reliability import FaultConfig, ReliabilityConfig, RewindConfig, SpikeConfig
 from engine.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -32,6 +32,6 @@ from engine.config.schema import (
 __all__ = [
     "AdapterConfig", "BatchConfig", "CheckpointConfig", "Config", "DPOConfig", "DataConfig", "EvalConfig",
     "FaultConfig", "LogConfig", "ModelConfig", "ORPOConfig", "OptimConfig", "ParallelConfig", "PrecisionConfig",
-    "ProfileConfig", "ReliabilityConfig", "RewardConfig", "RopeScalingConfig", "RunConfig", "SourceConfig",
-    "config_names", "load_config", "preset_names", "resolve_layout",
+    "ProfileConfig", "ReliabilityConfig", "RewardConfig", "RewindConfig", "RopeScalingConfig", "RunConfig",
+    "SourceConfig", "SpikeConfig", "config_names", "load_config", "preset_names", "resolve_layout",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from engine.config.fields import Count, NonNegative, Number, Section
+from pydantic import Field
+
+from engine.config.fields import Count, NonNegative, Number, Positive, Section
 
 
 class FaultConfig(Section):
@@ -21,8 +23,27 @@ class FaultConfig(Section):
     every_time: bool = False                                 # again when a restart comes by; else once in a run.dir
 
 
+class SpikeConfig(Section):
+    """Loss and gradient norm against their latest values (`engine.reliability.spikes`)."""
+
+    z: Positive = 6.0                                        # robust standard deviations above the median
+    window: Annotated[Count, Field(ge=8, le=100_000)] = 128  # steps that are compared with
+    action: Literal["warn", "skip", "rewind"] = "warn"       # skip: the step changes nothing
+
+
+class RewindConfig(Section):
+    """Going back before an anomaly and leaving out the data around it (`engine.reliability.rewind`)."""
+
+    steps: Count = 100                                       # at least so far back, if there is a checkpoint
+    skip_batches: Count = 300                                # global batches to leave out from there on
+    tries: Count = 3                                         # from one place; then the run gives up
+
+
 class ReliabilityConfig(Section):
     """What a run survives, and when it gives up."""
 
-    max_skips: NonNegative = 10                              # steps skipped in a row that end the run; 0: none do
+    on_nonfinite: Literal["skip", "stop"] = "skip"           # a gradient that is not finite: stop gives up at once
+    spike: SpikeConfig | None = SpikeConfig()                # null: nobody looks
+    rewind: RewindConfig | None = RewindConfig()             # null: it gives up instead
+    max_skips: NonNegative = 10                              # steps skipped in a row; more: rewind.  0: any number
     inject: tuple[FaultConfig, ...] | None = None            # faults, to see what happens; or OCTANT_INJECT

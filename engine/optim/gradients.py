@@ -31,7 +31,7 @@ class StepSums:
     flag: Tensor
 
 
-def sum_over_world(sums: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh, *, num_sums: int = 1, flag: bool = False,
+def sum_over_world(sums: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh, *, num_sums: int = 1, flag: float = 0.0,
                    reproducible: bool = False) -> StepSums:
     """Adds up the objective's sums and the gradient norm over all ranks of the mesh.
 
@@ -40,7 +40,7 @@ def sum_over_world(sums: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh, *
         buckets: with their reductions finished; none where only the sums matter.
         mesh: all ranks call this.
         num_sums: how many the objective has; ranks without the last chunk must know it too.
-        flag: something any rank may want to tell all others, such as a request to stop; they are counted.
+        flag: something any rank may want to tell all others, such as a request to stop; they are added up.
         reproducible: add in an order that does not depend on the number of data-parallel ranks.
     """
     summands = _in_fixed_order if reproducible else _in_any_order
@@ -49,7 +49,7 @@ def sum_over_world(sums: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh, *
     if own is not None and mesh.tensor.index == 0:             # tensor peers computed the same sums
         totals[:num_sums] = own
     totals[-2] = squares
-    totals[-1:].fill_(float(flag))
+    totals[-1:].fill_(flag)
     all_reduce(totals, mesh.tensor)
     all_reduce(totals[-1:] if reproducible else totals, mesh.gradient)      # there the rest is summed up already
     all_reduce(totals, mesh.pipeline)

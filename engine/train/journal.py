@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.checkpoint.write import SaveReport
 from engine.metrics.console import Console
+from engine.metrics.events import append_event
 from engine.metrics.sinks import Sink
 
 
 class Journal:
     """The console and the sinks of a run; None and nothing where others speak."""
 
-    def __init__(self, console: Console | None = None, sinks: Sequence[Sink] = ()) -> None:
-        self.console, self.sinks = console, list(sinks)
+    def __init__(self, console: Console | None = None, sinks: Sequence[Sink] = (),
+                 directory: Path | None = None) -> None:
+        self.console, self.sinks, self.directory = console, list(sinks), directory
 
     def note(self, text: str) -> None:
         """A line of information."""
@@ -30,6 +33,14 @@ class Journal:
         """A line that should catch the eye."""
         if self.console is not None:
             self.console.warning(text)
+
+    def incident(self, kind: str, step: int, detail: Mapping[str, Any], warning: str = "") -> None:
+        """A line of `events.jsonl`, and one for people."""
+        if self.directory is not None:
+            with contextlib.suppress(OSError):       # a full disk: what it spoils is the log, not the training
+                append_event(self.directory, kind, step, detail)
+        if warning:
+            self.warning(warning)
 
     def log(self, row: dict[str, Any]) -> None:
         """One record: a logged step's if it has a learning rate, an evaluation's if it has a loss of held-out data."""

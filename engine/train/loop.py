@@ -11,12 +11,14 @@ What else there is to do is a table of hooks (`engine.train.hooks`), and every p
 phase with a name (`engine.metrics.phases`).
 
 A step that cannot be taken, because its gradient is not finite or because not one label counts in it, is *skipped*: it
-uses up its samples and changes nothing else.  All ranks see the same all-reduced numbers, so all skip, and all give up
-after `reliability.max_skips` in a row.
+uses up its samples and changes nothing else; so is a spike, where the configuration says so
+(`engine.reliability.spikes`).  All ranks see the same all-reduced numbers, so all skip, and after
+`reliability.max_skips` in a row all go back (`GoBack`), or give up.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +41,7 @@ from engine.optim.gradients import clip_divisor, sum_over_world
 from engine.optim.schedule import learning_rate
 from engine.parallel.replicas import check_replicas
 from engine.reliability.inject import Injector
+from engine.reliability.spikes import SPIKES, SpikeMonitor
 from engine.train.batches import Loader
 from engine.train.corpora import Corpora
 from engine.train.evaluation import evaluate
@@ -46,11 +49,12 @@ from engine.train.hooks import Hook
 from engine.train.journal import Journal, peak_memory_bytes
 from engine.train.objectives import objective_of
 from engine.train.profile import StepProfiler
+from engine.train.rewinding import GoBack, plan_rewind
 from engine.train.role import Role, RoleState
 from engine.train.run_folder import writing
 from engine.train.start import take_over
 from engine.train.state import TrainState
-from engine.train.tally import UNLOGGED, Line, Tally, Verdict
+from engine.train.tally import STOP, UNLOGGED, Line, Tally, Verdict
 
 IN_STEP = ("load", "forward_backward", "reduce", "update", "publish", "read")          # the phases of every step
 BESIDES = ("check_replicas", "evaluate", "save")                                       # of hooks, those that take time
@@ -64,6 +68,7 @@ class Trainer:
         journal: where progress goes; mute but on rank 0.
         stop_requested: asked in every step; when any rank says yes, all save and stop.
         hooks: what is due after steps, in order.
+        spiked: the step of a spike that the run is to go back for.
         row: the record of the step just done, as far as it is known.
         verdict: what is known of the latest steps, the same on all ranks.
     """
@@ -77,9 +82,11 @@ class Trainer:
     stop_requested: Callable[[], bool]
     loader: Loader
     tally: Tally
+    spikes: SpikeMonitor
     phases: Phases
     profiler: StepProfiler
     saved_step: int = -1
+    spiked: int | None = None
     verdict: Verdict = field(default_factory=Verdict)
     row: dict[str, Any] = field(default_factory=dict)
     hooks: tuple[Hook, ...] = ()
@@ -90,8 +97,7 @@ class Trainer:
             Hook("check_replicas", self._check_replicas, every=config.parallel.check_replicas_every),
             Hook("evaluate", self._evaluate, every=config.eval.every if self.corpora.valid else 0),
             Hook("log", self._log, when=lambda _: bool(self.row)),
-            Hook("give_up", self._give_up,
-                 when=lambda _: 0 < config.reliability.max_skips <= self.verdict.skips_in_a_row),
+            Hook("anomaly", self._go_back, when=lambda _: self._anomaly() is not None),
             Hook("save", self._save, every=config.checkpoint.every),
             Hook("save", lambda: self._report_saves(self.writer.poll()), every=1),
         )
@@ -112,7 +118,8 @@ class Trainer:
         state = TrainState((RoleState.on(mesh, Role.of(config, objective_of(config)), config),))
         model, directory, group = state.model, Path(config.run.dir), mesh.world.group
         tally = Tally(len(model.objective.sums), mesh.device)
-        notes = take_over(state, tally, config, corpora, group)
+        spikes = SpikeMonitor(config.reliability.spike, mesh.device)
+        notes = take_over(state, tally, spikes, config, corpora, group)
         faults = config.reliability.inject or ()
         injector = Injector(faults, mesh.rank, directory, model.buckets)
         writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_,
@@ -121,7 +128,7 @@ class Trainer:
         if mesh.rank == 0:
             with writing(directory):
                 sinks = open_sinks(config, directory, state.step)
-            journal = Journal(Console(config.steps, first_step=state.step, stamped=stamped), sinks)
+            journal = Journal(Console(config.steps, first_step=state.step, stamped=stamped), sinks, directory)
             for note in notes:
                 journal.note(note)
         profiler = StepProfiler(config.profile, directory, mesh.device, mesh.rank, journal.note)
@@ -131,8 +138,8 @@ class Trainer:
         if config.profile.steps and mesh.rank in config.profile.ranks:
             phases.listeners.append(profiler)
         loader = Loader(corpora.train.sample, config, mesh, model.objective, uses=len(model.chunks), ahead=True)
-        return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, phases, profiler,
-                       saved_step=state.step if state.step else -1)
+        return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, spikes, phases,
+                       profiler, saved_step=state.step if state.step else -1)
 
     def run(self) -> bool:
         """Trains to `config.steps`; False when it stopped earlier because it was asked to.
@@ -140,6 +147,7 @@ class Trainer:
         The state at the end, whichever it is, has been saved.
 
         Raises:
+            GoBack: because of an anomaly the run is to go on from an earlier step.
             WorkerError: too many steps in a row were skipped; on rank 0: the state could not be saved.
             DataError: the same, because not one label counted in them.
         """
@@ -168,34 +176,57 @@ class Trainer:
         with phase("reduce"):
             model.finish_reduction()
             sums = sum_over_world(own, model.buckets, self.mesh, num_sums=len(model.objective.sums),
-                                  flag=self.stop_requested(), reproducible=config.parallel.reproducible)
+                                  flag=self._flag(), reproducible=config.parallel.reproducible)
         with phase("update"):
             lr = learning_rate(state.step + 1, config.steps, config.optim)
             skipped = torch.isfinite(sums.grad_norm).logical_not()
             if not isinstance(divisor, int):
                 skipped |= divisor == 0
+            loss, limit = sums.sums[0] * scale, config.reliability.spike
+            z = self.spikes.z(loss, sums.grad_norm)
+            is_spike = z > (limit.z if limit else math.inf)
+            if limit is not None and limit.action == "skip":
+                skipped |= is_spike
             state.optimizer.step(lr, clip_divisor(sums.grad_norm, config.optim.grad_clip), skipped.float())
         with phase("publish"):
             model.publish()
         state.step += 1
         state.consumed_samples += config.batch.global_
         with phase("read"):
-            self.tally.add(sums, divisor, skipped.float())
+            self.spikes.remember(loss, sums.grad_norm, skipped)
+            self.tally.add(sums, divisor, skipped.float(), z, is_spike.float())
             self._hear(lr)
 
     def _hear(self, lr: float) -> None:
         """Reads what became of the step: all of it where it is logged, else one step late whether to go on."""
+        before = self.verdict
         if self.state.step in (1, self.config.steps) or self.state.step % self.config.log.every == 0:
             line, self.verdict = self.tally.read()
             self.row = self._record(line, lr)
         else:
             self.verdict = self.tally.late()
+        self._tell(before, self.verdict)
+
+    def _flag(self) -> float:
+        return STOP if self.stop_requested() else 0.0
+
+    def _tell(self, before: Verdict, now: Verdict) -> None:
+        """Notes what has happened between two verdicts."""
+        if now.skips > before.skips:
+            self.journal.incident("skip", now.step, {"steps": now.skips - before.skips, "in_a_row": now.skips_in_a_row})
+        if now.spikes > before.spikes:
+            step, limit = now.step - now.spike_age, self.config.reliability.spike
+            assert limit is not None
+            self.journal.incident("spike", step, {"z": round(now.spike_z, 2), "action": limit.action},
+                                  f"step {step}: loss or gradient norm is {now.spike_z:.1f} robust standard deviations "
+                                  f"above the median of {limit.window} steps (reliability.spike: {limit.action})")
+            self.spiked = step if limit.action == "rewind" else None
 
     def _finish(self) -> None:
         """Saves the state; but a run that has come to its end without an update has failed."""
         if self.state.step >= self.config.steps and self.state.optimizer.num_steps() == 0:
             self.verdict = self.tally.read()[1]
-            self._give_up()
+            self._give_up(self.verdict.skips_in_a_row)
         if self.saved_step != self.state.step:
             self._save()
         self._report_saves(self.writer.wait(), last=True)
@@ -236,7 +267,8 @@ class Trainer:
         self.row = (self.row or {"step": self.state.step}) | {f"valid_{name}": x for name, x in numbers.items()}
 
     def _save(self) -> None:
-        metadata = self.state.metadata(self.config, self.corpora.fingerprint()) | {UNLOGGED: self.tally.state()}
+        metadata = self.state.metadata(self.config, self.corpora.fingerprint()) | {
+            UNLOGGED: self.tally.state(), SPIKES: self.spikes.state()}
         self.writer.save(self.state.step, self.state.pieces(), metadata)
         self.saved_step = self.state.step
 
@@ -246,15 +278,39 @@ class Trainer:
                 raise WorkerError(f"step {report.step}, the last one, was not saved: {report.error}")
             self.journal.save(report)
 
-    def _give_up(self) -> NoReturn:
-        """Ends the run on every rank, with weights and checkpoints as they are."""
+    def _anomaly(self) -> int | None:
+        """The step since which things have gone wrong; None: they have not, or not for long enough."""
+        config, now = self.config.reliability, self.verdict
+        most = 1 if config.on_nonfinite == "stop" and now.counts else config.max_skips
+        if 0 < most <= now.skips_in_a_row:
+            return now.step - now.skips_in_a_row + 1
+        return self.spiked
+
+    def _go_back(self) -> NoReturn:
+        """Leaves the loop on every rank: back to an earlier checkpoint, or for good."""
+        anomaly, skips = self._anomaly(), self.verdict.skips_in_a_row
+        assert anomaly is not None
         self._report_saves(self.writer.wait())
-        step, skips, updates = self.state.step, self.verdict.skips_in_a_row, self.state.optimizer.num_steps()
+        why = f"a spike at step {anomaly}" if anomaly == self.spiked else f"{skips} steps skipped from {anomaly} on"
+        hopeless = self.state.optimizer.num_steps() == 0 or not self.verdict.counts
+        if not hopeless and self.config.reliability.on_nonfinite != "stop":
+            plan = plan_rewind(self.config, anomaly, self.state.step, why, self.mesh.world.group)
+            if plan is not None:
+                raise GoBack(plan)
+        self._give_up(skips)
+
+    def _give_up(self, skips: int) -> NoReturn:
+        """Ends the run on every rank, with weights and checkpoints as they are."""
+        step, updates = self.state.step, self.state.optimizer.num_steps()
+        if self.spiked is not None and not skips:
+            raise WorkerError(f"gave up after step {step}: the loss or the gradient's norm spiked at step "
+                              f"{self.spiked}, and going back has been tried (reliability.rewind): look at the data, "
+                              "lower optim.lr, or set reliability.spike.action to warn")
         what = f"gave up after step {step}: {skips} step{'s' * (skips > 1)} in a row had "
         if not self.verdict.counts:
             raise DataError(f"{what}not one label that counts. With data.document_mask the first token of a document "
                             "is no label: use longer documents, or set it to false")
-        remedy = "lower optim.lr, or go back to an earlier checkpoint and leave samples out (data.skip)" if updates \
+        remedy = "lower optim.lr, or go back and leave samples out (octant rewind)" if updates \
             else "no update was ever made: check the weights that the run began with, and its data"
         raise WorkerError(f"{what}a gradient that is not finite and changed nothing (reliability.max_skips: "
                           f"{self.config.reliability.max_skips}); {remedy}. Nothing was saved in place of the last "

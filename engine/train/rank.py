@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from engine.metrics.events import about_this_start, append_event
 from engine.train.corpora import Corpora
 from engine.train.journal import Journal
 from engine.train.loop import Trainer
+from engine.train.rewinding import GoBack, Plan, go_back
 from engine.train.run_folder import CONFIG_FILE, DOCTOR_FILE, locked, writing
 from engine.writing import write_whole
 
@@ -40,35 +41,66 @@ def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | N
     first = launched is None or launched.rank == 0
     with locked(directory) if first else nullcontext(True) as exclusive:
         corpora = Corpora.open(config)
+        said = [*notes, *([] if exclusive else [f"warning: the file system of {directory} has no locks: see to it that "
+                                                "no other run uses it"])]
         with arithmetic(deterministic=config.parallel.reproducible), \
                 joined_mesh(launched, topology, config.run.device, checked=config.parallel.debug_collectives) as mesh:
             stamped = launched is not None and launched.launcher != "octant"
-            trainer = Trainer.start(config, mesh, corpora, stop_requested, stamped)
-            try:
-                if mesh.rank == 0:
-                    with writing(directory):
-                        report = [doctor_report, "\nOperations of this run", *describe(trainer.state.model.operations)]
-                        write_whole(directory / DOCTOR_FILE, "\n".join(report) + "\n")   # first: the sign of a run
-                        write_whole(directory / CONFIG_FILE, config.dump())
-                        append_event(directory, "start", trainer.state.step,
-                                     about_this_start(topology.world_size, device_name(mesh.device)))
-                    for note in (_about(mesh.device, config), *notes):
-                        trainer.journal.note(note)
-                    if not exclusive:
-                        trainer.journal.warning(f"the file system of {directory} has no locks: see to it that no other "
-                                                "run uses it")
-                elif not stamped:
-                    _sign(mesh, "begins")
-                finished = trainer.run()
-                if mesh.rank == 0:
-                    with suppress(OSError):              # a full disk: the checkpoint is what counts
-                        append_event(directory, "end", trainer.state.step, {"finished": finished})
-                    _say_goodbye(trainer.journal, config, finished)
-                elif not stamped:
-                    _sign(mesh, f"ends at step {trainer.state.step}")
-            finally:
-                trainer.close()
+            return keep_training(config, mesh, corpora, stop_requested, stamped, doctor_report, said)
+
+
+def keep_training(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: Callable[[], bool],
+                  stamped: bool = False, doctor_report: str = "", notes: Sequence[str] = ()) -> bool:
+    """Trains to the end, however often the run goes back before an anomaly; arguments and result as of `run_rank`.
+
+    Args:
+        stamped: lines carry the time of day.
+    """
+    while True:
+        try:
+            return _train(config, mesh, corpora, stop_requested, stamped, doctor_report, notes)
+        except GoBack as back:
+            plan = back.plan                                 # and no more: the traceback holds the whole model
+        config, notes = go_back(config, plan, mesh.world.group), _say_back(plan)
+        corpora = Corpora.open(config)
+
+
+def _train(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: Callable[[], bool], stamped: bool,
+           doctor_report: str, notes: Sequence[str]) -> bool:
+    """From a checkpoint, or the beginning, to the end."""
+    directory = Path(config.run.dir)
+    trainer = Trainer.start(config, mesh, corpora, stop_requested, stamped)
+    try:
+        if mesh.rank == 0:
+            _write_about(trainer, directory, doctor_report)
+            for note in (_about(mesh.device, config), *notes):
+                trainer.journal.note(note)
+        elif not stamped:
+            _sign(mesh, "begins")
+        finished = trainer.run()
+        if mesh.rank == 0:
+            trainer.journal.incident("end", trainer.state.step, {"finished": finished})
+            _say_goodbye(trainer.journal, config, finished)
+        elif not stamped:
+            _sign(mesh, f"ends at step {trainer.state.step}")
+    finally:
+        trainer.close()
     return finished
+
+
+def _write_about(trainer: Trainer, directory: Path, doctor_report: str) -> None:
+    """What a run's folder says of this start."""
+    with writing(directory):
+        report = [doctor_report, "\nOperations of this run", *describe(trainer.state.model.operations)]
+        write_whole(directory / DOCTOR_FILE, "\n".join(report) + "\n")           # first: the sign of a run
+        write_whole(directory / CONFIG_FILE, trainer.config.dump())
+        append_event(directory, "start", trainer.state.step,
+                     about_this_start(trainer.mesh.world.size, device_name(trainer.mesh.device)))
+
+
+def _say_back(plan: Plan) -> list[str]:
+    return [f"went back from step {plan.from_step} to {plan.to_step} ({plan.why}); the data of steps {plan.first + 1} "
+            f"to {plan.stop} are left out from now on"]
 
 
 def _about(device: torch.device, config: Config) -> str:

@@ -24,6 +24,7 @@ from engine.checkpoint.folder import CHECKPOINTS, committed_steps
 from engine.errors import RequestError
 from engine.metrics.events import EVENTS_FILE
 from engine.metrics.sinks import METRICS_FILE
+from engine.reliability.rewind import REWINDS_FILE
 
 CONFIG_FILE, DOCTOR_FILE, LOCK_FILE = "config.yaml", "doctor.txt", ".lock"
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)        # some network file systems
@@ -108,9 +109,9 @@ def begin_another_line(run_dir: Path, after_step: int | None) -> Path | None:
     Raises:
         RequestError: something cannot be moved.
     """
-    checkpoints, metrics = run_dir / CHECKPOINTS, run_dir / METRICS_FILE
+    checkpoints, metrics, rewinds = run_dir / CHECKPOINTS, run_dir / METRICS_FILE, run_dir / REWINDS_FILE
     if after_step is None:
-        later = [path for path in (checkpoints, metrics) if path.exists()]
+        later = [path for path in (checkpoints, metrics, rewinds) if path.exists()]
     else:
         later = [path for step, path in committed_steps(checkpoints).items() if step > after_step]
     if not later:
@@ -121,7 +122,7 @@ def begin_another_line(run_dir: Path, after_step: int | None) -> Path | None:
             target = earlier / path.relative_to(run_dir)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
-        for name in (METRICS_FILE, CONFIG_FILE, DOCTOR_FILE, EVENTS_FILE):
+        for name in (METRICS_FILE, CONFIG_FILE, DOCTOR_FILE, EVENTS_FILE, REWINDS_FILE):
             if (run_dir / name).exists():
                 shutil.copy2(run_dir / name, earlier / name)
     except OSError as error:

@@ -24,13 +24,15 @@ from engine.config import Config
 from engine.data.skipping import require_same_past
 from engine.distributed.agree import Group, rank_in
 from engine.errors import CheckpointError, ConfigError
+from engine.reliability.spikes import SPIKES, SpikeMonitor
 from engine.train.corpora import Corpora
 from engine.train.run_folder import begin_another_line
 from engine.train.state import TrainState
 from engine.train.tally import UNLOGGED, Tally
 
 
-def take_over(state: TrainState, tally: Tally, config: Config, corpora: Corpora, group: Group) -> list[str]:
+def take_over(state: TrainState, tally: Tally, spikes: SpikeMonitor, config: Config, corpora: Corpora,
+              group: Group) -> list[str]:
     """Loads what `checkpoint.resume` and `checkpoint.load` ask for, or makes new weights; every rank must call this.
 
     Returns:
@@ -51,14 +53,14 @@ def take_over(state: TrainState, tally: Tally, config: Config, corpora: Corpora,
         reader = open_checkpoint(Path(asked.resume), group=group)
     if reader is not None:
         notes += _resume(state, config, corpora, reader, group)
-        if UNLOGGED in reader.metadata:
-            _restore(tally, reader)
+        _restore(tally, spikes, reader)
     else:
         if config.adapter is not None and asked.load is None:
             raise ConfigError("an adapter is trained on top of a model: checkpoint.load says which")
         state.model.initialise(config.run.seed, frozen=False)
         if asked.load is not None:
             notes += _load_weights(state, config, corpora, open_model(Path(asked.load), group))
+    tally.step = state.step
     if asked.resume != "auto" and rank_in(group) == 0:
         own = reader is not None and reader.path.resolve().parent == (run_dir / CHECKPOINTS).resolve()
         earlier = begin_another_line(run_dir, state.step if own else None)
@@ -87,9 +89,12 @@ def _resume(state: TrainState, config: Config, corpora: Corpora, reader: Checkpo
             f"resumed from {reader.path} (step {state.step}, {state.consumed_samples} samples consumed)"]
 
 
-def _restore(tally: Tally, reader: CheckpointReader) -> None:
+def _restore(tally: Tally, spikes: SpikeMonitor, reader: CheckpointReader) -> None:
     try:
-        tally.restore(reader.metadata[UNLOGGED])
+        if UNLOGGED in reader.metadata:
+            tally.restore(reader.metadata[UNLOGGED])
+        if SPIKES in reader.metadata:
+            spikes.restore(reader.metadata[SPIKES])
     except ValueError as error:
         raise CheckpointError(f"{reader.path}: {error}") from None
 

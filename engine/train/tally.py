@@ -17,6 +17,8 @@ from torch import Tensor
 from engine.optim.gradients import StepSums
 
 UNLOGGED = "unlogged"                      # where a checkpoint's metadata keep `Tally.state`
+NUM_NUMBERS = 8                            # of a verdict, on the device
+STOP, SAVE = 1.0, 0.5                      # what a rank adds to the flag of a step's sums to ask for it
 
 
 @dataclass(frozen=True)
@@ -39,42 +41,64 @@ class Verdict:
     """What all ranks know after a step.
 
     Attributes:
+        step: the one it is about.
         stop: somebody asked to stop.
         skips_in_a_row: steps that changed nothing, up to and with this one.
         counts: anything counted in this one.
+        skips, spikes, saves: since the process began: steps that changed nothing, steps that stood out, and requests to
+            save.  What is heard of some steps only is counted, so that nothing is missed.
+        spike_z: how far the latest spike stood out.
+        spike_age: steps since then.
     """
 
+    step: int = 0
     stop: bool = False
     skips_in_a_row: int = 0
     counts: bool = True
+    skips: int = 0
+    spikes: int = 0
+    saves: int = 0
+    spike_z: float = 0.0
+    spike_age: int = 0
 
     @staticmethod
-    def of(numbers: Sequence[float]) -> Verdict:
+    def of(step: int, numbers: Sequence[float]) -> Verdict:
         """From the numbers as they lie on the device."""
-        stop, skips, divisor = numbers
-        return Verdict(stop > 0, int(skips), divisor > 0)
+        stop, in_a_row, divisor, skips, spikes, saves, spike_z, spike_age = numbers
+        return Verdict(step, stop > 0, int(in_a_row), divisor > 0, int(skips), int(spikes), int(saves), spike_z,
+                       int(spike_age))
 
 
 class Tally:
     """What has been added up since the last line, and how many steps in a row were skipped."""
 
-    def __init__(self, num_sums: int, device: torch.device) -> None:
+    def __init__(self, num_sums: int, device: torch.device, step: int = 0) -> None:
+        """`step`: steps done before the first that is added."""
         self._sums = torch.zeros(num_sums + 1, dtype=torch.float64, device=device)          # the divisor is the last
-        self._verdict = torch.zeros(3, device=device)                # stop, skips in a row, divisor of the latest step
+        self._verdict = torch.zeros(NUM_NUMBERS, device=device)              # see `Verdict.of`
         self._grad_norm = torch.zeros((), device=device)
-        self._late = LateRead(3, device)
+        self._late = LateRead(NUM_NUMBERS, device)
+        self.step = step
 
-    def add(self, sums: StepSums, divisor: Tensor | int, skipped: Tensor) -> None:
-        """Takes a step's totals in; `skipped` is 1 where it changed nothing, else 0."""
+    def add(self, sums: StepSums, divisor: Tensor | int, skipped: Tensor, spike_z: Tensor, is_spike: Tensor) -> None:
+        """Takes a step's totals in; `skipped` is 1 where it changed nothing, else 0, and so is `is_spike`.
+
+        Of the flag whole numbers ask to stop, and a half to save.
+        """
         counted = divisor if isinstance(divisor, Tensor) else torch.full_like(self._sums[0], divisor)
         finite = torch.isfinite(sums.sums).all()
         self._sums += torch.where(finite, torch.cat((sums.sums.double(), counted.double().view(1))), 0.0)
-        self._verdict = torch.stack((sums.flag, (self._verdict[1] + 1) * skipped, counted.float()))
+        _, in_a_row, _, skips, spikes, saves, latest_z, age = self._verdict
+        asked_to_save = sums.flag.frac() * 2
+        self._verdict = torch.stack((sums.flag.floor(), (in_a_row + 1) * skipped, counted.float(), skips + skipped,
+                                     spikes + is_spike, saves + asked_to_save,
+                                     torch.where(is_spike.bool(), spike_z, latest_z), (age + 1) * (1 - is_spike)))
         self._grad_norm = sums.grad_norm
+        self.step += 1
 
     def late(self) -> Verdict:
         """On the step before this one; nobody waits."""
-        return Verdict.of(self._late.exchange(self._verdict))
+        return Verdict.of(self.step - 1, self._late.exchange(self._verdict))
 
     def read(self) -> tuple[Line, Verdict]:
         """Everything up to this step; sums begin anew.  Waits for the device."""
@@ -82,7 +106,7 @@ class Tally:
         *totals, divisor = values[: len(self._sums)]
         self._sums.zero_()
         self._late.exchange(self._verdict)               # what has been read now need not be read late
-        return Line(totals, divisor, values[-1]), Verdict.of(values[len(self._sums) : -1])
+        return Line(totals, divisor, values[-1]), Verdict.of(self.step, values[len(self._sums) : -1])
 
     def state(self) -> list[float]:
         """What a checkpoint must hold for the next line to be the same.  Waits for the device."""

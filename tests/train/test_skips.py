@@ -26,6 +26,11 @@ from tests.kit.runs import metrics, run_config, saved_steps, state_shards, train
 NAN = float("nan")
 
 
+def gives_up(max_skips: int) -> dict[str, Any]:
+    """After so many skips in a row, without going back first."""
+    return {"max_skips": max_skips, "rewind": None}
+
+
 def poison(trainer: Trainer, steps: range, rank: int = 0) -> None:
     """One rank's gradients are not a number in these steps."""
     model = trainer.state.model
@@ -65,7 +70,7 @@ def same(a: Shards, b: Shards) -> bool:
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_a_run_gives_up_after_so_many_skips_in_a_row(tmp_path: Path, log_every: int) -> None:
     """Heard at once where the step is logged, one step later elsewhere; nothing but the samples has been used up."""
-    config = run_config(tmp_path, "run", steps=30, reliability={"max_skips": 3}, log={"every": log_every},
+    config = run_config(tmp_path, "run", steps=30, reliability=gives_up(3), log={"every": log_every},
                         checkpoint={"every": 2}, eval={"every": 0})
     ended, state, step = run_poisoned(config, range(3, 30))
     assert step == (5 if log_every == 1 else 6)
@@ -78,7 +83,7 @@ def test_a_run_gives_up_after_so_many_skips_in_a_row(tmp_path: Path, log_every: 
 
 
 def test_fewer_in_a_row_do_not_matter(tmp_path: Path) -> None:
-    config = run_config(tmp_path, "run", steps=9, reliability={"max_skips": 3}, eval={"every": 0})
+    config = run_config(tmp_path, "run", steps=9, reliability=gives_up(3), eval={"every": 0})
     trainer = Trainer.start(config, single_mesh(), Corpora.open(config), lambda: False)
     for steps in (range(2, 4), range(5, 7), range(8, 9)):
         poison(trainer, steps)
@@ -89,7 +94,7 @@ def test_fewer_in_a_row_do_not_matter(tmp_path: Path) -> None:
 
 def test_all_ranks_decide_alike(tmp_path: Path) -> None:
     """Gradients go bad on the last rank only: both skip, both give up after the same step, and nobody waits."""
-    config = run_config(tmp_path, "run", steps=30, parallel={"data": 2}, reliability={"max_skips": 2},
+    config = run_config(tmp_path, "run", steps=30, parallel={"data": 2}, reliability=gives_up(2),
                         log={"every": 100}, checkpoint={"every": 0}, eval={"every": 0})
     results = run_distributed(run_poisoned, 2, config, range(4, 30))
     assert [(ended[:20], step) for ended, _, step in results] == [("gave up after step 6", 6)] * 2
@@ -97,7 +102,7 @@ def test_all_ranks_decide_alike(tmp_path: Path) -> None:
 
 
 def test_a_restart_does_not_begin_to_count_anew(tmp_path: Path) -> None:
-    config = run_config(tmp_path, "run", steps=4, reliability={"max_skips": 4}, eval={"every": 0})
+    config = run_config(tmp_path, "run", steps=4, reliability=gives_up(4), eval={"every": 0})
     run_poisoned(config, range(2, 30))
     assert saved_steps(config) == [2, 4]
     longer = Config.model_validate(config.to_dict() | {"steps": 30})
@@ -106,12 +111,12 @@ def test_a_restart_does_not_begin_to_count_anew(tmp_path: Path) -> None:
 
 def test_zero_never_gives_up_but_a_run_without_any_update_is_no_success(tmp_path: Path) -> None:
     """However short it is."""
-    config = run_config(tmp_path, "run", steps=4, reliability={"max_skips": 0}, eval={"every": 0},
+    config = run_config(tmp_path, "run", steps=4, reliability=gives_up(0), eval={"every": 0},
                         checkpoint={"every": 0})
     ended, _, step = run_poisoned(config, range(1, 30))
     assert step == 4 and ended.startswith("gave up after step 4: 4 steps in a row had a gradient")
     assert "no update was ever made" in ended and saved_steps(config) == []
-    assert run_poisoned(run_config(tmp_path, "other", steps=4, reliability={"max_skips": 0}), range(2, 30))[0] == ""
+    assert run_poisoned(run_config(tmp_path, "other", steps=4, reliability=gives_up(0)), range(2, 30))[0] == ""
 
 
 def test_a_request_to_stop_is_heard_among_skipped_steps(tmp_path: Path) -> None:
@@ -159,7 +164,7 @@ def test_a_step_without_a_label_is_skipped(tmp_path: Path, parallel: dict[str, A
 
 def test_a_corpus_without_a_label_is_refused(tmp_path: Path) -> None:
     for name, limit, expected in (("short", 10, 5), ("long", 3, 3)):
-        config = documents(tmp_path, name, [1] * 400, eval={"every": 0}, reliability={"max_skips": limit})
+        config = documents(tmp_path, name, [1] * 400, eval={"every": 0}, reliability=gives_up(limit))
         trainer = Trainer.start(config, single_mesh(), Corpora.open(config), lambda: False)
         with pytest.raises(DataError, match=f"gave up after step {expected}: {expected} steps in a row had not one "
                                             "label that counts"):
@@ -175,11 +180,11 @@ def sums(loss: float, grad_norm: float = 1.0, flag: float = 0.0) -> StepSums:
 def test_a_line_is_the_mean_of_the_steps_whose_loss_is_finite() -> None:
     tally, zero, one = Tally(1, torch.device("cpu")), torch.zeros(()), torch.ones(())
     for loss, divisor, skipped in ((6.0, 2, zero), (NAN, 5, one), (9.0, torch.tensor(4.0), zero)):
-        tally.add(sums(loss), divisor, skipped)
+        tally.add(sums(loss), divisor, skipped, zero, zero)
     line, verdict = tally.read()
     assert (line.totals, line.divisor) == ([15.0], 6.0)
     assert (verdict.skips_in_a_row, verdict.counts, verdict.stop) == (0, True, False)
-    tally.add(sums(NAN, NAN), 5, one)
+    tally.add(sums(NAN, NAN), 5, one, zero, zero)
     line, verdict = tally.read()
     assert line.divisor == 0 and verdict.skips_in_a_row == 1
 
@@ -188,7 +193,7 @@ def test_a_line_is_the_mean_of_the_steps_whose_loss_is_finite() -> None:
 def test_a_verdict_is_late_or_at_once(read: Callable[[Tally], Any]) -> None:
     tally, seen = Tally(1, torch.device("cpu")), []
     for flag in (0.0, 1.0, 0.0, 2.0):
-        tally.add(sums(1.0, flag=flag), 1, torch.zeros(()))
+        tally.add(sums(1.0, flag=flag), 1, *[torch.zeros(())] * 3)
         seen.append(read(tally).stop)
     assert seen in ([False, False, True, False], [False, True, False, True])
     assert seen[1] == (seen[-1] is True)
@@ -198,5 +203,5 @@ def test_large_counts_are_exact() -> None:
     """A line may stand for more labels than fp32 can count."""
     tally = Tally(1, torch.device("cpu"))
     for _ in range(9):
-        tally.add(sums(2.0 ** 22), 2 ** 22 + 1, torch.zeros(()))
+        tally.add(sums(2.0 ** 22), 2 ** 22 + 1, *[torch.zeros(())] * 3)
     assert tally.read()[0].divisor == 9 * (2 ** 22 + 1)
