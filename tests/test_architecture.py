@@ -339,6 +339,13 @@ def test_imports_lead_somewhere(folder: str) -> None:
     assert not complaints, "\n" + "\n".join(complaints)
 
 
+def test_tests_stay_readable() -> None:
+    sizes = {path.relative_to(ROOT): path.read_text(encoding="utf-8").count("\n")
+             for path in (ROOT / "tests").rglob("*.py")}
+    long = {str(path): lines for path, lines in sizes.items() if lines > MAX_FILE_LINES}
+    assert not long, f"split by what is tested (at most {MAX_FILE_LINES} lines): {long}"
+
+
 def _exists(name: str) -> bool:
     """Whether `name` is a module, or in one; true of what is not ours."""
     if name.partition(".")[0] == "tests":

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
+from engine import cli
+from engine.checkpoint.resume import open_checkpoint
 from engine.config import Config
 from engine.data.indexed import IndexedWriter
 from engine.distributed.topology import Topology
@@ -165,3 +168,26 @@ def end(process: subprocess.Popen[str]) -> None:
         for pid in (*children_of(process.pid), process.pid):
             os.kill(pid, signal.SIGKILL)
     process.communicate()
+
+
+def octant_train(config: Config, *overrides: str) -> int:
+    """The exit code of the command, in this process."""
+    folder = Path(config.run.dir)
+    path = write_config(config, folder.with_name(folder.name + ".yaml"))
+    return cli.run(["train", str(path), *overrides])
+
+
+def tensors(config: Config, step: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    """What a checkpoint of the run holds."""
+    reader = open_checkpoint(Path(config.run.dir) / "checkpoints" / f"step-{step:08d}")
+    return {key: reader.read(key) for key in reader.keys() if key.startswith(prefix)}
+
+
+def assert_equal_tensors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys() and got
+    assert not [key for key in want if not torch.equal(got[key], want[key])]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
