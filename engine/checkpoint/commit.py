@@ -2,10 +2,11 @@
 
 The ranks meet in the directory that is being written:
 
-    every rank    writes `rank-00003.safetensors`, fsyncs it, then leaves `rank-00003.done` (its size and hash; what it
-                  holds was settled before) or `rank-00003.failed` (why not)
-    first rank    waits for all of them.  All done: it writes the manifest, fsyncs the directory, renames it: committed.
-                  One failed, or time is up: it renames the directory away and deletes it: withdrawn.
+    every rank    writes `rank-00003.safetensors`, fsyncs it, then leaves the empty file `rank-00003.SIZE-HASH.done`
+                  (what it holds was settled before) or `rank-00003.failed` (why not)
+    first rank    waits for all of them by listing the directory; it opens none of what may be thousands of files.  All
+                  done: it writes the manifest, fsyncs the directory, renames it: committed.  One failed, or time is
+                  up: it renames the directory away and deletes it: withdrawn.
     other ranks   wait until the directory has gone from its writing name, and look whether it is the one
                   (by inode) that now bears the final name.
 
@@ -17,8 +18,8 @@ share is noticed, where a collective would commit a checkpoint with most of its 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,8 @@ from engine.checkpoint.shard import Entry, WrittenFile, file_bytes, write_shard
 
 POINTS = ("directory made", "shard created", "chunk written", "shard written", "shard synced", "rank done",
           "manifest written", "directory synced", "renamed", "pruned")
+NOTHING = "nothing"                 # in the place of size and hash where a rank writes no file
+DONE = re.compile(rf"rank-(\d{{5,}})\.(?:(\d+)-([0-9a-f]{{64}})|{NOTHING})\.done")
 OTHERS_PATIENCE_SECONDS = 60.0      # the other ranks wait longer than the first, which decides
 
 
@@ -69,8 +72,10 @@ class Save:
     def file(self) -> Path:
         return self.writing / f"rank-{self.rank:05d}.safetensors"
 
-    def marker(self, rank: int, state: str) -> Path:
-        return self.writing / f"rank-{rank:05d}.{state}"
+    @property
+    def failed(self) -> Path:
+        """Where this rank says why it failed."""
+        return self.writing / f"rank-{self.rank:05d}.failed"
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def write_and_commit(save: Save, entries: Sequence[Entry], fetch: Callable[[Entr
         _remove_part(save)
         reason = explain(error, save.file, entries) if save.rank == 0 or save.writing.exists() else _withdrawn(save)
         with contextlib.suppress(OSError):
-            save.marker(save.rank, "failed").write_text(reason)
+            save.failed.write_text(reason)
         if save.rank == 0:
             _withdraw(save)
         raise SaveFailed(reason) from error
@@ -137,41 +142,38 @@ def _write_part(save: Save, entries: Sequence[Entry], fetch: Callable[[Entry], t
     file: WrittenFile | None = None
     if entries:
         file = write_shard(save.file, entries, fetch, pool, save.on_point)
-    unfinished = save.marker(save.rank, "unfinished")
-    unfinished.write_text(json.dumps(file and [file.name, file.num_bytes, file.sha256]))
-    unfinished.rename(save.marker(save.rank, "done"))
+    what = NOTHING if file is None else f"{file.num_bytes}-{file.sha256}"
+    (save.writing / f"rank-{save.rank:05d}.{what}.done").touch(exist_ok=False)
     save.on_point("rank done")
 
 
 def _remove_part(save: Save) -> None:
     """Makes room: where the disk is full, the marker must still fit."""
-    for leftover in (save.file, save.marker(save.rank, "unfinished")):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
+    with contextlib.suppress(OSError):
+        save.file.unlink()
 
 
 def _await_parts(save: Save) -> list[StoredFile]:
-    """The first rank waits for every rank's marker; the files written, by rank."""
-    waiting = set(range(save.world_size))
+    """The first rank waits for every rank's marker, and takes the markers away; the files written, by rank."""
     for _ in _patience(save.timeout_seconds, save.world_size):
-        names = {entry.name for entry in os.scandir(save.writing)}
-        failed = [rank for rank in waiting if save.marker(rank, "failed").name in names]
-        if failed:
-            reasons = "; ".join(f"rank {r}: {save.marker(r, 'failed').read_text() or 'unknown'}" for r in failed)
-            raise SaveFailed(reasons)
-        waiting = {rank for rank in waiting if save.marker(rank, "done").name not in names}
-        if not waiting:
-            told = [json.loads(save.marker(rank, "done").read_text()) for rank in range(save.world_size)]
-            return [StoredFile(*file) for file in told if file]
-    some = ", ".join(map(str, sorted(waiting)[:8])) + (", …" if len(waiting) > 8 else "")
+        names = [entry.name for entry in os.scandir(save.writing)]
+        if failed := sorted(name for name in names if name.endswith(".failed")):
+            raise SaveFailed("; ".join(f"rank {int(name[5:].partition('.')[0])}: "
+                                       f"{(save.writing / name).read_text() or 'unknown'}" for name in failed))
+        done = {int(found[1]): found for found in map(DONE.fullmatch, names) if found}
+        if len(done) == save.world_size:
+            for found in done.values():
+                (save.writing / found[0]).unlink()
+            return [StoredFile(f"rank-{found[1]}.safetensors", int(found[2]), found[3])
+                    for _, found in sorted(done.items()) if found[2]]
+    waiting = [rank for rank in range(save.world_size) if rank not in done]
+    some = ", ".join(map(str, waiting[:8])) + (", …" if len(waiting) > 8 else "")
     raise SaveFailed(f"{save.writing}: {len(waiting)} of {save.world_size} ranks (rank {some}) did not finish within "
                      f"{save.timeout_seconds:,.0f} s; do all nodes share this file system?")
 
 
 def _commit(save: Save, files: Sequence[StoredFile], metadata: dict[str, Any], division: Division) -> None:
-    """Markers out, manifest in, fsync, rename."""
-    for rank in range(save.world_size):
-        save.marker(rank, "done").unlink()
+    """Manifest in, fsync, rename."""
     write_manifest(save.writing, Manifest(save.step, metadata, tuple(files), division.files))
     save.on_point("manifest written")
     sync_directory(save.writing)
