@@ -152,7 +152,7 @@ def prepare(
         return _counts_of(prefix)
     key_of = functools.partial(_key, options, inputs)
     encoder = functools.partial(_encoder, str(tokenizer), backend, text_field, append_eod, dtype.name)
-    num_workers = _useful_workers(workers or available_cores(), inputs)
+    num_workers = useful_workers(workers or available_cores(), inputs)
     with write_errors(prefix, "nothing that was finished is lost"), Parts(folder, key_of, dtype, part_seconds) as parts:
         if parts.finished:
             megabytes = parts.total().text_bytes / 1e6
@@ -204,7 +204,7 @@ def _tasks(inputs: Sequence[InputFile], start: Position, text_field: str, join_t
                 yield Task(block, position)
 
 
-def _useful_workers(wanted: int, inputs: Sequence[InputFile]) -> int:
+def useful_workers(wanted: int, inputs: Sequence[InputFile]) -> int:
     """No more workers than there is work for; packed files hold about four times their size."""
     if any(file.path == "-" for file in inputs):
         return wanted

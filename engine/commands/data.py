@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from corpus_tools.cleaning.command import run as clean
+from corpus_tools.conversations.start import open_corpora
 from corpus_tools.example import write_example
 from corpus_tools.inspect import histogram_lines, segments, share_lines, statistics
 from corpus_tools.outputs import output_prefix, prefix_name, unused_prefix
@@ -22,7 +24,6 @@ from engine.data.training_data import Sample
 from engine.errors import DataError, RequestError
 from engine.hints import hint
 from engine.progress import Progress
-from engine.train.corpora import Corpora
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 CORPUS_SUFFIXES = (".bin", ".idx", ".json")
@@ -128,7 +129,7 @@ def _inspect_config(args: argparse.Namespace) -> int:
     if args.document is not None:
         raise RequestError(f"--document {args.document}: documents are those of a corpus. Give its PREFIX.")
     config = load_config(args.target[0], args.target[1:])
-    data = Corpora.open(config).train
+    data = open_corpora(config, say=_aside).train
     if args.samples is None:
         num_samples = config.steps * config.batch.global_
         shares = data.report(num_samples)
@@ -149,6 +150,10 @@ def _inspect_config(args: argparse.Namespace) -> int:
         else:
             _print_sample(index, sample, data.source_names[sample.source], tokenizer)
     return 0
+
+
+def _aside(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _range(text: str) -> tuple[int, int]:

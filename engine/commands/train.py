@@ -6,6 +6,7 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
+from corpus_tools.conversations.start import open_corpora, prepared
 from engine.checkpoint.folder import checkpoints_at, no_checkpoint
 from engine.commands._layout import start_ranks
 from engine.config import Config, load_config, resolve_layout
@@ -52,7 +53,7 @@ def _load(args: argparse.Namespace) -> Config:
 def _run_launched(config: Config, launched: LaunchEnvironment, stop: StopRequest) -> int:
     """One rank of several; of local ones the parent has introduced the job."""
     if launched.rank == 0 and launched.launcher != "octant":
-        _introduce(config, Corpora.open(config), stamped=True)
+        _introduce(config, open_corpora(config), stamped=True)
     return _run_rank(config, launched, stop)
 
 
@@ -88,7 +89,7 @@ def _refuse_early(config: Config) -> Corpora:
         if path not in (None, "auto", "never") and not any(found.is_dir() for found in checkpoints_at(Path(path))):
             raise no_checkpoint(Path(path))
     require_packages(config.log)
-    return Corpora.open(config)
+    return open_corpora(config)
 
 
 def _local_replicas(config: Config) -> int:
@@ -105,7 +106,8 @@ def _run_rank(config: Config, launched: LaunchEnvironment | None, stop: StopRequ
     report = import_module("engine.commands.doctor").doctor_report(operations=False) \
         if launched is None or launched.rank == 0 else ""
     topology = Topology.of(config)
-    finished = rank_module.run_rank(config, topology, launched, report, stop, notes)
+    chats = prepared(config, say=lambda line: None)
+    finished = rank_module.run_rank(config, topology, launched, report, stop, notes, chats)
     return 0 if finished else STOPPED
 
 

@@ -8,7 +8,7 @@ Keys, defaults and units are in `schema`; the equations a layout must satisfy in
 `parallel.schedule` may have in `engine.schedules.table`.
 """
 
-from engine.config.alignment import AdapterConfig, DPOConfig, ORPOConfig, RewardConfig
+from engine.config.alignment import AdapterConfig, DPOConfig, ORPOConfig, RewardConfig, SFTConfig
 from engine.config.layout import resolve_layout
 from engine.config.load import config_names, load_config, preset_names
 from engine.config.reliability import FaultConfig, ReliabilityConfig, RewindConfig, SpikeConfig
@@ -33,5 +33,5 @@ __all__ = [
     "AdapterConfig", "BatchConfig", "CheckpointConfig", "Config", "DPOConfig", "DataConfig", "EvalConfig",
     "FaultConfig", "LogConfig", "ModelConfig", "ORPOConfig", "OptimConfig", "ParallelConfig", "PrecisionConfig",
     "ProfileConfig", "ReliabilityConfig", "RewardConfig", "RewindConfig", "RopeScalingConfig", "RunConfig",
-    "SourceConfig", "SpikeConfig", "config_names", "load_config", "preset_names", "resolve_layout",
+    "SFTConfig", "SourceConfig", "SpikeConfig", "config_names", "load_config", "preset_names", "resolve_layout",
 ]

@@ -47,6 +47,12 @@ class AdapterConfig(Section):
         return self.alpha / self.rank
 
 
+class SFTConfig(Section):
+    """Supervised fine-tuning."""
+
+    ptx_weight: Number = 0.0                                 # of a label of pretraining data, beside 1 of an answer's
+
+
 class RewardConfig(Section):
     """Reward models."""
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from engine.config.alignment import HEAD, AdapterConfig, DPOConfig, ORPOConfig, RewardConfig
+from engine.config.alignment import HEAD, AdapterConfig, DPOConfig, ORPOConfig, RewardConfig, SFTConfig
 from engine.config.decay import Cosine, Decay
 from engine.config.fields import (
     Count,
@@ -59,7 +59,7 @@ class RunConfig(Section):
 
     dir: Words = "runs/default"
     seed: Seed = 1234
-    objective: Literal["pretrain", "sft", "reward", "dpo", "ppo"] = "pretrain"
+    objective: Literal["pretrain", "sft", "reward", "dpo", "orpo", "ppo", "grpo"] = "pretrain"
     name: Words | None = None                                # a label for logs and reports; default: the folder's name
     device: Literal["auto", "cpu", "cuda"] = "auto"          # auto: cuda where there is one
 
@@ -156,9 +156,11 @@ class PrecisionConfig(Section):
 
 
 class SourceConfig(Section):
-    """One corpus: `path` is the prefix of its `.bin` and `.idx`."""
+    """One corpus: `path` is the prefix of its `.bin` and `.idx`; or a file of conversations."""
 
     path: Words
+    kind: Literal["pretrain", "chat"] | None = None          # null: what run.objective learns from
+    columns: dict[Words, Words] = Field(default_factory=dict)        # of conversations: a known key, the file's name
     weight: Positive = 1.0                                   # relative to the other sources
     epochs: Positive | None = None                           # instead of `weight`: in proportion to epochs × size
     max_epochs: Positive | None = None                       # leave the mixture after so many
@@ -178,6 +180,11 @@ class DataConfig(Section):
     train: tuple[SourceConfig, ...] = ()
     valid: tuple[SourceConfig, ...] = ()
     document_mask: bool = False                              # attention does not cross documents
+    template: Words = "auto"                                 # of conversations; auto: the tokenizer's own
+    pack: bool = True                                        # several conversations in a sequence, each for itself
+    too_long: Literal["cut", "skip", "stop"] = "cut"         # a conversation longer than a sequence
+    on_error: Literal["stop", "skip"] = "stop"               # a record that cannot be used; skip: count it
+    cache: Words | None = None                               # where conversations in tokens are kept; null: in run.dir
     skip: tuple[tuple[Sample, Sample], ...] = ()             # ranges [a, b) of samples to leave out
 
 
@@ -278,6 +285,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     dpo: DPOConfig = DPOConfig()
     orpo: ORPOConfig = ORPOConfig()
+    sft: SFTConfig = SFTConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
@@ -293,6 +301,7 @@ class Config(Section):
             problems.append(f"optim.min_lr({self.optim.min_lr}) > optim.lr({self.optim.lr})")
         problems += self.optim.decay.problems(self.steps, self.optim)
         problems += self._adapter_problems()
+        problems += self._source_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -310,6 +319,18 @@ class Config(Section):
         if self.adapter.targets == (HEAD,) and self.parallel.pipeline > 1:
             yield (f"adapter.targets is lm_head alone: all but the last of parallel.pipeline({self.parallel.pipeline}) "
                    "stages would have nothing to train")
+
+    def _source_problems(self) -> Iterator[str]:
+        """Kinds of data that the objective does not learn from."""
+        objective = self.run.objective
+        for source in (*self.data.train, *self.data.valid):
+            if objective == "pretrain" and (source.kind == "chat" or source.columns):
+                yield f"{source.path} is of conversations, which run.objective pretrain does not read: set it to sft"
+            if objective == "sft" and source.kind == "pretrain" and self.sft.ptx_weight == 0:
+                yield (f"{source.path} is pretraining data (kind: pretrain), and sft.ptx_weight is 0, so that nothing "
+                       "would be learned from it: give it a weight")
+            if objective not in ("pretrain", "sft") and source.kind == "pretrain":
+                yield f"{source.path} is pretraining data (kind: pretrain), from which {objective} does not learn"
 
     @property
     def num_microbatches(self) -> int:

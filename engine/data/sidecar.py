@@ -40,6 +40,7 @@ class Sidecar:
     dtype: str
     files: dict[str, FileInfo]
     made_from: str | None = None  # a hash of inputs, options and tokenizer; foreign and older side files have none
+    chat: dict[str, Any] | None = None  # of conversations: how they were made (`engine.data.chat.corpus`)
     version: int = VERSION
 
     def write(self, prefix: str | os.PathLike[str]) -> None:
@@ -86,7 +87,18 @@ def _parse(fields: dict[str, Any]) -> Sidecar:
         *(None if made_by.get(key) is None else _count(made_by[key]) for key in ("eod_id", "bos_id")),
     )
     counts = _count(fields["num_documents"]), _count(fields["num_tokens"])
-    return Sidecar(tokenizer, *counts, _text(fields["dtype"]), files, fields.get("made_from"))
+    made_from, chat = fields.get("made_from"), _chat(fields.get("chat"))
+    return Sidecar(tokenizer, *counts, _text(fields["dtype"]), files, made_from, chat)
+
+
+def _chat(value: Any) -> dict[str, Any] | None:
+    """What later reading relies on is there."""
+    if value is None:
+        return None
+    for file in value["files"]:
+        _text(file["path"]), _text(file["unit"])
+    _text(value["kind"]), _count(value["skipped"]), [_count(number) for number in value["end_ids"]]
+    return value
 
 
 def _text(value: object) -> str:

@@ -30,9 +30,10 @@ from torch import Tensor
 from engine.checkpoint.read import CheckpointReader
 from engine.config import Config, SourceConfig
 from engine.data.indexed import IndexedDataset
+from engine.data.sample import Sample
+from engine.data.sources import CorpusSource, open_corpus
 from engine.data.tokenizer import Tokenizer
 from engine.data.tokenizer_identity import TokenizerInfo, recorded_tokenizer
-from engine.data.training_data import Sample, TrainingData
 from engine.distributed.environment import LaunchEnvironment
 from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
@@ -105,18 +106,18 @@ def evaluate_corpus(request: EvalRequest, topology: Topology, launched: LaunchEn
         config = inference_config(reader, topology, Wanted(request.dtype, request.seq_len, request.batch_size, fill))
         tokenizer, reason = _tokenizer(reader, request)
         config = fitted(config, request.data)
-        data = open_corpus(request.data, config, recorded_tokenizer(reader.metadata.get("data") or {}))
-        of_windows = data.windows_and_rest(0)
+        data = open_whole(request.data, config, recorded_tokenizer(reader.metadata.get("data") or {}))
+        of_windows = data.windows_and_rest
         windows = min(of_windows, (request.batches or of_windows) * request.batch_size)
         if config.data.document_mask:
-            require_labels(data, (data.window(0, index) for index in range(windows)), windows)
+            require_labels(data.path, (data.window(index, 0) for index in range(windows)), windows)
         model = load_model(reader, config, mesh)
         start = time.perf_counter()
         summed = sum_of_losses(model, data, windows, shown=mesh.rank == 0)
         seconds = time.perf_counter() - start
         if mesh.rank != 0:
             return
-        seq_len, corpus = config.data.seq_len, data.sources[0].dataset
+        seq_len, corpus = config.data.seq_len, data.dataset
         read = min(windows * seq_len, corpus.num_tokens - 1)
         num_bytes = None if tokenizer is None else text_bytes(corpus, read, tokenizer, config.data.document_mask)
         scores = Scores.of(summed, windows, of_windows, seq_len, num_bytes, seconds)
@@ -134,22 +135,24 @@ def fitted(config: Config, prefix: str) -> Config:
     return config.with_changes(data={"seq_len": length}) if 0 < length < config.data.seq_len else config
 
 
-def open_corpus(prefix: str, config: Config, tokenizer: TokenizerInfo | None) -> TrainingData:
-    """One corpus, in its own order."""
-    return TrainingData.open([SourceConfig(path=prefix)], config.data.seq_len, 0, config.model.vocab_size,
-                             shuffle=False, document_mask=config.data.document_mask, tokenizer=tokenizer)
+def open_whole(prefix: str, config: Config, tokenizer: TokenizerInfo | None) -> CorpusSource:
+    """A corpus, in its own order."""
+    corpus = open_corpus(SourceConfig(path=prefix), config.data.seq_len, config.model.vocab_size, tokenizer,
+                         config.data.document_mask)
+    corpus.window(0, 0)
+    return corpus
 
 
-def sum_of_losses(model: ParallelModel, data: TrainingData, windows: int, shown: bool = False) -> Summed:
+def sum_of_losses(model: ParallelModel, data: CorpusSource, windows: int, shown: bool = False) -> Summed:
     """The loss over the first so many windows, the same on every rank."""
     def window(index: int) -> Sample:
-        return data.window(0, index)
+        return data.window(index, 0)
 
     def heard(done: int, totals: Tensor) -> None:
         progress.reach(done, note=lambda: f"loss {totals[0].item() / max(1, totals[1].item()):.4f}")
 
     with Progress("evaluating", windows, "windows", shown) as progress:
-        total, num_tokens = sums_over(model, window, windows, windows > data.sources[0].num_windows, heard).tolist()
+        total, num_tokens = sums_over(model, window, windows, windows > data.num_windows, heard).tolist()
     return Summed(total, int(num_tokens))
 
 

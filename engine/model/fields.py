@@ -31,3 +31,5 @@ LABELS = Field("labels_SB")
 LOSS_MASK = Field("loss_mask_SB")
 ATTENTION_MASK = Field("attention_mask", sequence_dim=2, batch_dim=0)      # of its two sequences the queries' is cut
 OWN = (TOKENS, POSITIONS, LABELS, LOSS_MASK, ATTENTION_MASK)
+
+PTX = Field("is_ptx_B", sequence_dim=None, batch_dim=0)      # in fine-tuning: which rows are pretraining data

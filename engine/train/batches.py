@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from engine.config import Config
-from engine.data.training_data import Sample
+from engine.data.sample import Sample
 from engine.distributed.agree import maximum
 from engine.distributed.collectives import all_reduce
 from engine.distributed.mesh import Mesh
@@ -177,8 +177,9 @@ def collate(rows: Sequence[Sample], pinned: bool = False) -> HostBatch:
         everywhere = np.ones(length, dtype=bool)
         loss_mask = torch.from_numpy(np.stack([everywhere if row.loss_mask is None else row.loss_mask for row in rows],
                                               axis=1))
-    if rows[0].document_ids is not None:
-        ids = torch.from_numpy(np.stack([row.document_ids for row in rows if row.document_ids is not None]))
+    if any(row.document_ids is not None for row in rows):
+        one = np.zeros(length, np.int32)                          # a row without ids is one document
+        ids = torch.from_numpy(np.stack([one if row.document_ids is None else row.document_ids for row in rows]))
     extra = {field: torch.from_numpy(np.stack([row.extra[field] for row in rows], axis=field.batch_dim))
              for field in rows[0].extra}
     batch = Batch(tokens[:-1], torch.arange(length).unsqueeze(1), tokens[1:], loss_mask, extra=extra)

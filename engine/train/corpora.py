@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from engine.config import Config, SourceConfig
-from engine.data.tokenizer import load_tokenizer
+from engine.data.chat.rows import ConversationSource, Fit
+from engine.data.sample import Sample
+from engine.data.sources import Source, check_tokenizer, mixed, no_sources, open_corpus
+from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.data.tokenizer_identity import TOKENIZER, TokenizerInfo
-from engine.data.training_data import Sample, TrainingData
+from engine.data.training_data import TrainingData
 from engine.errors import DataError
+from engine.model.fields import PTX
+
+# What the records of conversation files must be, by objective (a kind of `engine.data.chat.kinds`).
+KIND_OF: Mapping[str, str] = MappingProxyType({"sft": "conversations"})
 
 
 @dataclass(frozen=True)
@@ -22,34 +32,42 @@ class Corpora:
     tokenizer: TokenizerInfo | None
 
     @staticmethod
-    def open(config: Config) -> Corpora:
+    def open(config: Config, prepared: Mapping[str, str] = MappingProxyType({})) -> Corpora:
         """Opens everything `config.data` names.
+
+        Args:
+            prepared: by the path of a conversation file, the prefix where it lies in tokens.
 
         Raises:
             DataError: a corpus is missing, damaged, too short, or made with another tokenizer.
         """
         data = config.data
-        info, vocab_size = None, config.model.vocab_size
-        if data.tokenizer is not None:
-            tokenizer = load_tokenizer(data.tokenizer)
-            info = tokenizer.info
-            if tokenizer.vocab_size > vocab_size:
-                raise DataError(f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, the model's vocabulary "
-                                f"{vocab_size}: raise model.vocab_size or use another tokenizer")
-        train = TrainingData.open(data.train, data.seq_len, config.run.seed, vocab_size, skip=data.skip,
-                                  document_mask=data.document_mask, tokenizer=info)
+        tokenizer = None if data.tokenizer is None else load_tokenizer(data.tokenizer)
+        if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+            raise DataError(f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, the model's vocabulary "
+                            f"{config.model.vocab_size}: raise model.vocab_size or use another tokenizer")
+        opener = _Opener(config, None if tokenizer is None else tokenizer.info, _pad_id(tokenizer), prepared)
+        train = opener.open(data.train, skip=data.skip)
         needed, there = config.steps * config.batch.global_, train.num_samples
         if there is not None and there < needed:
             raise DataError(f"{config.steps} steps of {config.batch.global_} sequences need {needed} samples, but with "
                             f"max_epochs the corpora give {there}: lower steps, raise max_epochs or add data")
-        valid = TrainingData.open([_once(source) for source in data.valid], data.seq_len, config.run.seed, vocab_size,
-                                  shuffle=False, document_mask=data.document_mask, tokenizer=info) \
-            if data.valid else None
-        corpora = Corpora(train, valid, info)
-        if valid is not None and config.eval.every and data.document_mask:
+        valid = opener.open([_once(source) for source in data.valid], shuffle=False) if data.valid else None
+        corpora = Corpora(train, valid, opener.tokenizer)
+        if valid is not None and config.eval.every and (data.document_mask or config.run.objective == "sft"):
             num = corpora.num_evaluated(config)
-            require_labels(valid, map(valid.sample, range(num)), num)
+            require_labels(", ".join(valid.source_names), map(valid.sample, range(num)), num)
         return corpora
+
+    @property
+    def conversations(self) -> list[ConversationSource]:
+        """The sources of conversations among the training data."""
+        return [source for source in self.train.sources if isinstance(source, ConversationSource)]
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """What ends an answer in the conversations that are learned."""
+        return tuple(sorted({number for source in self.conversations for number in source.corpus.end_ids}))
 
     def num_evaluated(self, config: Config) -> int:
         """Held-out samples of an evaluation: `eval.batches` global batches, or all where there are fewer."""
@@ -63,17 +81,64 @@ class Corpora:
         return self.train.fingerprint() | (self.tokenizer.fingerprint() if self.tokenizer else {TOKENIZER: None})
 
 
-def require_labels(data: TrainingData, samples: Iterable[Sample], num_samples: int) -> None:
+@dataclass(frozen=True)
+class _Opener:
+    """How the sources of a run are opened."""
+
+    config: Config
+    tokenizer: TokenizerInfo | None
+    pad_id: int
+    prepared: Mapping[str, str]
+
+    def open(self, sources: Sequence[SourceConfig], skip: Sequence[tuple[int, int]] = (),
+             shuffle: bool = True) -> TrainingData:
+        if not sources:
+            raise no_sources()
+        data, seed = self.config.data, self.config.run.seed
+        opened = mixed([self._source(source) for source in sources], sources)
+        return TrainingData(opened, data.seq_len, seed, skip=skip, shuffle=shuffle).checked()
+
+    def _source(self, source: SourceConfig) -> Source:
+        config, data = self.config, self.config.data
+        objective, vocab_size = config.run.objective, config.model.vocab_size
+        of_text = is_of_text(source, objective)
+        tags = {PTX: np.array(of_text)} if objective == "sft" and config.sft.ptx_weight > 0 else {}
+        if of_text:
+            corpus = open_corpus(source, data.seq_len, vocab_size, self.tokenizer, data.document_mask)
+            return replace(corpus, tags=tags)
+        fit = Fit(data.seq_len, self.pad_id, data.pack, data.too_long, data.on_error)
+        prefix = self.prepared.get(source.path, source.path)
+        opened = ConversationSource.open(prefix, source, fit, vocab_size)
+        check_tokenizer(prefix, opened.corpus.sidecar, vocab_size, self.tokenizer)
+        if opened.corpus.kind != KIND_OF[objective]:
+            raise DataError(f"{source.path} is of {opened.corpus.kind}; run.objective {objective} learns from "
+                            f"{KIND_OF[objective]}")
+        return replace(opened, tags=tags)
+
+
+def is_of_text(source: SourceConfig, objective: str) -> bool:
+    """Whether a source is a corpus of text, and not of conversations."""
+    return (source.kind or ("pretrain" if objective == "pretrain" else "chat")) == "pretrain"
+
+
+def _pad_id(tokenizer: Tokenizer | None) -> int:
+    """What rows are filled up with; it is no label, so that it may be any."""
+    if tokenizer is None:
+        return 0
+    return tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id
+
+
+def require_labels(names: str, samples: Iterable[Sample], num_samples: int) -> None:
     """Refuses an evaluation in which nothing would be predicted.
 
     Raises:
-        DataError: of the samples, `num_samples` of `data`, not one has a label that counts.
+        DataError: of the samples not one has a label that counts.
     """
     masks = (sample.loss_mask for sample in samples)
     if not any(mask is None or mask.any() for mask in masks):
-        raise DataError(f"{', '.join(data.source_names)}: not one label counts in the {num_samples} windows of an "
-                        "evaluation. With data.document_mask the first token of a document is no label: use longer "
-                        "documents, or set it to false")
+        raise DataError(f"{names}: not one label counts in the {num_samples} windows of an evaluation. With "
+                        "data.document_mask the first token of a document is no label: use longer documents, or set "
+                        "it to false")
 
 
 def _once(source: SourceConfig) -> SourceConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.config import Config
+from engine.data.chat.rows import ConversationSource
 from engine.model.flops import count_adapter, count_parameters
 from engine.train.corpora import Corpora
 
@@ -23,6 +24,7 @@ def introduction(config: Config, corpora: Corpora) -> list[str]:
     for share in corpora.train.report(config.steps * batch.global_):
         lines.append(f"corpus {share.name}: {short(share.source_tokens)} tokens, {share.share:.1%} of the samples, "
                      f"{share.epochs:.2f} epochs")
+    lines += [_about_rows(source) for source in corpora.conversations]
     wanted, held_out = config.eval.batches * batch.global_, corpora.num_evaluated(config)
     if corpora.valid is not None and config.eval.every and held_out < wanted:
         lines.append(f"evaluation: all {held_out:,} held-out windows (eval.batches asks for {wanted:,})")
@@ -38,6 +40,18 @@ def _trained(config: Config) -> list[str]:
     trained = count_adapter(config.model, config.adapter) + score
     return [f"{trained:,} of {total:,} train: an adapter of rank {config.adapter.rank} on "
             f"{', '.join(config.adapter.targets)}"]
+
+
+def _about_rows(source: ConversationSource) -> str:
+    """How conversations lie in sequences, and what did not fit."""
+    in_rows = sum(map(len, source.rows))
+    how = "packed into" if source.fit.packed else "in"
+    rows = f"{len(source.rows):,} sequences, {source.padding:.1%} padding"
+    line = f"{source.name}: {in_rows:,} conversations {how} {rows}"
+    told = [f"{count:,} {what}" for count, what in ((source.num_cut, "cut at their end"),
+                                                    (source.num_left_out, "too long and left out"),
+                                                    (source.corpus.about["skipped"], "unusable and left out")) if count]
+    return ", ".join([line, *told])
 
 
 def short(number: float) -> str:

@@ -120,6 +120,7 @@ class Trainer:
         tally = Tally(len(model.objective.sums), mesh.device)
         spikes = SpikeMonitor(config.reliability.spike, mesh.device)
         notes = take_over(state, tally, spikes, config, corpora, group)
+        state.end_ids = tuple(sorted({*state.end_ids, *corpora.end_ids}))
         faults = config.reliability.inject or ()
         injector = Injector(faults, mesh.rank, directory, model.buckets)
         writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from engine.align.sft import supervised
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.model.objective import NEXT_TOKEN, Objective
 
 OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
     "pretrain": lambda config: NEXT_TOKEN,
+    "sft": lambda config: supervised(config.sft.ptx_weight),
 }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -27,12 +28,14 @@ from engine.writing import write_whole
 
 
 def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | None, doctor_report: str,
-             stop_requested: Callable[[], bool], notes: Sequence[str] = ()) -> bool:
+             stop_requested: Callable[[], bool], notes: Sequence[str] = (),
+             prepared: Mapping[str, str] = MappingProxyType({})) -> bool:
     """Trains; False when it was stopped by a request, after saving.
 
     Args:
         doctor_report: for the run's folder; rank 0's counts, as do its notes.
         notes: what else a person should know at the start.
+        prepared: as `Corpora.open` takes it.
 
     Raises:
         RequestError: the run's folder cannot be written, or what the configuration asks for cannot be done.
@@ -40,7 +43,7 @@ def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | N
     directory = Path(config.run.dir)
     first = launched is None or launched.rank == 0
     with locked(directory) if first else nullcontext(True) as exclusive:
-        corpora = Corpora.open(config)
+        corpora = Corpora.open(config, prepared)
         said = [*notes, *([] if exclusive else [f"warning: the file system of {directory} has no locks: see to it that "
                                                 "no other run uses it"])]
         with arithmetic(deterministic=config.parallel.reproducible), \

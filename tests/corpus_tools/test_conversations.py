@@ -67,7 +67,7 @@ def test_every_kind_of_file(ending: str, tmp_path: Path) -> None:
     else:
         text = json.dumps(records) if ending == "json" else "\n".join(map(json.dumps, records))
         path.write_bytes(gzip.compress(text.encode()) if ending.endswith("gz") else text.encode())
-    found = [example for example, _ in examples(expand_inputs([path])[0])]
+    found = [found.value for found in examples(expand_inputs([path])[0])]
     assert [answers(example) for example in found if isinstance(example, Example)] == [RECORDS["sharegpt"][1]] * 2
     where = {"json": "record", "parquet": "row"}.get(ending, "line")
     assert [getattr(example, "place", "") for example in found] == [f"{path}, {where} {n}" for n in (1, 2)]
@@ -114,7 +114,7 @@ def test_one_bad_record_takes_no_other_with_it(tmp_path: Path) -> None:
     good = json.dumps(RECORDS["gsm8k"][0])
     path = tmp_path / "chats.jsonl"
     path.write_bytes(b"\n".join([good.encode(), b'{"question": ', b'"\xff"', b"", b'{"a": 1}', good.encode()]))
-    found = [example for example, _ in examples(expand_inputs([path])[0])]
+    found = [found.value for found in examples(expand_inputs([path])[0])]
     assert [type(example) for example in found] == [Example, BadRecord, BadRecord, BadRecord, Example]
     said = [str(example) for example in found if isinstance(example, BadRecord)]
     reasons = ("line 2: invalid JSON", "line 3: invalid UTF-8", "line 5: no known format")
@@ -124,8 +124,8 @@ def test_one_bad_record_takes_no_other_with_it(tmp_path: Path) -> None:
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
-    [(bad, _)] = examples(expand_inputs([tmp_path / "empty.jsonl"])[0])
-    assert "it is empty" in str(bad)
+    [bad] = examples(expand_inputs([tmp_path / "empty.jsonl"])[0])
+    assert "it is empty" in str(bad.value)
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(RequestError, match="not from text"):
         list(examples(expand_inputs([tmp_path / "a.txt"])[0]))

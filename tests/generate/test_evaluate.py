@@ -16,7 +16,7 @@ from engine.data.indexed import IndexedDataset, IndexedWriter
 from engine.data.tokenizer import ByteTokenizer
 from engine.data.training_data import Sample
 from engine.distributed.topology import Topology
-from engine.generate.evaluate import Scores, Summed, fitted, open_corpus, sum_of_losses, text_bytes
+from engine.generate.evaluate import Scores, Summed, fitted, open_whole, sum_of_losses, text_bytes
 from engine.generate.load import Wanted, inference_config, load_model, open_shared
 from engine.model.context import Batch
 from tests.kit.distributed import mesh_for, run_distributed
@@ -54,7 +54,7 @@ def evaluated(run: Path, corpus: str, topology: Topology, windows: int) -> Summe
     mesh = mesh_for(topology)
     reader = open_shared(run, mesh)
     config = inference_config(reader, topology, Wanted(micro=4, num_microbatches=2))
-    return sum_of_losses(load_model(reader, config, mesh), open_corpus(corpus, config, ByteTokenizer().info), windows)
+    return sum_of_losses(load_model(reader, config, mesh), open_whole(corpus, config, ByteTokenizer().info), windows)
 
 
 TOPOLOGIES = (Topology(), Topology(tensor=2), Topology(pipeline=2), Topology(data=2), Topology(tensor=2, pipeline=2),
@@ -78,9 +78,9 @@ def test_every_token_but_the_first_is_scored_once(run: Path, corpus: str) -> Non
     num_tokens = IndexedDataset(corpus).num_tokens
     for seq_len in (1, 7, 16, 48):
         config = inference_config(reader, Topology(), Wanted(seq_len=seq_len, micro=4))
-        data = open_corpus(corpus, config, None)
-        labels = [label for index in range(data.windows_and_rest(0)) for label in labels_of(data.window(0, index))]
-        assert labels == data.sources[0].dataset.tokens(1, num_tokens).tolist()
+        data = open_whole(corpus, config, None)
+        labels = [label for index in range(data.windows_and_rest) for label in labels_of(data.window(index, 0))]
+        assert labels == data.dataset.tokens(1, num_tokens).tolist()
     short = inference_config(reader, Topology(), Wanted(seq_len=60))
     with IndexedWriter(Path(corpus).with_name("short"), np.uint16) as writer:
         writer.add_document(np.arange(40))

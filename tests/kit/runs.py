@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import yaml
 
+from corpus_tools.conversations.start import open_corpora
 from engine import cli
 from engine.checkpoint.resume import open_checkpoint
 from engine.config import Config
 from engine.data.indexed import IndexedWriter
 from engine.distributed.topology import Topology
-from engine.train.corpora import Corpora
 from engine.train.loop import Trainer
 from engine.train.state import TrainState
 from tests.kit.distributed import mesh_for, run_distributed
@@ -94,7 +94,7 @@ def train_here(config: Config, stop_at: int | None = None, crash_after: int | No
             raise Crash
         return mesh.rank == mesh.world.size - 1 and stop_at is not None and trainer.state.step + 1 >= stop_at
 
-    trainer = Trainer.start(config, mesh, Corpora.open(config), stop_requested)
+    trainer = Trainer.start(config, mesh, open_corpora(config, say=lambda line: None), stop_requested)
     try:
         finished = trainer.run()
         assert finished == (trainer.state.step == config.steps)

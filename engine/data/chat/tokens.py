@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.chat.conversation import ASSISTANT, Turns
+from engine.data.chat.conversation import ASSISTANT, Learn, Turns
 from engine.data.chat.spans import Renderer
 from engine.data.chat.templates import open_template
 from engine.data.tokenizer_base import Cut, Span, Tokenizer
 from engine.errors import DataError
-
-Learn = Literal["all", "last"]           # answers: all of them, or only what comes last
 
 
 @dataclass(frozen=True)
