@@ -13,7 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from engine.config.alignment import HEAD, AdapterConfig, DPOConfig, ORPOConfig, RewardConfig, SFTConfig
 from engine.config.decay import Cosine, Decay
@@ -36,6 +42,7 @@ from engine.config.fields import (
     ZeroLevel,
 )
 from engine.config.kinds import AttentionName, MLPName
+from engine.config.length import BatchConfig, Ramp, Tokens, Warmup, read_tokens
 from engine.config.reliability import ReliabilityConfig
 from engine.config.yaml_values import dump_yaml
 from engine.errors import ConfigError
@@ -52,6 +59,10 @@ def _known_schedule(value: str) -> str:
 
 ScheduleName = Annotated[str, AfterValidator(_known_schedule),
                          Field(json_schema_extra=lambda schema: schema.update(enum=[*schedule_names()]))]
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default", None)
 
 
 class RunConfig(Section):
@@ -188,19 +199,12 @@ class DataConfig(Section):
     skip: tuple[tuple[Sample, Sample], ...] = ()             # ranges [a, b) of samples to leave out
 
 
-class BatchConfig(Section):
-    """Sizes in sequences.  global = micro × data × microbatches."""
-
-    micro: Size = 1
-    global_: Size = Field(default_factory=lambda values: values["micro"], validation_alias="global",
-                           serialization_alias="global")
-
-
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: Rate = 1.5e-4
     warmup_steps: NonNegative = 0
+    warmup: Warmup | None = None                             # instead: 2000 (steps), 1% (of the run), 375M (tokens)
     decay: Decay = Cosine()                                  # a name of `engine.config.decay`, or {shape: NAME, …}
     min_lr: RateOrZero = Field(default_factory=lambda values: values["decay"].floor(values["lr"]))
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -275,7 +279,9 @@ class Config(Section):
     kernels: KernelsConfig = KernelsConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
-    steps: Count
+    tokens: Tokens | None = None                             # instead of `steps`: the steps nearest to it
+    steps: Count = Field(default=None, validate_default=True,
+                         json_schema_extra=_without_default)
     adapter: AdapterConfig | None = None                     # absent: everything trains
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -288,23 +294,43 @@ class Config(Section):
     sft: SFTConfig = SFTConfig()
     profile: ProfileConfig = ProfileConfig()
 
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _long_enough(cls, value: object, info: ValidationInfo) -> object:
+        """The steps of `tokens` where they are not given; any number where a fault of those is the problem already."""
+        if value is not None or "tokens" not in info.data:
+            return 1 if value is None else value
+        if (tokens := info.data["tokens"]) is None:
+            raise ValueError("is missing; give it, or tokens")
+        known = "batch" in info.data and "data" in info.data
+        return info.data["batch"].steps(tokens, info.data["data"].seq_len) if known else 1
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
-        problems = []
+        problems = [*self._length_problems()]
         if self.data.seq_len > self.model.max_seq_len:
             problems.append(f"data.seq_len({self.data.seq_len}) > model.max_seq_len({self.model.max_seq_len}): "
                             "shorten the sequences or raise the model's maximum")
-        if (tokens := self.steps * self.batch.global_ * self.data.seq_len) >= 2**63:
+        if (tokens := self.num_samples * self.data.seq_len) >= 2**63:
             problems.append(f"steps({self.steps:,}) × batch.global({self.batch.global_:,}) × data.seq_len("
                             f"{self.data.seq_len:,}) = {tokens:.1e} tokens, more than can be counted")
         if self.optim.min_lr > self.optim.lr:
             problems.append(f"optim.min_lr({self.optim.min_lr}) > optim.lr({self.optim.lr})")
-        problems += self.optim.decay.problems(self.steps, self.optim)
+        if not problems:
+            problems += self.optim.decay.problems(round(self.num_batches), self.rates)
         problems += self._adapter_problems()
         problems += self._source_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _length_problems(self) -> Iterator[str]:
+        if self.tokens is not None and self.steps != (steps := self.batch.steps(self.tokens, self.data.seq_len)):
+            yield (f"tokens({self.tokens:,}) are {steps:,} steps of this batch, and steps is {self.steps:,}: leave one "
+                   "of them out")
+        if self.optim.warmup is not None and self.optim.warmup_steps:
+            yield (f"optim.warmup is {self.optim.warmup} and optim.warmup_steps {self.optim.warmup_steps}: leave one "
+                   "of them out")
 
     def _adapter_problems(self) -> Iterator[str]:
         if self.adapter is not None and self.adapter.dropout:
@@ -336,6 +362,36 @@ class Config(Section):
     def num_microbatches(self) -> int:
         """Microbatches each pipeline works through in a step (the layout must be resolved)."""
         return self.batch.global_ // (self.batch.micro * self.parallel.data_size)
+
+    @property
+    def ramp(self) -> Ramp:
+        """The sizes of the batches."""
+        return self.batch.sizes(self.data.seq_len)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.ramp.samples(self.steps)
+
+    @property
+    def num_batches(self) -> float:
+        """The run's length in batches of the final size: by these the learning rate goes."""
+        return self.num_samples / self.batch.global_
+
+    @property
+    def rates(self) -> OptimConfig:
+        """`optim` with the warm-up in batches of the final size."""
+        warmup = self.optim.warmup
+        if warmup is None:
+            return self.optim
+        batches: float
+        if isinstance(warmup, int):
+            batches = warmup
+        elif warmup.endswith("%"):
+            batches = self.num_batches * float(warmup[:-1]) / 100
+        else:
+            batches = read_tokens(warmup) / self.data.seq_len / self.batch.global_
+        return self.optim.model_copy(update={"warmup_steps": batches, "warmup": None})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values under the YAML key names; `Config.model_validate` reads them back."""
