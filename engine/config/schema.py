@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from engine.config.alignment import HEAD, AdapterConfig, DPOConfig, ORPOConfig, RewardConfig, SFTConfig
+from engine.config.data import DataConfig
 from engine.config.decay import Cosine, Decay
 from engine.config.fields import (
     Count,
@@ -31,18 +32,15 @@ from engine.config.fields import (
     Layers,
     NonNegative,
     Number,
-    Positive,
     Rate,
     RateOrZero,
-    Sample,
     Section,
     Seed,
-    Size,
     Words,
     ZeroLevel,
 )
-from engine.config.kinds import AttentionName, MLPName
 from engine.config.length import BatchConfig, Ramp, Tokens, Warmup, read_tokens
+from engine.config.model import ModelConfig
 from engine.config.reliability import ReliabilityConfig
 from engine.config.yaml_values import dump_yaml
 from engine.errors import ConfigError
@@ -73,52 +71,6 @@ class RunConfig(Section):
     objective: Literal["pretrain", "sft", "reward", "dpo", "orpo", "ppo", "grpo"] = "pretrain"
     name: Words | None = None                                # a label for logs and reports; default: the folder's name
     device: Literal["auto", "cpu", "cuda"] = "auto"          # auto: cuda where there is one
-
-
-class RopeScalingConfig(Section):
-    """Llama-3's stretching of RoPE: low frequencies divided by `factor`, high ones kept, a smooth ramp between."""
-
-    type: Literal["llama3"] = "llama3"
-    factor: Positive
-    low_freq_factor: Positive
-    high_freq_factor: Positive
-    original_max_seq_len: Size
-
-
-class ModelConfig(Section):
-    """The transformer's shape.  `num_heads` need not times `head_dim` equal `hidden_size`."""
-
-    num_layers: Layers
-    hidden_size: Size
-    num_heads: Size
-    num_kv_heads: Size = Field(default_factory=lambda values: values["num_heads"])
-    head_dim: Size = Field(default_factory=lambda values: values["hidden_size"] // values["num_heads"])
-    ffn_hidden_size: Size
-    vocab_size: Size                                         # the true one; padding for tensor parallelism is local
-    max_seq_len: Size = 2048                                 # tokens
-    rope_theta: Positive = 10000.0
-    rope_scaling: RopeScalingConfig | None = None
-    norm_eps: Rate = 1e-5
-    tie_embeddings: bool = False
-    attention: AttentionName = "grouped-query"               # rows of engine.config.kinds
-    mlp: MLPName = "swiglu"
-    qk_norm: bool = False                                    # normalise queries and keys, head by head
-    qkv_bias: bool = False
-    attention_bias: bool = False                             # on q, k, v and the projection behind attention
-    mlp_bias: bool = False
-    head: Literal["language_model", "score"] = "language_model"      # score: one number per token (reward, critic)
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ModelConfig:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads({self.num_heads}) is not a multiple of num_kv_heads({self.num_kv_heads})")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim({self.head_dim}) is odd; RoPE rotates pairs")
-        if self.attention_bias and self.qkv_bias:
-            raise ValueError("attention_bias includes qkv_bias: set one of them")
-        if self.head == "score" and self.tie_embeddings:
-            raise ValueError("head: score has no output layer that tie_embeddings could tie: set it to false")
-        return self
 
 
 class ParallelConfig(Section):
@@ -164,39 +116,6 @@ class PrecisionConfig(Section):
     compute: Literal["fp32", "bf16"] = "bf16"
     fp8: Literal["off", "tensorwise", "rowwise", "te"] = "off"
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
-
-
-class SourceConfig(Section):
-    """One corpus: `path` is the prefix of its `.bin` and `.idx`; or a file of conversations."""
-
-    path: Words
-    kind: Literal["pretrain", "chat"] | None = None          # null: what run.objective learns from
-    columns: dict[Words, Words] = Field(default_factory=dict)        # of conversations: a known key, the file's name
-    weight: Positive = 1.0                                   # relative to the other sources
-    epochs: Positive | None = None                           # instead of `weight`: in proportion to epochs × size
-    max_epochs: Positive | None = None                       # leave the mixture after so many
-
-    @model_validator(mode="after")
-    def _weight_or_epochs(self) -> SourceConfig:
-        if self.epochs is not None and self.weight != 1.0:
-            raise ValueError(f"{self.path} has weight {self.weight} and epochs {self.epochs}; give one of them")
-        return self
-
-
-class DataConfig(Section):
-    """What is read.  Paths are relative to the working directory."""
-
-    tokenizer: Words | None = None                           # a .model, a tokenizer.json or its folder, or `bytes`
-    seq_len: Size = 2048                                     # tokens per sequence
-    train: tuple[SourceConfig, ...] = ()
-    valid: tuple[SourceConfig, ...] = ()
-    document_mask: bool = False                              # attention does not cross documents
-    template: Words = "auto"                                 # of conversations; auto: the tokenizer's own
-    pack: bool = True                                        # several conversations in a sequence, each for itself
-    too_long: Literal["cut", "skip", "stop"] = "cut"         # a conversation longer than a sequence
-    on_error: Literal["stop", "skip"] = "stop"               # a record that cannot be used; skip: count it
-    cache: Words | None = None                               # where conversations in tokens are kept; null: in run.dir
-    skip: tuple[tuple[Sample, Sample], ...] = ()             # ranges [a, b) of samples to leave out
 
 
 class OptimConfig(Section):
