@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from engine.checkpoint.folder import leftover_path
+from engine.checkpoint.folder import leftover_path, sync_directory
 from engine.errors import CheckpointError
-from engine.writing import sync_directory
 
 Item = TypeVar("Item")
 

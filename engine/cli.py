@@ -229,6 +229,9 @@ def _plan(p: Parser) -> None:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as parallel.zero=3")
     p.add_argument("--gpus", type=int, metavar="N", help="processes of the job (default: as parallel.data says, or one "
                                                          "copy of the model where it is auto)")
+    p.add_argument("--gpu", metavar="NAME", help="device to plan for, such as a100-80g or h100-sxm (default: the one "
+                                                 "that the first lines of CONFIG name)")
+    p.add_argument("--json", action="store_true", help="print one object: memory by stage, whether it fits, step time")
     p.add_argument("--explain-rank", type=int, metavar="R",
                    help="what rank R holds, which ranks it works with and what it does in a step")
     p.add_argument("--schedule-svg", metavar="FILE", help="draw the pipeline schedule, at costs that follow from the "

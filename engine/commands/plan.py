@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import json
 from importlib import import_module
 from pathlib import Path
 
 from engine.config import Config, load_config, resolve_layout
 from engine.hints import hint
 from engine.parallel.pipeline.timeline import timeline
+from engine.plan.devices import Device, device, device_named_in
+from engine.plan.job import Planned
+from engine.plan.summary import summary
 from engine.report.schedule_picture import schedule_svg, title
 from engine.report.svg import standalone
 from engine.writing import write_picture
+
+DEFAULT_DEVICE = "a100-80g"
 
 
 def run(args: argparse.Namespace) -> int:
     """Explain a rank, draw the schedule, or without either print the summary.
 
     Raises:
-        RequestError: there is no such rank, or the picture cannot be written.
+        RequestError: there is no such rank or device, or the picture cannot be written.
         ConfigError: the configuration is wrong, or impossible on so many processes.
     """
     loaded = load_config(args.config, args.overrides)
     config = resolved(loaded, args.gpus)
+    job = Planned(config, _device(args))
+    if args.json:
+        print(json.dumps(job.record(), indent=1))
+        return 0
     if args.schedule_svg is not None:
         _draw(config, Path(args.schedule_svg))
     if args.explain_rank is not None:
         explanation = import_module("engine.plan.explain").explain(config, args.explain_rank)      # torch from here on
         print(import_module("engine.plan.words").in_words(explanation) + "\n")
     if args.schedule_svg is None and args.explain_rank is None:
-        print(import_module("engine.plan.summary").summary(config) + "\n")
+        print(summary(job) + "\n")
         if loaded.parallel.data == "auto" and args.gpus is None:
             print("parallel.data is auto, so this is one copy of the model; --gpus N plans for more\n")
     print(hint(*_next(args, config)))
@@ -42,6 +52,11 @@ def resolved(config: Config, num_gpus: int | None) -> Config:
     if num_gpus is None:
         num_gpus = parallel.model_parallel_size * (parallel.data if isinstance(parallel.data, int) else 1)
     return resolve_layout(config, num_gpus)
+
+
+def _device(args: argparse.Namespace) -> Device:
+    """The one asked for, else the one that the configuration's first lines name."""
+    return device(args.gpu or device_named_in(args.config) or DEFAULT_DEVICE)
 
 
 def _draw(config: Config, path: Path) -> None:

@@ -11,11 +11,12 @@ from engine.checkpoint.folder import checkpoints_at, no_checkpoint
 from engine.commands._layout import start_ranks
 from engine.config import Config, load_config, resolve_layout
 from engine.distributed.environment import LaunchEnvironment, injected_faults, launch_environment, tune_gpu
+from engine.distributed.host_memory import host_memory
 from engine.distributed.topology import Topology
 from engine.launching.local import run_as_rank
 from engine.metrics.console import Console
 from engine.metrics.sinks import require_packages
-from engine.plan.estimate import gib, mean_state_bytes
+from engine.plan.memory import require_room
 from engine.reliability.rewind import with_rewinds
 from engine.train.corpora import Corpora
 from engine.train.introduction import introduction
@@ -76,19 +77,21 @@ def _introduce(config: Config, corpora: Corpora, stamped: bool = False) -> None:
     console = Console(config.steps, is_terminal=False, stamped=stamped)
     for line in introduction(config, corpora):
         console.note(line)
-    console.note(f"about {gib(mean_state_bytes(config))} of weights, gradients and optimizer state per process")
 
 
 def _refuse_early(config: Config) -> Corpora:
     """What can be seen without torch, before any process is started; the corpora, where they are all right.
 
     Raises:
-        RequestError: data, checkpoints or packages that the configuration names cannot be used.
+        RequestError: data, checkpoints or packages that the configuration names cannot be used, or the memory of this
+            machine does not suffice.
     """
     for path in (config.checkpoint.load, config.checkpoint.resume):
         if path not in (None, "auto", "never") and not any(found.is_dir() for found in checkpoints_at(Path(path))):
             raise no_checkpoint(Path(path))
     require_packages(config.log)
+    if config.run.device == "cpu":
+        require_room(config, range(config.parallel.world_size), host_memory(), on_gpu=False)
     return open_corpora(config)
 
 
@@ -119,6 +122,7 @@ def _memory(config: Config, launched: LaunchEnvironment | None) -> list[str]:
     """
     rank, local_rank, own, on_host = (launched.rank, launched.local_rank, launched.own_device,
                                       launched.ranks_on_host) if launched else (0, 0, False, range(1))
-    device = import_module("engine.distributed.process").pick_device(config.run.device, local_rank, own)
-    lines: list[str] = import_module("engine.plan.memory").require_room(config, rank, on_host, device)
-    return lines
+    process = import_module("engine.distributed.process")
+    device = process.pick_device(config.run.device, local_rank, own)
+    on_gpu = device.type == "cuda"
+    return require_room(config, [rank] if on_gpu else on_host, process.free_memory(device), on_gpu=on_gpu)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from engine.distributed.environment import LaunchEnvironment
+from engine.distributed.host_memory import Room, host_memory
 from engine.distributed.mesh import Job, Mesh
 from engine.distributed.topology import Topology
 from engine.errors import RequestError
@@ -48,6 +49,14 @@ def pick_device(wanted: str, local_rank: int, own_device: bool = False) -> torch
                            "start fewer processes per host, or set run.device: cpu")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def free_memory(device: torch.device) -> Room | None:
+    """What a process may still take there; None where the system does not tell."""
+    if device.type != "cuda":
+        return host_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return Room(free, f"free on {device}")
 
 
 @contextmanager

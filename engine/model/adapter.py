@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from engine.config import AdapterConfig
 from engine.model.layers import Linear
 from engine.model.parameters import new_parameter, spec_of
-from engine.model.projections import FUSED, Fused, require_targets
-from engine.model.spec import BETWEEN, ParamSpec, Rule
+from engine.model.projections import FUSED, Fused, adapter_specs, require_targets
+from engine.model.spec import ParamSpec
 from engine.model.transformer import Transformer
 
 SCORE = "score.weight"
@@ -58,14 +58,9 @@ class Adapter(nn.Module):
         super().__init__()
         self.dim, self.size = fused.dim, weight.shape[fused.dim]
         self.projections, self.config, self.active = projections, config, True
-        layer, inputs, kind = weight.name.removesuffix(".weight"), weight.shape[-1], weight.rule.kind
-        self.a = new_parameter(ParamSpec(f"{layer}.lora_a", (len(projections), config.rank, inputs),
-                                         Rule("row", 2) if kind == "row" else BETWEEN, init_std=(3 * inputs) ** -0.5))
-        for projection in projections:
-            shape = list(weight.shape[:-1])
-            shape[fused.dim] = projection.length
-            spec = ParamSpec(f"{layer}.lora_b.{projection.name}", (*shape, config.rank),
-                             BETWEEN if kind == "row" else weight.rule, init="zeros")
+        a, *bs = adapter_specs(weight, fused, [(each.name, each.length) for each in projections], config.rank)
+        self.a = new_parameter(a)
+        for projection, spec in zip(projections, bs, strict=True):
             setattr(self, projection.attribute, new_parameter(spec))
 
     def b(self, projection: Projection) -> nn.Parameter:

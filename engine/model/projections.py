@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -10,6 +10,7 @@ from engine.config import AdapterConfig, ModelConfig
 from engine.config.alignment import PROJECTIONS
 from engine.errors import ConfigError
 from engine.model.inventory import Specs, layer_specs
+from engine.model.spec import BETWEEN, ParamSpec, Rule
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,28 @@ FUSED = {
     "linear_fc2": Fused(("down_proj",)),
     "output_layer": Fused(("lm_head",)),
 }
+
+
+def adapter_specs(weight: ParamSpec, fused: Fused, targets: Sequence[tuple[str, int]],
+                  rank: int) -> Iterator[ParamSpec]:
+    """The adapters of one weight (uncut): one A for all `targets`, then a B for each name and number of indices."""
+    layer, inputs, row = weight.name.removesuffix(".weight"), weight.shape[-1], weight.rule.kind == "row"
+    yield ParamSpec(f"{layer}.lora_a", (len(targets), rank, inputs), Rule("row", 2) if row else BETWEEN,
+                    init_std=(3 * inputs) ** -0.5)
+    for name, length in targets:
+        shape = list(weight.shape[:-1])
+        shape[fused.dim] = length
+        yield ParamSpec(f"{layer}.lora_b.{name}", (*shape, rank), BETWEEN if row else weight.rule, init="zeros")
+
+
+def all_adapter_specs(specs: Specs, adapter: AdapterConfig) -> Iterator[ParamSpec]:
+    """Those of all of a module's weights that have any."""
+    for name, spec in specs.items():
+        fused = FUSED.get(name.removesuffix(".weight").rpartition(".")[2])
+        if fused is not None and name.endswith(".weight"):
+            targets = [(each, length) for each, _, length in fused.rows(spec.shape[fused.dim]) if adapter.adapts(each)]
+            if targets:
+                yield from adapter_specs(spec, fused, targets, adapter.rank)
 
 
 def adapter_elements(specs: Specs, adapter: AdapterConfig) -> int:

@@ -38,7 +38,7 @@ from engine.parallel.data.build import DEFAULT_BUCKET_ELEMENTS, build_buckets
 from engine.parallel.data.flat import FlatParameters
 from engine.parallel.data.streaming import ParameterStream
 from engine.parallel.gradients import WeightGradQueue
-from engine.parallel.pipeline.executor import Executor, forward_only, hoist_receives
+from engine.parallel.pipeline.executor import Executor, forward_only
 from engine.parallel.pipeline.p2p import Messenger
 from engine.parallel.pipeline.partition import deal_layers, layer_costs
 from engine.parallel.recompute import apply_recompute
@@ -47,7 +47,7 @@ from engine.parallel.tensor.gemms import GemmsFactory, plain_gemms
 from engine.parallel.tensor.head import ParallelHead
 from engine.parallel.tensor.layers import TensorContext
 from engine.schedules.action import Action
-from engine.schedules.lowering import lower
+from engine.schedules.lowering import hoist_receives, lower
 from engine.schedules.program import Schedule
 from engine.schedules.table import build_schedule
 
@@ -75,6 +75,7 @@ class ParallelModel:
     objective: Objective
     schedule: Schedule
     executor: Executor
+    program: tuple[Action, ...]
 
     @property
     def operations(self) -> Operations:
@@ -112,18 +113,7 @@ class ParallelModel:
         """The first part of `forward_backward`: the schedule; reductions may still be under way."""
         for bucket in self.buckets:
             bucket.begin_step(len(batches))
-        return self.executor.run(self.program_of(len(batches)), batches, self.objective, scale)
-
-    def program_of(self, num_microbatches: int) -> tuple[Action, ...]:
-        """What this stage does in a step of so many microbatches."""
-        parallel = self.config.parallel
-        return training_program(parallel.schedule, parallel.pipeline, num_microbatches, parallel.virtual_stages,
-                                self.mesh.pipeline.index)
-
-    @property
-    def program(self) -> tuple[Action, ...]:
-        """That of a whole batch."""
-        return self.program_of(self.config.num_microbatches)
+        return self.executor.run(self.program, batches, self.objective, scale)
 
     def finish_reduction(self) -> None:
         """The second part: waits until every bucket's `grad_shard` is final."""
@@ -172,12 +162,6 @@ class ParallelModel:
         program = forward_program(parallel.schedule, parallel.pipeline, len(batches), parallel.virtual_stages,
                                   self.mesh.pipeline.index)
         return self.executor.run(program, batches, measure or self.objective, 1.0)
-
-
-@cache
-def training_program(schedule: str, stages: int, microbatches: int, chunks: int, stage: int) -> tuple[Action, ...]:
-    """What a stage does in a step; lowering takes long enough not to be done in every step."""
-    return hoist_receives(lower(build_schedule(schedule, stages, microbatches, chunks)).programs[stage])
 
 
 @cache
@@ -236,7 +220,8 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
     last = chunks.get(len(schedule.placement) - 1)
     head = None if last is None else ParallelHead(last, tensor, mesh.context)
     executor = Executor(chunks, schedule.placement, messenger, tensor.weight_grads, head)
-    return ParallelModel(config, mesh, chunks, buckets, frozen, tensor, objective, schedule, executor)
+    program = hoist_receives(lower(schedule).programs[mesh.pipeline.index])
+    return ParallelModel(config, mesh, chunks, buckets, frozen, tensor, objective, schedule, executor, program)
 
 
 def choose_operations(config: Config, device: torch.device) -> Operations:

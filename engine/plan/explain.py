@@ -21,7 +21,9 @@ from engine.kernels.table import PORTABLE
 from engine.model.parameters import spec_of
 from engine.optim.adamw import AdamW
 from engine.parallel.data.buckets import Bucket
+from engine.parallel.data.flat import FlatParameters
 from engine.parallel.parallelize import ParallelModel, parallelize
+from engine.plan.state import StateBytes
 from engine.schedules.program import Program
 
 
@@ -40,25 +42,6 @@ class Part:
     shape: tuple[int, ...]
     slice: Box
     state: tuple[Box, ...]
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Memory that is taken all the time, padding included; what comes and goes within a step is not in it.
-
-    Attributes:
-        parameters: in the compute dtype.
-        gradients: fp32.
-        optimizer: both moments, and the fp32 masters unless they are the parameters themselves.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -116,12 +99,15 @@ def describe(model: ParallelModel, mesh: Mesh) -> Explanation:
         {chunk: tuple(map(int, module.layers)) for chunk, module in model.chunks.items()}, model.schedule.placement,
         tuple(Part(spec.name, spec.shape, spec.box, tuple(state.get(spec.name, ()))) for spec in specs),
         sum(spec.box.num_elements for spec in specs), len(model.buckets),
-        state_bytes(model.buckets, AdamW(model.buckets, model.config.optim, model.operations)), model.program)
+        state_bytes(model.buckets, AdamW(model.buckets, model.config.optim, model.operations), model.frozen),
+        model.program)
 
 
-def state_bytes(buckets: Iterable[Bucket], optimizer: AdamW) -> StateBytes:
+def state_bytes(buckets: Iterable[Bucket], optimizer: AdamW, frozen: Iterable[FlatParameters] = ()) -> StateBytes:
     """Sizes of the storages behind buckets and moments; of views of one storage only one is counted."""
-    parameters, gradients, masters = [], [], []
+    parameters = [tensor for flat in frozen
+                  for tensor in [flat.param_buffer, *([flat.param_shard] if flat.level >= 3 else [])]]
+    gradients, masters = [], []
     for bucket in buckets:
         parameters += [bucket.param_buffer] + ([bucket.param_shard] if bucket.level >= 3 else [])
         gradients += [bucket.grad_buffer] + ([bucket.grad_shard] if bucket.per_microbatch else [])

@@ -1,7 +1,5 @@
-"""A job in one screen: the model, the layout, what a step consumes, and what the ranks of each pipeline stage hold.
-
-Memory is that of the objects which a rank will build (`explain`), one rank for each stage: ranks of one stage differ by
-padding only.
+"""A job in one screen: the model, the layout, what a step consumes, what the ranks of each pipeline stage hold, and how
+long it takes on a device.  Ranks of one stage differ by padding only.
 """
 
 from __future__ import annotations
@@ -9,21 +7,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.config import Config
-from engine.distributed.topology import Topology
 from engine.model.flops import count_parameters
 from engine.parallel.pipeline.timeline import timeline
-from engine.plan.explain import Explanation, explain
-from engine.plan.words import counted, memory_size, table
+from engine.plan.job import Planned
+from engine.plan.state import dealt_layers
+from engine.plan.text import counted, duration, memory_size, table
 from engine.schedules.simulate import Timeline
 
 
-def summary(config: Config) -> str:
-    """The whole text for a resolved configuration, without a trailing newline."""
-    topology = Topology.of(config)
-    stages = [explain(config, topology.rank(pipeline=stage)) for stage in range(topology.pipeline)]
-    drawn = timeline(config)
+def summary(job: Planned) -> str:
+    """The whole text, without a trailing newline."""
+    config, drawn = job.config, timeline(job.config)
     sections = {"Model": _model(config), "Layout": _layout(config, drawn), "Step": _step(config),
-                "Memory of a rank between steps, by pipeline stage": _memory(config, stages, drawn)}
+                "Memory of a rank at the worst moment of a step, by pipeline stage": _memory(config, job),
+                f"On {job.world:,} × {job.device.name}": _fit(job)}
     return "\n\n".join("\n".join([title, *(f"  {line}".rstrip() for line in lines)])
                        for title, lines in sections.items())
 
@@ -58,19 +55,36 @@ def _step(config: Config) -> Iterator[str]:
     yield f"{config.steps:,} steps: {counted(total)} tokens, {total / parameters:.3g} for each parameter"
 
 
-def _layers(it: Explanation, chunk: int) -> str:
-    """`embedding, 0 to 9`, `20 to 29`, `70 to 79, output`."""
-    layers = it.layers[chunk]
-    span = str(layers[0]) if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
-    return ", ".join(["embedding"] * (chunk == 0) + [span] + ["output"] * (chunk == len(it.placement) - 1))
+def _layers(config: Config, stage: int) -> str:
+    """`embedding, 0 to 9`, `20 to 29`, `70 to 79, output`; several chunks one behind the other."""
+    placement, deal = dealt_layers(config)
+    parts = []
+    for chunk in (chunk for chunk, owner in enumerate(placement) if owner == stage):
+        layers = deal[chunk]
+        parts += ["embedding"] * (chunk == 0)
+        parts += [str(layers[0]) if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"]
+        parts += ["output"] * (chunk == len(placement) - 1)
+    return ", ".join(parts)
 
 
-def _memory(config: Config, stages: list[Explanation], drawn: Timeline) -> Iterator[str]:
-    rows: list[tuple[str, ...]] = [("stage", "layers", "parameters", "gradients", "optimizer", "together")]
-    for stage, it in enumerate(stages):
-        sizes = (it.bytes.parameters, it.bytes.gradients, it.bytes.optimizer, it.bytes.total)
-        rows.append((str(stage), ", ".join(_layers(it, chunk) for chunk in it.layers), *map(memory_size, sizes)))
-    yield from table(rows, right=(0, 2, 3, 4, 5))
-    most = max(drawn.peak_in_flight)
-    yield (f"and within a step: activations of at most {most} microbatch{'es' * (most > 1)}"
-           + " of one chunk" * (config.parallel.virtual_stages > 1))
+def _memory(config: Config, job: Planned) -> Iterator[str]:
+    rows: list[tuple[str, ...]] = [("stage", "layers", "parameters", "gradients", "optimizer", "activations",
+                                    "workspace", "together")]
+    for stage, it in enumerate(job.stages):
+        sizes = (it.state.parameters, it.state.gradients, it.state.optimizer, it.activations, it.workspace, it.total)
+        rows.append((str(stage), _layers(config, stage), *map(memory_size, sizes)))
+    yield from table(rows, right=(0, 2, 3, 4, 5, 6, 7))
+    name, size = job.fullest.largest
+    yield f"the largest term of the fullest stage: {name}, {memory_size(size)}, at {job.fullest.when}"
+
+
+def _fit(job: Planned) -> Iterator[str]:
+    time, steps = job.time, job.config.steps
+    yield (f"{'fits' if job.fits else 'DOES NOT FIT'}: {memory_size(job.fullest.needed)} with the allocator's margin "
+           f"and a CUDA context, {memory_size(job.device.memory)} are there")
+    yield (f"{duration(time.seconds)} a step, ± {job.error:.0%}; {counted(round(time.tokens_per_second))} tokens a "
+           f"second, MFU {time.mfu:.1%} (full attention {time.mfu_full:.1%})")
+    yield f"{job.days:,.3g} days for {steps:,} steps, {job.days * 24 * job.world:,.0f} device-hours"
+    largest = sorted(time.breakdown.items(), key=lambda item: -item[1])
+    yield "of a step: " + ", ".join(f"{name.replace('_', ' ')} {part / time.seconds:.1%}" for name, part in largest
+                                    if part > 0.0005 * time.seconds)

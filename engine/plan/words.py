@@ -9,6 +9,7 @@ from engine.distributed.boxes import Box
 from engine.distributed.topology import AXES
 from engine.parallel.pipeline.timeline import timeline
 from engine.plan.explain import Explanation, Part
+from engine.plan.text import memory_size, table
 from engine.schedules.action import Action, Kind
 
 FIRST_ACTIONS = 12
@@ -84,20 +85,6 @@ def _memory(it: Explanation) -> Iterator[str]:
 
 def _size(name: str, formula: str, num_bytes: int) -> tuple[str, ...]:
     return name, formula, f"{num_bytes:,} bytes", memory_size(num_bytes)
-
-
-def memory_size(num_bytes: int) -> str:
-    """`6.01 GiB`, or `361.93 MiB` where that is less than half of one."""
-    unit, divisor = ("GiB", 1 << 30) if num_bytes >= 1 << 29 else ("MiB", 1 << 20)
-    return f"{num_bytes / divisor:.2f} {unit}"
-
-
-def counted(number: int) -> str:
-    """`1.47T`, `52.4B`, `204,800`."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
-        if number >= size:
-            return f"{number / size:,.3g}{unit}" if number < 1000 * size else f"{number / size:,.0f}{unit}"
-    return f"{number:,}"
 
 
 def _peers(it: Explanation) -> Iterator[str]:
@@ -181,11 +168,3 @@ def _ranks(ranks: Sequence[int]) -> str:
     if len(ranks) <= 8:
         return " ".join(map(str, ranks))
     return f"{ranks[0]} {ranks[1]} {ranks[2]} … {ranks[-1]} ({len(ranks)} ranks)"
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
-    """Columns that line up, those of `right` at their right edge."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.rjust(width) if i in right else cell.ljust(width)
-                        for i, (cell, width) in enumerate(zip(row, widths, strict=True)))

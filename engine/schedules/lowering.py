@@ -28,7 +28,7 @@ action's result, which a rank upstream is waiting for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from engine.schedules.action import Action, Kind
@@ -55,6 +55,17 @@ def lower(schedule: Schedule) -> Schedule:
     for _, rank, action in sorted(order, key=_moment):
         programs[rank].append(action)
     return replace(schedule, programs=tuple(map(tuple, programs)))
+
+
+def hoist_receives(program: Sequence[Action]) -> tuple[Action, ...]:
+    """Moves every RECV in front of the computation before it; the order among messages stays."""
+    out: list[Action] = []
+    for action in program:
+        at = len(out)
+        if action.kind in (Kind.RECV_F, Kind.RECV_B) and at and out[at - 1].kind.is_compute:
+            at -= 1
+        out.insert(at, action)
+    return tuple(out)
 
 
 def _message(schedule: Schedule, rank: int, event: Event) -> Iterator[Element]:

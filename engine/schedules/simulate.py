@@ -19,7 +19,7 @@ takes a fixed time too, and occupies neither of them: the network carries it whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
 
@@ -104,14 +104,18 @@ class Timeline:
         return tuple(_peak(events) for events in self.events)
 
 
-def simulate(schedule: Schedule, costs: Costs) -> Timeline:
+def simulate(schedule: Schedule, costs: Costs, takes: Callable[[Action], float] | None = None) -> Timeline:
     """Runs the computations of a schedule, lowered or not, with a clock.
+
+    Args:
+        takes: the time of a computation, where chunks differ; `costs` is then asked for that of messages only.
 
     Raises:
         ConfigError: the schedule does not get to its end.
     """
     schedule = replace(schedule, programs=tuple(tuple(action for action in program if action.kind.is_compute)
                                                 for program in schedule.programs))
+    takes = takes or (lambda action: costs.of(action.kind) / schedule.num_chunks)
     free: list[float] = [0] * schedule.num_stages            # when each rank has finished what it was doing
     ended: dict[Action, float] = {}
     events: list[list[Event]] = [[] for _ in range(schedule.num_stages)]
@@ -119,7 +123,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
         ready = (ended[part] + (0 if schedule.placement[part.chunk] == rank else costs.communication)
                  for part in inputs(schedule, action))
         start = max([free[rank], *ready])
-        free[rank] = start + costs.of(action.kind) / schedule.num_chunks
+        free[rank] = start + takes(action)
         ended.update(dict.fromkeys(action.parts, free[rank]))
         events[rank].append(Event(action, start, free[rank]))
     if any(len(done) < len(program) for done, program in zip(events, schedule.programs, strict=True)):

@@ -95,10 +95,19 @@ def build_schedule(name: str, num_stages: int, num_microbatches: int, num_chunks
             raise ConfigError(f"schedule {name}: {label} = {value}, must be at least 1")
     if problem := chunk_problem(name, num_chunks, "chunks per stage"):
         raise ConfigError(problem)
-    down = tuple(range(num_stages))
-    placement = down + down[::-1] if made_by.v_shaped else down * num_chunks
-    programs = tuple(made_by.program(rank, num_stages, num_microbatches, num_chunks) for rank in down)
+    placement = build_placement(name, num_stages, num_chunks)
+    programs = tuple(made_by.program(rank, num_stages, num_microbatches, num_chunks) for rank in range(num_stages))
     return Schedule(name, num_stages, num_microbatches, num_chunks, placement, programs)
+
+
+def build_placement(name: str, num_stages: int, num_chunks: int) -> tuple[int, ...]:
+    """Chunk → stage.
+
+    Raises:
+        ConfigError: no such schedule.
+    """
+    down = tuple(range(num_stages))
+    return down + down[::-1] if recipe(name).v_shaped else down * num_chunks
 
 
 def chunk_problem(name: str, num_chunks: int, key: str) -> str | None:

@@ -182,7 +182,7 @@ def pretending() -> Iterator[None]:
 
 
 def train(config: Config, rank: int, read: bool) -> dict[str, list[str]]:
-    """Some steps that are not logged, an evaluation, a save, which may wait; what the host read in the evaluation."""
+    """Some steps that are not logged, an evaluation, a save; what the host read in the last two."""
     def stop(moment: Moment) -> None:
         if moment.step > LAST:
             raise Enough
@@ -198,14 +198,15 @@ def train(config: Config, rank: int, read: bool) -> dict[str, list[str]]:
         except Enough:
             assert trainer.state.step == LAST
         trainer.phases.listeners.clear()
+        found = {}
         try:
-            with host_reads() as reads:
-                trainer._evaluate()
-            with host_reads():
-                trainer._save()
+            for name, action in (("evaluation", trainer._evaluate), ("save", trainer._save)):
+                with host_reads() as reads:
+                    action()
+                found[name] = reads
         finally:
             trainer.close()
-    return {"evaluation": reads}
+    return found
 
 
 def use(config: Config, rank: int) -> dict[str, list[str]]:

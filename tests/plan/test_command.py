@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine import cli
+from engine.plan.devices import device_named_in
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "llama-65b.yaml")
@@ -44,17 +46,43 @@ def test_alone_it_prints_the_summary(capsys: pytest.CaptureFixture[str]) -> None
                  "schedule 1f1b: 9.9% of a step's time is its bubble", "ZeRO 1, recompute none, bf16",
                  "2,048 sequences × 2,048 tokens = 4,194,304 tokens",
                  "64 microbatches of 1 sequence for each copy of the model",
-                 "333,786 steps: 1.4T tokens, 21.4 for each parameter",
-                 "3  30 to 39             1.89 GiB   3.77 GiB  361.93 MiB  6.01 GiB",
-                 "7  70 to 79, output     1.95 GiB", "activations of at most 8 microbatches"):
+                 "350,000 steps: 1.47T tokens, 22.5 for each parameter",
+                 "3  30 to 39             1.89 GiB   3.77 GiB  361.93 MiB     3.08 GiB",
+                 "7  70 to 79, output     1.95 GiB",
+                 "On 2,048 × a100-80g\n  fits: 12.8", " a step, ± 8%; ", "tokens a second, MFU 4",
+                 " days for 350,000 steps", "of a step: compute "):
         assert line in out, line
-    assert max(map(len, out.partition("next:")[0].splitlines())) <= 100
+    assert max(map(len, out.partition("next:")[0].splitlines())) <= 110
     assert "--gpus N" not in out
     assert cli.run(["plan", CONFIG, "parallel.data=auto"]) == 0
     assert "one copy of the model; --gpus N plans for more" in capsys.readouterr().out
 
 
+def test_one_object_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", CONFIG, "--gpu", "h100-sxm", "--json"]) == 0
+    job = json.loads(capsys.readouterr().out)
+    assert (job["world"], job["gpu"], job["fits"], len(job["memory"])) == (2048, "h100-sxm", True, 8)
+    for stage in job["memory"]:
+        parts = ("parameters", "gradients", "optimizer", "activations", "workspace")
+        assert stage["total"] == pytest.approx(sum(stage[part] for part in parts), abs=5)
+    assert set(job["breakdown"]) == {"compute", "recompute", "tensor_comm", "pipeline_comm", "pipeline_bubble",
+                                     "data_comm", "optimizer"}
+    assert sum(job["breakdown"].values()) == pytest.approx(job["step_seconds"], rel=1e-6)
+    assert 0 < job["mfu"] < job["mfu_full"] < 1 and job["days"] > 0 and 0 < job["bubble"] < 0.2
+    assert job["tokens_per_second"] == pytest.approx(2048 * 2048 / job["step_seconds"])
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("llama-65b", 2048), ("llama-7b", 8), ("llama", 8), ("llama3.2-1b", 1),
+                                            ("tiny", 1)])
+def test_shipped_configurations_fit_what_they_name(name: str, gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(ROOT / "configs" / f"{name}.yaml")
+    assert device_named_in(path) is not None
+    assert cli.run(["plan", path, "--gpus", str(gpus)]) == 0
+    assert "\n  fits: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
+    (["--gpu", "h200-sxm"], "no figures for a device 'h200-sxm'; the nearest is h"),
     (["--explain-rank", "2048"], "there is no rank 2048"),
     (["--explain-rank", "0", "--gpus", "100"], "does not make world size 100"),
     (["--explain-rank", "0", "--gpus", "0"], "does not make world size 0"),
@@ -66,10 +94,11 @@ def test_wrong_requests(arguments: list[str], message: str, capsys: pytest.Captu
     assert message in capsys.readouterr().err
 
 
-def test_the_picture_needs_no_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [["--schedule-svg", "s.svg"], ["--json"], []])
+def test_it_needs_no_torch(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
-    done = subprocess.run([sys.executable, "-m", "engine", "plan", CONFIG, "--schedule-svg", "s.svg"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, "-m", "engine", "plan", CONFIG, *arguments], cwd=tmp_path,
                           capture_output=True, text=True, check=False,
                           env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "s.svg").is_file()
+    assert (tmp_path / "s.svg").is_file() == ("s.svg" in arguments)

@@ -1,111 +1,95 @@
-"""Does it fit: what the ranks would hold against what there is, and the estimate that needs no torch."""
+"""Does it fit: what the ranks would hold against what there is, and what is proposed where it does not."""
 
 from __future__ import annotations
 
-import json
-from itertools import accumulate
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.profiler import ProfilerActivity, profile
 
+from engine.commands import train
 from engine.config import load_config, resolve_layout
 from engine.distributed.host_memory import Room
-from engine.distributed.mesh import single_mesh
 from engine.errors import RequestError
-from engine.parallel.parallelize import parallelize
-from engine.plan.estimate import gib, least_activation_bytes, mean_state_bytes
-from engine.plan.explain import StateBytes, explain
-from engine.plan.memory import compare, require_room, states
-from tests.kit.layouts import microbatches, tiny_config
-from tests.kit.reference import global_batch
+from engine.plan.memory import changes, gib, require_room, stages_of
+from engine.plan.stages import all_stages
+from tests.kit.layouts import tiny_config
+from tests.kit.runs import run_config
 
-LAYOUTS: list[dict[str, Any]] = [
-    {}, {"zero": 0, "data": 4}, {"zero": 1, "data": 4}, {"zero": 2, "data": 4}, {"zero": 3, "data": 4},
-    {"tensor": 2, "pipeline": 2, "data": 2}, {"zero": 1, "data": 4, "zero_shard": 2}, {"context": 2, "data": 2},
-    {"reproducible": True, "data": 2}, {"pipeline": 4},
-]
-
-
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
-def test_the_estimate_is_the_mean_of_what_the_ranks_hold(parallel: dict[str, Any], compute: str) -> None:
-    """But for padding and what every tensor rank holds, a few percent of this small model."""
-    config = tiny_config(parallel=parallel, precision={"compute": compute},
-                         model={"hidden_size": 128, "ffn_hidden_size": 352, "vocab_size": 1024})
-    ranks = range(config.parallel.world_size)
-    held = [explain(config, rank).bytes.total for rank in ranks]
-    assert [each.total for each in states(config, ranks)] == held
-    assert mean_state_bytes(config) == pytest.approx(sum(held) / len(held), rel=0.03)
-
-
-def test_the_estimate_of_a_large_job() -> None:
-    config = resolve_layout(load_config("configs/llama-65b.yaml"), 2048)
-    mean = sum(explain(config, rank).bytes.total for rank in range(0, 2048, 64)) / 32
-    assert mean_state_bytes(config) == pytest.approx(mean, rel=0.01)
+GIB = 2**30
+WIDE = {"hidden_size": 256, "ffn_hidden_size": 512, "num_layers": 8}
 
 
 def test_a_job_that_fits_says_what_is_left() -> None:
-    [line] = compare([StateBytes(GIB, GIB, 2 * GIB)], Room(10 * GIB, "free on cuda:0"), tiny_config())
-    assert line == "memory: 4.0 GiB of weights, gradients and optimizer state; 10.0 GiB free on cuda:0"
-    [line] = compare([StateBytes(GIB, GIB, 2 * GIB)] * 2, None, tiny_config())
-    assert line == "memory: 8.0 GiB of weights, gradients and optimizer state of 2 processes"
+    [line] = require_room(tiny_config(), [0], Room(10 * GIB, "free on cuda:0"), on_gpu=True)
+    assert line.startswith("memory: ") and line.endswith("; 10.0 GiB free on cuda:0")
+    assert " of weights, gradients and optimizer state and " in line
+    [line] = require_room(tiny_config(parallel={"data": 2}), [0, 1], None, on_gpu=False)
+    assert " of 2 processes at the worst moment of a step" in line
 
 
-GIB = 2**30
-
-
-def test_a_job_that_does_not_fit_is_refused_with_numbers_and_remedies() -> None:
+def test_a_job_that_does_not_fit_is_refused_with_numbers_and_the_cheapest_remedy() -> None:
+    config = tiny_config(model=WIDE, batch={"micro": 8, "global": 8})
+    [stage] = all_stages(config, on_gpu=False)
+    selective = all_stages(config.with_changes(parallel={"recompute": "selective"}), on_gpu=False)[0].total
     with pytest.raises(RequestError) as caught:
-        compare([StateBytes(GIB, GIB, 2 * GIB)] * 3, Room(8 * GIB, "on this machine"), tiny_config())
+        require_room(config, [0], Room(round(selective) + 1, "on this machine"), on_gpu=False)
+    name, size = stage.largest
     assert str(caught.value) == (
-        "this job does not fit: the 3 processes on this machine would hold 12.0 GiB all the time (parameters 3.0 GiB, "
-        "gradients 3.0 GiB, optimizer 6.0 GiB) and at least 0.0 MiB more in a step (batch.micro 1 × data.seq_len 16 "
-        "tokens); 8.0 GiB are on this machine. Use more devices (parallel.tensor, parallel.pipeline), shard more of it "
-        "over data ranks (parallel.zero, now 1), or a smaller model")
+        f"this job does not fit: this process would hold {gib(stage.total)} ({gib(stage.state.total)} of weights, "
+        f"gradients and optimizer state and {gib(stage.activations + stage.workspace)} of activations and workspace), "
+        f"and {gib(selective)} are on this machine. The largest part is {name} ({gib(size)} of a process). "
+        f"Set parallel.recompute=selective: {gib(selective)}")
 
 
-def test_a_microbatch_that_does_not_fit_is_refused() -> None:
-    config = tiny_config(batch={"micro": 10**6, "global": 10**6})
-    least = least_activation_bytes(config)
-    assert least == 10**6 * 16 * (4 * 32 + 64) * 4
-    with pytest.raises(RequestError, match=r"at least 11\.4 GiB more in a step \(batch\.micro 1000000 × data\.seq_len "
-                                           r"16 tokens\); 8\.0 GiB .* Lower batch\.micro or data\.seq_len"):
-        compare([StateBytes(0, 0, 0)], Room(8 * GIB, "on this machine"), config)
-    assert compare([StateBytes(0, 0, 0)], Room(least, "on this machine"), config)
+def test_where_no_change_is_enough_that_is_said() -> None:
+    with pytest.raises(RequestError, match=r"the 2 processes on this machine .* No change of the layout"):
+        require_room(tiny_config(parallel={"data": 2}), [0, 1], Room(1000, "on this machine"), on_gpu=False)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
-def test_no_step_takes_less_than_the_least(tmp_path: Path, recompute: str, compute: str) -> None:
-    """Against what the allocator gives in one microbatch; the gradients have their memory already."""
-    config = tiny_config(parallel={"recompute": recompute}, precision={"compute": compute}, model={"num_layers": 8},
-                         batch={"micro": 4, "global": 4})
-    model = parallelize(config, single_mesh())
-    model.initialise(1)
-    batches = microbatches(config, global_batch(config, 0), single_mesh())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model.forward_backward(batches, 1.0)
-    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    taken = [event["args"]["Bytes"] for event in sorted(events, key=lambda event: event.get("ts", 0))
-             if event.get("name") == "[memory]"]
-    peak = max(accumulate(taken))
-    assert least_activation_bytes(config) <= peak <= 40 * least_activation_bytes(config)
+def test_a_prediction_a_little_too_high_refuses_nobody() -> None:
+    config = tiny_config(model=WIDE)
+    total = all_stages(config, on_gpu=False)[0].total
+    assert require_room(config, [0], Room(round(total * 0.98), "here"), on_gpu=False)
+    with pytest.raises(RequestError):
+        require_room(config, [0], Room(round(total * 0.96), "here"), on_gpu=False)
 
 
-def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(parallel={"pipeline": 2})
-    held = [explain(config, rank).bytes.total + least_activation_bytes(config) for rank in range(2)]
-    state = sum(explain(config, rank).bytes.total for rank in range(2))
-    monkeypatch.setattr("engine.plan.memory.host_memory", lambda: Room(sum(held), "on this machine"))
-    assert f"memory: {gib(state)}" in require_room(config, 1, range(2), torch.device("cpu"))[0]
-    monkeypatch.setattr("engine.plan.memory.host_memory", lambda: Room(sum(held) - 1, "on this machine"))
-    with pytest.raises(RequestError, match="the 2 processes on this machine"):
-        require_room(config, 1, range(2), torch.device("cpu"))
-    assert require_room(config, 1, [1], torch.device("cpu"))
+def test_every_change_saves_memory() -> None:
+    config = tiny_config(model=WIDE, parallel={"data": 2, "zero": 0}, batch={"micro": 4, "global": 8},
+                         precision={"compute": "bf16"})
+    before = all_stages(config)[0].total
+    proposed = dict(changes(config))
+    assert list(proposed)[:2] == ["parallel.recompute=selective", "parallel.zero=1"]
+    assert all(all_stages(changed)[0].total < before for changed in proposed.values())
+
+
+def test_a_7b_in_fp32_on_a_machine_of_24_gb_is_refused() -> None:
+    changes = ["precision.compute=fp32", "parallel.data=1", "parallel.tensor=1"]
+    config = resolve_layout(load_config("llama-7b", changes), 1)
+    with pytest.raises(RequestError, match=r"would hold 1\d\d\.\d GiB .* train adapters"):
+        require_room(config, [0], Room(24 * GIB, "on this machine"), on_gpu=False)
+
+
+def test_training_refuses_before_torch_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(tmp_path, "run", run={"device": "cpu"})
+    monkeypatch.setattr(train, "host_memory", lambda: Room(1000, "within the limit of 0.0 GiB"))
+    with pytest.raises(RequestError, match=r"this job does not fit: this process .* within the limit"):
+        train._refuse_early(config)
+    program = "import sys; sys.modules['torch'] = None; import engine.commands.train, engine.commands.plan"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"pipeline": 2, "data": 2}], ids=str)
+def test_ranks_hold_what_their_stage_does(parallel: dict[str, Any]) -> None:
+    config = tiny_config(parallel=parallel)
+    first, last = all_stages(config)
+    ranks = range(config.parallel.world_size)
+    half = len(ranks) // 2
+    assert stages_of(config, ranks, True) == [first] * half + [last] * half
 
 
 def test_sizes_for_people() -> None:

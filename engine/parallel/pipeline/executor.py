@@ -169,17 +169,6 @@ class Executor:
         """Nothing to start: a chunk's last contribution has set its buckets off (`engine.parallel.data.buckets`)."""
 
 
-def hoist_receives(program: Sequence[Action]) -> tuple[Action, ...]:
-    """Moves every RECV in front of the computation before it; the order among messages stays."""
-    out: list[Action] = []
-    for action in program:
-        at = len(out)
-        if action.kind in (Kind.RECV_F, Kind.RECV_B) and at and out[at - 1].kind.is_compute:
-            at -= 1
-        out.insert(at, action)
-    return tuple(out)
-
-
 def forward_only(program: Sequence[Action]) -> tuple[Action, ...]:
     """The part of a program that evaluation needs."""
     return tuple(action for action in program if action.kind in (Kind.F, Kind.SEND_F, Kind.RECV_F))

@@ -1,0 +1,332 @@
+"""What a layer, the embedding and the head take and give back, forward and backward, in the order of the code.
+
+The letters are those of the model: of a microbatch of B sequences a rank has `inside` tokens between the entrance of a
+column-parallel layer and the exit of a row-parallel one, and `outside` tokens elsewhere, which are fewer where sequence
+parallelism divides them.  `width` is bytes of an element in the compute dtype.
+
+Two things decide what a line costs.  *Saved* is what an autograd function keeps: it is freed when its backward pass has
+run.  *Passing* is a result that somebody else reads once: it is freed when that one returns.  What comes and goes
+inside a kernel depends on the device: a GPU's fused norm needs no wide copies, and its products add to an fp32
+accumulator in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import Config
+from engine.model.inventory import end_specs
+from engine.model.kinds import FeedForward, mlp_of
+from engine.plan.tape import Tape
+
+FP32 = 4
+ID = 8                                     # bytes of a token id
+ROWS = {"reward": 2, "dpo": 2, "orpo": 2}  # rows of a batch that one sample takes, where it is a pair
+
+# Names under which memory is held, where more than one function must know them.
+INPUT, BETWEEN_HALVES, GRADIENT = "layer inputs", "inputs between halves", "gradient"
+PROJECTIONS, ACTIVATION, SOFTMAX = "mlp: projections", "mlp: activation", "softmax of the logits"
+MASK = "attention: mask as a bias"         # what torch's kernel makes of a document mask, and keeps
+ATTENTION = (MASK, "attention: q, k, v", "attention: output", "attention: statistics",
+             "attention: keys and values in a ring")
+
+CHEAP = (ACTIVATION, "norms: first output", "norms: second output")
+# What products of weight gradients read: x and dy of each.  The dy of the two row-parallel layers is the gradient of
+# the layer's output, or of the state between its halves, gathered where it is divided.
+OPERANDS = (*CHEAP, "attention: output", "qkv's gradient", "projections' gradient", "gathered outputs' gradients",
+            "gathered inputs", "norms: last output", "logits' gradient", "outputs' gradients")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the tensors of a microbatch on one rank.
+
+    Attributes:
+        hidden: a hidden state outside of the regions; `full` one inside, of all tokens there.
+        statistic: one fp32 number for each token outside; `statistics` one for each token inside.
+        query, key: all query heads of this rank, all its keys (or values).
+        features: the feed-forward layer's; `inputs` so many of them come out of its first projection.
+        logits: of this rank's part of the vocabulary, padding included, in the compute dtype.
+        gathers: with sequence parallelism: hidden states are gathered in front of a region and scattered behind.
+        grouped: several query heads share a key.
+        ring: context ranks.
+        wide: a hidden state outside in fp32, where that is a copy.
+        on_gpu: kernels are a GPU's.
+    """
+
+    hidden: float
+    full: float
+    statistic: float
+    statistics: float
+    query: float
+    key: float
+    features: float
+    inputs: int
+    logits: float
+    padded: bool
+    width: int
+    heads: int
+    gathers: bool
+    divided: bool
+    grouped: bool
+    ring: int
+    qk_norm: bool
+    on_gpu: bool
+    mask: float
+    tokens: float
+
+    @staticmethod
+    def of(config: Config, on_gpu: bool = True) -> Sizes:
+        """Of the resolved `config`."""
+        model, parallel = config.model, config.parallel
+        width, tensor = (FP32 if config.precision.compute == "fp32" else 2), parallel.tensor
+        inside = config.batch.micro * ROWS.get(config.run.objective, 1) * config.data.seq_len / parallel.context
+        outside = inside / tensor if parallel.sequence else inside
+        kind = mlp_of(model)
+        head = end_specs(model).get("output_layer.weight")
+        columns = 0 if head is None else head.on_tensor_rank(tensor, 0, parallel.sequence).local_shape[0]
+        mask = config.batch.micro * config.data.seq_len ** 2 / parallel.context if config.data.document_mask else 0
+        return Sizes(
+            hidden=outside * model.hidden_size * width, full=inside * model.hidden_size * width,
+            statistic=outside * FP32, statistics=inside * FP32,
+            query=inside * model.num_heads * model.head_dim * width / tensor,
+            key=inside * model.num_kv_heads * model.head_dim * width / tensor,
+            features=inside * model.ffn_hidden_size * width / tensor,
+            inputs=kind.inputs if isinstance(kind, FeedForward) else 1, logits=inside * columns * width,
+            padded=columns * tensor != model.vocab_size, width=width, heads=model.num_heads // tensor,
+            gathers=parallel.sequence and tensor > 1, divided=tensor > 1,
+            grouped=model.num_heads > model.num_kv_heads, ring=parallel.context, qk_norm=model.qk_norm, on_gpu=on_gpu,
+            mask=mask, tokens=inside)
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one layer does to memory.
+
+    Attributes:
+        kept: from its forward to its backward pass, by name; its input is in it.
+        forward: the most held while it runs forward, its input in it.
+        backward: the most held while it runs backward, beginning with `kept` and the gradient of its output.  What it
+            leaves behind, besides the gradient, stays until the chunk's backward pass is over: what a selective
+            recomputation has filled again.
+    """
+
+    kept: dict[str, float]
+    forward: Tape
+    backward: Tape
+
+    @property
+    def left(self) -> dict[str, float]:
+        """What stays until the chunk's backward pass is over."""
+        return {name: size for name, size in self.backward.names.items() if name != GRADIENT}
+
+
+def layer_bytes(sizes: Sizes, recompute: str, *, split: bool = False) -> LayerBytes:
+    """Of a layer that recomputes `none`, `selective` or `full`; `split`: its weight gradients wait for W."""
+    forward = Tape({INPUT: sizes.hidden})
+    _forward(forward, sizes, saving=recompute != "full", selective=recompute == "selective")
+    kept = {name: size for name, size in forward.names.items() if name != "output"}
+    pinned = OPERANDS if split else CHEAP if recompute == "selective" else ()
+    backward = Tape(kept | {GRADIENT: sizes.hidden}, pinned)
+    if recompute == "full":
+        _forward(backward, sizes, saving=True)
+        backward.drop("output")
+    _mlp_backward(backward, sizes, recompute == "selective")
+    _attention_backward(backward, sizes, recompute == "selective")
+    return LayerBytes(kept, forward, backward)
+
+
+def _forward(tape: Tape, sizes: Sizes, saving: bool, selective: bool = False) -> None:
+    """A layer's tensors in the order in which they appear; without `saving` as under no_grad."""
+    forgets = not saving or selective
+    tape.take("norms: statistics", saving * sizes.statistic)
+    tape.take("norms: first output", sizes.hidden)
+    _entrance(tape, sizes, sizes.query + 2 * sizes.key, "qkv")
+    if forgets:
+        tape.drop("norms: first output")
+    if sizes.qk_norm:                      # both norms' outputs, then one tensor of them and the values
+        heads = sizes.heads * (1 + sizes.key / sizes.query)
+        tape.take("attention: statistics", saving * sizes.statistics * heads)
+        tape.take("normalised", sizes.query + sizes.key)
+        tape.take("joined", sizes.query + 2 * sizes.key)
+        tape.drop("normalised")
+        tape.rename("qkv", "attention: q, k before their norms")
+        tape.rename("joined", "qkv")
+        if not saving:
+            tape.drop("attention: q, k before their norms")
+    tape.take("attention: q, k, v", sizes.query + 2 * sizes.key)
+    tape.drop("qkv")
+    _attention_forward(tape, sizes)
+    _exit(tape, sizes)
+    if not saving:
+        tape.drop(*ATTENTION)
+    tape.take(BETWEEN_HALVES, sizes.hidden)
+    tape.drop("sum")
+    tape.take("norms: statistics", saving * sizes.statistic)
+    tape.take("norms: second output", sizes.hidden)
+    _entrance(tape, sizes, sizes.inputs * sizes.features, PROJECTIONS)
+    if forgets:
+        tape.drop("norms: second output")
+    tape.take(ACTIVATION, sizes.features)
+    if not saving:
+        tape.drop(PROJECTIONS)
+    _exit(tape, sizes)
+    if forgets:
+        tape.drop(ACTIVATION)
+    tape.take("output", sizes.hidden)
+    tape.drop("sum")
+    if not saving:
+        tape.drop(BETWEEN_HALVES)
+
+
+def _entrance(tape: Tape, sizes: Sizes, out: float, name: str) -> None:
+    """A column-parallel layer: the input is gathered for as long as the product runs."""
+    gathered = sizes.full if sizes.gathers else 0.0
+    tape.take("gathered", gathered)
+    tape.take(name, out)
+    tape.drop("gathered")
+
+
+def _exit(tape: Tape, sizes: Sizes) -> None:
+    """A row-parallel layer: its partial sums are scattered, or summed up in place; `sum` is left."""
+    if sizes.gathers:
+        tape.take("gathered", sizes.full)
+    tape.take("sum", sizes.hidden)
+    tape.drop("gathered")
+
+
+def _attention_forward(tape: Tape, sizes: Sizes) -> None:
+    lse = sizes.statistics * sizes.heads
+    if sizes.grouped:                      # a key's query heads lie apart from the next key's: flattening copies them
+        tape.take("attention: q, k, v", sizes.query)
+    if sizes.ring == 1:
+        tape.take(MASK, sizes.mask * sizes.width)
+        tape.take("attention: output", sizes.query)
+        tape.take("attention: statistics", lse)
+        return
+    wide = sizes.query * FP32 / sizes.width
+    tape.take("attention: keys and values in a ring", 2 * sizes.key)
+    tape.take("ring", wide + 2 * sizes.key + sizes.query + 2 * lse)        # the sum, what arrives, a block's result
+    tape.take("attention: statistics", lse)
+    if sizes.width < FP32:
+        tape.take("attention: output", sizes.query)
+        tape.drop("ring")
+    else:
+        tape.drop("ring")
+        tape.take("attention: output", sizes.query)
+
+
+def _mlp_backward(tape: Tape, sizes: Sizes, selective: bool) -> None:
+    if selective:
+        tape.passing("refill", 2 * sizes.features)
+        tape.take(ACTIVATION, sizes.features)
+    _exit_backward(tape, sizes)
+    tape.take("features' gradient", sizes.features)
+    tape.drop("gathered outputs' gradients", ACTIVATION)
+    tape.take("projections' gradient", sizes.inputs * sizes.features)
+    tape.drop("features' gradient", PROJECTIONS)
+    if selective:
+        tape.passing("refill", 2 * sizes.hidden)
+        tape.take("norms: second output", sizes.hidden)
+    _entrance_backward(tape, sizes)
+    tape.drop("projections' gradient", "norms: second output")
+    _norm_backward(tape, sizes, BETWEEN_HALVES)
+
+
+def _attention_backward(tape: Tape, sizes: Sizes, selective: bool) -> None:
+    qkv = sizes.query + 2 * sizes.key
+    _exit_backward(tape, sizes)
+    tape.take("output's gradient", sizes.query)
+    tape.drop("gathered outputs' gradients")
+    wide = FP32 / sizes.width
+    tape.take("ring", ((sizes.query + 4 * sizes.key) * wide + 2 * sizes.key + qkv) * (sizes.ring > 1))
+    tape.take("q, k, v: gradients", qkv)
+    tape.drop("ring", "output's gradient", *ATTENTION)
+    tape.take("qkv's gradient", qkv)
+    tape.drop("q, k, v: gradients")
+    if sizes.qk_norm:
+        tape.passing("norms", 2 * qkv)
+        tape.drop("attention: q, k before their norms")
+    if selective:
+        tape.passing("refill", 2 * sizes.hidden)
+        tape.take("norms: first output", sizes.hidden)
+    _entrance_backward(tape, sizes)
+    tape.drop("qkv's gradient", "norms: first output")
+    _norm_backward(tape, sizes, INPUT)
+
+
+def _exit_backward(tape: Tape, sizes: Sizes) -> None:
+    """The gradient of a region's output: gathered, or as it is, and then held by its product as well."""
+    tape.take("gathered outputs' gradients", sizes.full if sizes.gathers else 0)
+    if not sizes.gathers and "outputs' gradients" in tape.pinned:
+        tape.take("outputs' gradients", sizes.hidden)
+
+
+def _entrance_backward(tape: Tape, sizes: Sizes) -> None:
+    """The input is gathered once more; its gradient is that of all tokens before it is summed up and scattered."""
+    tape.take("gathered inputs", sizes.full if sizes.gathers else 0)
+    tape.take("gathered", sizes.full if sizes.gathers else 0)
+    tape.take("branch", sizes.hidden)
+    tape.drop("gathered", "gathered inputs")
+
+
+def _norm_backward(tape: Tape, sizes: Sizes, x: str) -> None:
+    """`branch`, the gradient of the norm's output, becomes that of its input `x` and joins `gradient`."""
+    wide = sizes.hidden * FP32 / sizes.width
+    if sizes.on_gpu:
+        tape.take("norm's gradient", sizes.hidden)
+        tape.passing("norms", wide)
+    else:
+        tape.passing("norms", 3 * wide + 2 * (wide if sizes.width < FP32 else 0))
+        tape.take("norm's gradient", sizes.hidden)
+    tape.drop("branch", x)
+    tape.take("sum of both ways", sizes.hidden)
+    tape.drop("norm's gradient", GRADIENT)
+    tape.rename("sum of both ways", GRADIENT)
+
+
+def head_bytes(sizes: Sizes, *, split: bool = False) -> LayerBytes:
+    """Final norm, output layer and loss; `split` as of `layer_bytes`."""
+    wide_logits = sizes.logits * FP32 / sizes.width
+    hidden = sizes.hidden
+    forward = Tape({INPUT: hidden})
+    forward.take("norms: statistics", sizes.statistic)
+    forward.take("norms: last output", hidden)
+    _entrance(forward, sizes, sizes.logits, "logits")
+    if not sizes.on_gpu and sizes.width < FP32:
+        forward.passing("logits in fp32", 2 * wide_logits)
+    forward.take(SOFTMAX, wide_logits)
+    forward.take("loss: statistics", sizes.statistics * 5)
+    forward.drop("logits")
+    kept = dict(forward.names)
+    backward = Tape(kept, OPERANDS if split else ())
+    if sizes.width < FP32:
+        backward.take("logits' gradient", sizes.logits)
+        backward.drop(SOFTMAX, "loss: statistics")
+    else:
+        backward.take("padded", sizes.logits if sizes.padded else 0)
+        backward.rename(SOFTMAX, "logits' gradient")
+        backward.drop("padded", "loss: statistics")
+    if not sizes.on_gpu and sizes.width < FP32:
+        backward.passing("logits' gradient in fp32", wide_logits)
+    _entrance_backward(backward, sizes)
+    backward.drop("logits' gradient", "norms: last output")
+    wide = hidden * FP32 / sizes.width
+    backward.passing("norms", wide * (1 if sizes.on_gpu else 3))
+    backward.take(GRADIENT, hidden)
+    backward.drop("branch", INPUT)
+    return LayerBytes(kept, forward, backward)
+
+
+def embedding_bytes(sizes: Sizes) -> LayerBytes:
+    """The look-up, whose output is the first layer's input."""
+    forward = Tape()
+    forward.take("token ids", sizes.tokens * (ID + 1))
+    forward.take("gathered", 2 * sizes.full if sizes.gathers else 0)
+    forward.take("output", sizes.hidden)
+    forward.drop("gathered")
+    kept = {"token ids": sizes.tokens * (ID + 1)}
+    backward = Tape(kept | {GRADIENT: sizes.hidden})
+    backward.take("gathered", (2 if sizes.gathers else 1) * sizes.full * sizes.divided)
+    backward.passing("rows in fp32", sizes.full * FP32 / sizes.width * (sizes.width < FP32))
+    return LayerBytes(kept, forward, backward)

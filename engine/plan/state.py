@@ -1,0 +1,168 @@
+"""What a rank holds all the time, in bytes: the flat buckets of `engine.parallel.data`, laid out without tensors.
+
+The parameters are the model's specs (`engine.model.inventory`), dealt to chunks and cut over the tensor axis as
+`parallelize` does; what a bucket takes in, and how it is padded, follows `engine.parallel.data.build`.  It is
+arithmetic, so it costs nothing for a job of any size, and a test holds it to the storages that a rank builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from engine.config import Config
+from engine.model.inventory import Specs, end_specs, layer_specs
+from engine.model.projections import all_adapter_specs
+from engine.model.spec import ParamSpec
+from engine.parallel.pipeline.partition import deal_layers, layer_costs
+from engine.schedules.table import build_placement
+
+ALIGNMENT = 64                             # elements; of engine.parallel.data.buckets
+BUCKET_ELEMENTS = 40_000_000               # of engine.parallel.data.build
+FP32 = 4
+SCORE = "score.weight"                     # a head that is trained beside adapters
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Memory that is taken all the time, padding included; what comes and goes within a step is not in it.
+
+    Attributes:
+        parameters: in the compute dtype.
+        gradients: fp32.
+        optimizer: both moments, and the fp32 masters unless they are the parameters themselves.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Embedding, a layer, or final norm and head: what one forward pass uses together.
+
+    Attributes:
+        what: `embedding`, `layer` or `head`.
+        chunk: global index.
+        specs: its parameters, cut for a tensor rank.
+    """
+
+    what: str
+    chunk: int
+    specs: tuple[ParamSpec, ...]
+
+
+@dataclass(frozen=True)
+class StageState:
+    """A pipeline stage of a resolved configuration.
+
+    Attributes:
+        units: of its chunks, in forward order, chunk by chunk.
+        buckets: elements of each, padding included, in the order in which a backward pass fills them.
+        frozen: elements of what is not trained, under adapters.
+    """
+
+    config: Config
+    units: tuple[Unit, ...]
+    buckets: tuple[int, ...]
+    frozen: int = 0
+
+    @property
+    def bytes(self) -> StateBytes:
+        """As `engine.plan.explain` reads them off what is built."""
+        parallel, width = self.config.parallel, width_of(self.config)
+        total = sum(self.buckets)
+        shard = total // shards_of(self.config)
+        whole = shard if parallel.zero >= 3 else total
+        gradients = shard if parallel.zero >= 2 else total + (shard if parallel.reproducible else 0)
+        frozen = self.frozen // (shards_of(self.config) if parallel.zero >= 3 else 1)
+        return StateBytes((whole + frozen) * width, gradients * FP32, shard * (8 + (0 if width == FP32 else FP32)))
+
+
+def width_of(config: Config) -> int:
+    """Bytes of an element in the compute dtype."""
+    return FP32 if config.precision.compute == "fp32" else 2
+
+
+def shards_of(config: Config) -> int:
+    """Ranks that share one copy of the optimizer's state."""
+    parallel = config.parallel
+    return (parallel.zero_shard or parallel.data_size * parallel.context) if parallel.zero else 1
+
+
+def dealt_layers(config: Config) -> tuple[tuple[int, ...], list[range]]:
+    """Chunk → stage, and chunk → layers."""
+    parallel = config.parallel
+    placement = build_placement(parallel.schedule, parallel.pipeline, parallel.virtual_stages)
+    layer, embedding, output = layer_costs(config.model, config.data.seq_len)
+    return placement, deal_layers(config.model.num_layers, len(placement), layer=layer, embedding=embedding,
+                                  output=output)
+
+
+def stage_state(config: Config, stage: int) -> StageState:
+    """What stage `stage` holds, on its first tensor rank (the others differ in padding only)."""
+    placement, deal = dealt_layers(config)
+    chunks = [chunk for chunk, owner in enumerate(placement) if owner == stage]
+    by_chunk = {chunk: tuple(_units(config, chunk, len(placement), deal[chunk])) for chunk in chunks}
+    sizes: list[int] = []
+    frozen = 0
+    both = {0, len(placement) - 1} <= set(chunks)
+    for chunk in reversed(chunks):
+        portions = [_own(unit, both) for unit in by_chunk[chunk]]
+        if config.parallel.zero < 3:
+            portions = [[spec for portion in portions for spec in portion]]
+        for portion in reversed(portions):
+            sizes += _bucket_sizes((spec for spec in reversed(portion) if spec.trainable), shards_of(config))
+            rest = sum(_up(prod(spec.local_shape), ALIGNMENT) for spec in portion if not spec.trainable)
+            frozen += _up(rest, ALIGNMENT * (shards_of(config) if config.parallel.zero == 3 else 1))
+    return StageState(config, tuple(unit for units in by_chunk.values() for unit in units), tuple(sizes), frozen)
+
+
+def _units(config: Config, chunk: int, num_chunks: int, layers: Sequence[int]) -> Iterator[Unit]:
+    """The chunk's units in forward order, their parameters cut for a tensor rank."""
+    def unit(what: str, specs: Specs) -> Unit:
+        parallel, own = config.parallel, list(specs.values())
+        if config.adapter is not None:
+            own = [replace(spec, trainable=name == SCORE) for name, spec in specs.items()]
+            own += all_adapter_specs(specs, config.adapter)
+        return Unit(what, chunk, tuple(spec.on_tensor_rank(parallel.tensor, 0, parallel.sequence) for spec in own))
+
+    ends = dict(end_specs(config.model))
+    embedding = {"embedding.weight": ends.pop("embedding.weight")}
+    if chunk == 0:
+        yield unit("embedding", embedding)
+    layer = unit("layer", layer_specs(config.model, 0))
+    yield from [layer] * len(layers)
+    if chunk == num_chunks - 1:
+        yield unit("head", ends)
+
+
+def _own(unit: Unit, both: bool) -> list[ParamSpec]:
+    """The unit's parameters for a bucket.  Where `both` ends of a tied embedding are here, the head, whose backward
+    pass comes first, brings it along, and no other rank holds a copy."""
+    specs = [replace(spec, tied=spec.tied and not both) for spec in unit.specs]
+    tied = any(spec.tied for spec in unit.specs)
+    return [] if both and tied and unit.what == "embedding" else specs
+
+
+def _bucket_sizes(specs: Iterable[ParamSpec], num_shards: int) -> Iterator[int]:
+    """Elements of the buckets that take in these parameters, given in backward order."""
+    filling: dict[tuple[bool, bool, bool], tuple[int, int]] = {}       # kind → elements so far, and with alignment
+    for spec in specs:
+        kind, size = (spec.decay, spec.partial_sum, spec.tied), prod(spec.local_shape)
+        elements, aligned = filling.get(kind, (0, 0))
+        if elements and elements + size > BUCKET_ELEMENTS:
+            yield _up(aligned, num_shards * ALIGNMENT)
+            elements = aligned = 0
+        filling[kind] = elements + size, aligned + _up(size, ALIGNMENT)
+    yield from (_up(aligned, num_shards * ALIGNMENT) for _, aligned in filling.values())
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
