@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from engine.align import losses
-from engine.align.fields import REFERENCE
 from engine.align.reward import count_samples
 from engine.config import DPOConfig
 from engine.model.context import Batch
+from engine.model.fields import REFERENCE
 from engine.model.objective import Head, Objective
 
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.align.fields import END, MARGIN
 from engine.align.losses import off_centre, pairs_of, pairwise
 from engine.model.context import Batch
+from engine.model.fields import END, MARGIN
 from engine.model.objective import Head, Objective
 
 

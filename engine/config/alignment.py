@@ -57,6 +57,7 @@ class RewardConfig(Section):
     """Reward models."""
 
     loss: Literal["pairwise", "kwise"] = "pairwise"          # kwise: all pairs of a prompt's ranked answers
+    answers: Size = 4                                        # kwise: the most that a prompt has
     margin: bool = True                                      # the data's, where they have any; pairwise only
     center: Number = 0.0                                     # weight of (s_chosen + s_rejected)²
 

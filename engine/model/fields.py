@@ -33,3 +33,9 @@ ATTENTION_MASK = Field("attention_mask", sequence_dim=2, batch_dim=0)      # of 
 OWN = (TOKENS, POSITIONS, LABELS, LOSS_MASK, ATTENTION_MASK)
 
 PTX = Field("is_ptx_B", sequence_dim=None, batch_dim=0)      # in fine-tuning: which rows are pretraining data
+
+# Of comparisons: a sample is several rows, one for each answer to a prompt, best first.  The loss mask of a row is on
+# its answer; where it is off in all rows of a sample, that only fills up a step and does not count.
+END = Field("end_SB")                                        # bool: the last token of the text; none: no such answer
+MARGIN = Field("margin_B", sequence_dim=None, batch_dim=0)   # fp32: by how much the first is better, on every row
+REFERENCE = Field("reference_B", sequence_dim=None, batch_dim=0)         # fp32: log π(answer) under the reference

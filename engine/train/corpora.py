@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from engine.config import Config, SourceConfig
+from engine.data.chat.comparisons import ComparisonSource
+from engine.data.chat.corpus import ChatCorpus
 from engine.data.chat.rows import ConversationSource, Fit
 from engine.data.sample import Sample
 from engine.data.sources import Source, check_tokenizer, mixed, no_sources, open_corpus
@@ -20,7 +22,8 @@ from engine.errors import DataError
 from engine.model.fields import PTX
 
 # What the records of conversation files must be, by objective (a kind of `engine.data.chat.kinds`).
-KIND_OF: Mapping[str, str] = MappingProxyType({"sft": "conversations"})
+KIND_OF: Mapping[str, str] = MappingProxyType({"sft": "conversations", "reward": "pairs", "dpo": "pairs",
+                                               "orpo": "pairs"})
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Corpora:
                             f"max_epochs the corpora give {there}: lower steps, raise max_epochs or add data")
         valid = opener.open([_once(source) for source in data.valid], shuffle=False) if data.valid else None
         corpora = Corpora(train, valid, opener.tokenizer)
-        if valid is not None and config.eval.every and (data.document_mask or config.run.objective == "sft"):
+        if valid is not None and config.eval.every and (data.document_mask or config.run.objective != "pretrain"):
             num = corpora.num_evaluated(config)
             require_labels(", ".join(valid.source_names), map(valid.sample, range(num)), num)
         return corpora
@@ -65,9 +68,16 @@ class Corpora:
         return [source for source in self.train.sources if isinstance(source, ConversationSource)]
 
     @property
+    def comparisons(self) -> list[ComparisonSource]:
+        """All sources of comparisons, held-out ones last."""
+        held_out = [] if self.valid is None else self.valid.sources
+        return [source for source in (*self.train.sources, *held_out) if isinstance(source, ComparisonSource)]
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """What ends an answer in the conversations that are learned."""
-        return tuple(sorted({number for source in self.conversations for number in source.corpus.end_ids}))
+        chats: list[ConversationSource | ComparisonSource] = [*self.conversations, *self.comparisons]
+        return tuple(sorted({number for source in chats for number in source.corpus.end_ids}))
 
     def num_evaluated(self, config: Config) -> int:
         """Held-out samples of an evaluation: `eval.batches` global batches, or all where there are fewer."""
@@ -108,12 +118,23 @@ class _Opener:
             return replace(corpus, tags=tags)
         fit = Fit(data.seq_len, self.pad_id, data.pack, data.too_long, data.on_error)
         prefix = self.prepared.get(source.path, source.path)
-        opened = ConversationSource.open(prefix, source, fit, vocab_size)
+        kind = kind_of(config)
+        if (there := ChatCorpus(prefix).kind) != kind:
+            raise DataError(f"{source.path} is of {there}; run.objective {objective} learns from {kind}")
+        opened: ConversationSource | ComparisonSource
+        if objective == "sft":
+            opened = replace(ConversationSource.open(prefix, source, fit, vocab_size), tags=tags)
+        else:
+            opened = ComparisonSource.open(prefix, source, fit, vocab_size, scored=objective == "reward", answers=2
+                                           if kind == "pairs" else config.reward.answers, margins=config.reward.margin)
         check_tokenizer(prefix, opened.corpus.sidecar, vocab_size, self.tokenizer)
-        if opened.corpus.kind != KIND_OF[objective]:
-            raise DataError(f"{source.path} is of {opened.corpus.kind}; run.objective {objective} learns from "
-                            f"{KIND_OF[objective]}")
-        return replace(opened, tags=tags)
+        return opened
+
+
+def kind_of(config: Config) -> str:
+    """What the records of a run's conversation files must be: a kind of `engine.data.chat.kinds`."""
+    ranked = config.run.objective == "reward" and config.reward.loss == "kwise"
+    return "ranked answers" if ranked else KIND_OF[config.run.objective]
 
 
 def is_of_text(source: SourceConfig, objective: str) -> bool:

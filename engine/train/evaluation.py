@@ -14,6 +14,7 @@ from engine.data.training_data import TrainingData
 from engine.optim.gradients import sum_over_world
 from engine.parallel.parallelize import ParallelModel
 from engine.train.batches import Loader, Samples, up_to
+from engine.train.reference import informed, passes
 
 Heard = Callable[[int, Tensor], None]                        # samples done, and the sums so far
 
@@ -36,11 +37,13 @@ def sums_over(model: ParallelModel, samples: Samples, stop: int, masked: bool = 
     config, mesh, objective = model.config, model.mesh, model.objective
     batch, num_sums = config.batch.global_, len(objective.sums)
     whole = stop % batch == 0 and not masked
-    loader = Loader(samples if whole else up_to(samples, stop), config, mesh, objective, uses=len(model.chunks))
+    loader = Loader(samples if whole else up_to(samples, stop), config, mesh, objective,
+                    uses=len(model.chunks) * passes(model))
     totals = torch.zeros(num_sums + 1, dtype=torch.float64, device=mesh.device)
     for first in range(0, stop, batch):
         batches = loader.step(first)
-        totals[:-1] += sum_over_world(model.evaluate(batches.microbatches), [], mesh, num_sums=num_sums,
+        own = model.evaluate(informed(model, batches.microbatches))
+        totals[:-1] += sum_over_world(own, [], mesh, num_sums=num_sums,
                                       reproducible=config.parallel.reproducible).sums
         totals[-1] += batches.divisor
         if heard is not None:

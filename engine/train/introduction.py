@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.config import Config
+from engine.data.chat.comparisons import ComparisonSource
 from engine.data.chat.rows import ConversationSource
 from engine.model.flops import count_adapter, count_parameters
 from engine.train.corpora import Corpora
@@ -25,6 +26,7 @@ def introduction(config: Config, corpora: Corpora) -> list[str]:
         lines.append(f"corpus {share.name}: {short(share.source_tokens)} tokens, {share.share:.1%} of the samples, "
                      f"{share.epochs:.2f} epochs")
     lines += [_about_rows(source) for source in corpora.conversations]
+    lines += [_about_comparisons(source) for source in corpora.comparisons]
     wanted, held_out = config.eval.batches * batch.global_, corpora.num_evaluated(config)
     if corpora.valid is not None and config.eval.every and held_out < wanted:
         lines.append(f"evaluation: all {held_out:,} held-out windows (eval.batches asks for {wanted:,})")
@@ -48,10 +50,17 @@ def _about_rows(source: ConversationSource) -> str:
     how = "packed into" if source.fit.packed else "in"
     rows = f"{len(source.rows):,} sequences, {source.padding:.1%} padding"
     line = f"{source.name}: {in_rows:,} conversations {how} {rows}"
-    told = [f"{count:,} {what}" for count, what in ((source.num_cut, "cut at their end"),
-                                                    (source.num_left_out, "too long and left out"),
-                                                    (source.corpus.about["skipped"], "unusable and left out")) if count]
-    return ", ".join([line, *told])
+    return line + _did_not_fit(source)
+
+
+def _about_comparisons(source: ComparisonSource) -> str:
+    return f"{source.name}: {source.num_windows:,} {source.corpus.kind}" + _did_not_fit(source)
+
+
+def _did_not_fit(source: ConversationSource | ComparisonSource) -> str:
+    told = ((source.num_cut, "cut at their end"), (source.num_left_out, "too long and left out"),
+            (source.corpus.about["skipped"], "unusable and left out"))
+    return "".join(f", {count:,} {what}" for count, what in told if count)
 
 
 def short(number: float) -> str:

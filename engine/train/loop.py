@@ -49,6 +49,7 @@ from engine.train.hooks import Hook
 from engine.train.journal import Journal, peak_memory_bytes
 from engine.train.objectives import objective_of
 from engine.train.profile import StepProfiler
+from engine.train.reference import informed, passes, with_reference
 from engine.train.rewinding import GoBack, plan_rewind
 from engine.train.role import Role, RoleState
 from engine.train.run_folder import writing
@@ -119,7 +120,9 @@ class Trainer:
         model, directory, group = state.model, Path(config.run.dir), mesh.world.group
         tally = Tally(len(model.objective.sums), mesh.device)
         spikes = SpikeMonitor(config.reliability.spike, mesh.device)
-        notes = take_over(state, tally, spikes, config, corpora, group)
+        said: list[str] = []
+        corpora = with_reference(state, config, corpora, group, said.append)
+        notes = said + take_over(state, tally, spikes, config, corpora, group)
         state.end_ids = tuple(sorted({*state.end_ids, *corpora.end_ids}))
         faults = config.reliability.inject or ()
         injector = Injector(faults, mesh.rank, directory, model.buckets)
@@ -138,7 +141,8 @@ class Trainer:
             phases.listeners.append(injector)
         if config.profile.steps and mesh.rank in config.profile.ranks:
             phases.listeners.append(profiler)
-        loader = Loader(corpora.train.sample, config, mesh, model.objective, uses=len(model.chunks), ahead=True)
+        loader = Loader(corpora.train.sample, config, mesh, model.objective, uses=len(model.chunks) * passes(model),
+                        ahead=True)
         return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, spikes, phases,
                        profiler, saved_step=state.step if state.step else -1)
 
@@ -173,7 +177,7 @@ class Trainer:
         divisor = batches.divisor
         scale = 1 / (divisor if isinstance(divisor, int) else divisor.clamp(min=1))
         with phase("forward_backward"):
-            own = model.accumulate(batches.microbatches, scale)
+            own = model.accumulate(informed(model, batches.microbatches), scale)
         with phase("reduce"):
             model.finish_reduction()
             sums = sum_over_world(own, model.buckets, self.mesh, num_sums=len(model.objective.sums),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from engine.align.preference import DPO, ORPO
+from engine.align.reward import RewardModel
 from engine.align.sft import supervised
 from engine.config import Config
 from engine.errors import ConfigError
@@ -12,6 +14,10 @@ from engine.model.objective import NEXT_TOKEN, Objective
 OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
     "pretrain": lambda config: NEXT_TOKEN,
     "sft": lambda config: supervised(config.sft.ptx_weight),
+    "reward": lambda config: RewardModel(2 if config.reward.loss == "pairwise" else config.reward.answers,
+                                         config.reward.center),
+    "dpo": lambda config: DPO(config.dpo),
+    "orpo": lambda config: ORPO(config.orpo.lambda_),
 }
 
 

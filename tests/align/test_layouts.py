@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.align.fields import END, MARGIN, REFERENCE
 from engine.align.preference import DPO, ORPO
 from engine.align.reward import RewardModel
 from engine.config import Config, DPOConfig
 from engine.model.context import Batch
+from engine.model.fields import END, MARGIN, REFERENCE
 from engine.model.transformer import Transformer
 from tests.kit.layouts import check, reference, run_layout, tiny_config
 from tests.kit.reference import Task, global_batch
