@@ -16,7 +16,7 @@ from engine.config import Config
 from engine.data.chat.comparisons import ComparisonSource
 from engine.errors import ConfigError, DataError
 from engine.model.fields import END, MARGIN
-from engine.model.spec import spec_of
+from engine.model.parameters import initial_values, spec_of
 from engine.model.transformer import Transformer
 from tests.align.test_sft import chat_config, write_chats
 from tests.kit.distributed import run_distributed
@@ -216,5 +216,5 @@ def test_a_reward_model_takes_the_base_and_a_new_score(place: Path) -> None:
     model = Transformer(config.model)
     assert model.score is not None
     spec = spec_of(model.score.weight)
-    assert torch.allclose(reader.read("model.score.weight"), spec.initial_values(config.run.seed), atol=1e-7)
+    assert torch.allclose(reader.read("model.score.weight"), initial_values(spec, config.run.seed), atol=1e-7)
     assert spec.init_std == pytest.approx((config.model.hidden_size + 1) ** -0.5)

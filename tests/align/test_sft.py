@@ -23,7 +23,7 @@ from engine.data.chat.rows import ConversationSource, Fit
 from engine.data.sample import Sample
 from engine.model.context import Batch, document_mask, document_positions
 from engine.model.fields import PTX
-from engine.model.spec import initialise, spec_of
+from engine.model.parameters import initialise, spec_of
 from engine.model.transformer import Transformer
 from engine.train.batches import collate
 from tests.kit.distributed import run_distributed
