@@ -26,7 +26,7 @@ from engine.kernels.table import describe_options
 from engine.metrics.peaks import peak_tflops
 
 GIB = 1 << 30
-CORE = ("torch", "numpy", "sentencepiece", "safetensors", "rich", "PyYAML", "pydantic")
+CORE = ("torch", "numpy", "sentencepiece", "safetensors", "rich", "PyYAML", "pydantic", "jinja2")
 
 
 @dataclass(frozen=True)
