@@ -94,8 +94,9 @@ def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
     found = Settings(path, read_object(path, "the configuration of a model", CheckpointError))
     family = _family(found)
     found = found.over({**dict.fromkeys(family.flags, False), **family.defaults})
-    for key, differs, why in (*REFUSED, ("hidden_act", lambda value: value not in family.mlps,
-                                         f"a {family.name} may have {', '.join(family.mlps)}")):
+    mine = ("hidden_act", lambda value: not isinstance(value, str) or value not in family.mlps,
+            f"a {family.name} may have {', '.join(family.mlps)}")
+    for key, differs, why in (*REFUSED, mine):
         if differs(found.get(key)):
             raise found.refuse(key, f"which Octant's model does not have: {why}")
     try:

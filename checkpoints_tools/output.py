@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from engine.checkpoint.folder import leftover_path, sync_directory
+from engine.checkpoint.folder import leftover_path
 from engine.errors import CheckpointError
+from engine.writing import sync_directory
 
 Item = TypeVar("Item")
 

@@ -53,7 +53,7 @@ RANK_CEILINGS = {
     "": 350,              # errors, reading, writing, hints, progress
     "align": 600,         # objectives besides pretraining
     "checkpoint": 1_600,  # formats 1 and 2, resuming, adapters apart
-    "config": 1_200,      # and the sections of alignment and reliability
+    "config": 1_500,      # and the sections of alignment, roles and reliability; keys are most of it
     "data": 2_050,        # corpora, conversations and comparisons, tokenizers of three kinds
     "distributed": 1_000,     # and moving live weights between roles
     "kernels": 1_000,     # and implementations for a GPU of each operation

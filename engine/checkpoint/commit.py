@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.folder import leftover_path, make_directory, prune, publish, sync_directory
+from engine.checkpoint.folder import leftover_path, make_directory, prune, publish
 from engine.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -39,6 +39,7 @@ from engine.checkpoint.manifest import (
 )
 from engine.checkpoint.plan import Division
 from engine.checkpoint.shard import Entry, WrittenFile, file_bytes, write_shard
+from engine.writing import sync_directory
 
 POINTS = ("directory made", "shard created", "chunk written", "shard written", "shard synced", "rank done",
           "manifest written", "directory synced", "renamed", "pruned")

@@ -12,7 +12,6 @@ ever read.  `tidy` brings a folder in which a process was killed back to committ
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from engine.checkpoint.manifest import MANIFEST_NAME
 from engine.errors import CheckpointError
 from engine.instead import instead_of_checkpoint
+from engine.writing import sync_directory
 
 CHECKPOINTS = "checkpoints"         # where a run keeps them, in its own folder
 COMMITTED = re.compile(r"step-(\d{8,})")
@@ -151,12 +151,3 @@ def make_directory(path: Path) -> None:
         parent.mkdir(exist_ok=True)
         sync_directory(parent.parent)
     path.mkdir()
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes the names in a directory last."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,6 +4,7 @@
     data         what identifies the corpora and the tokenizer
     state        where the run stands: step, consumed_samples, optimizer_step; not there where only weights were written
     unlogged     sums since the last line of the log
+    base         the model under an adapter: its path, and the hash of its manifest
     end_ids      ids at which texts end besides the tokenizer's own
     base         where the checkpoint is whose model lies under this one's adapter, and the hash of its manifest
 
@@ -34,10 +35,13 @@ def check_metadata(metadata: Mapping[str, Any], step: int) -> None:
     config, data = (_section(metadata, key, "metadata") for key in ("config", "data"))
     for key in SECTIONS:
         _section(config, key, "config")
-    for section, key in (("run", "dir"), ("data", "tokenizer")):
-        path = config.get(section, {}).get(key)
-        if not isinstance(path, str | None):
+    for section, key, kind in (("run", "dir", str), ("data", "tokenizer", str | None)):
+        path = config.get(section, {}).get(key, "")
+        if not isinstance(path, kind):
             raise ValueError(f"config.{section}.{key} is {shown(path)}, not a path")
+    below = _section(metadata, "base", "metadata")
+    if below and not all(isinstance(below.get(key), str) for key in ("path", "content")):
+        raise ValueError(f"base is {shown(below)}, not path and content of a model")
     if not isinstance(data.get("tokenizer"), str | None) or not _is_size(data.get("end_of_document") or 0):
         raise ValueError(f"data names the tokenizer {shown(data.get('tokenizer'))} and the end of a document "
                          f"{shown(data.get('end_of_document'))}")

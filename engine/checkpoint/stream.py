@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from engine.checkpoint.commit import write_manifest
-from engine.checkpoint.folder import leftover_path, make_directory, publish, sync_directory
+from engine.checkpoint.folder import leftover_path, make_directory, publish
 from engine.checkpoint.manifest import Manifest, StoredFile
 from engine.checkpoint.shard import Entry, file_bytes, write_shard
 from engine.distributed.ledger import Block, Ledger
 from engine.errors import CheckpointError
+from engine.writing import sync_directory
 
 BOX_BYTES = 256 << 20           # larger boxes are cut, which bounds memory
 

@@ -131,12 +131,12 @@ def _inspect_config(args: argparse.Namespace) -> int:
     config = load_config(args.target[0], args.target[1:])
     data = open_corpora(config, say=_aside).train
     if args.samples is None:
-        num_samples = config.steps * config.batch.global_
-        shares = data.report(num_samples)
+        shares = data.report(config.num_samples)
         if args.json:
             print("\n".join(json.dumps(asdict(share)) for share in shares))
             return 0
-        print(f"{config.steps:,} steps of {config.batch.global_:,} samples of {data.seq_len:,} tokens\n")
+        rising = f"{config.ramp.stages[0].size:,} to " if config.batch.ramp else ""
+        print(f"{config.steps:,} steps of {rising}{config.batch.global_:,} samples of {data.seq_len:,} tokens\n")
         print("\n".join(share_lines(shares)))
         print(f"\n{hint('data', 'inspect', *args.target, '--samples', '0:2')}")
         return 0

@@ -9,24 +9,22 @@ Keys, defaults and units are in `schema`; the equations a layout must satisfy in
 """
 
 from engine.config.alignment import AdapterConfig, DPOConfig, ORPOConfig, RewardConfig, SFTConfig
+from engine.config.data import DataConfig, SourceConfig
 from engine.config.layout import resolve_layout
+from engine.config.length import BatchConfig
 from engine.config.load import config_names, load_config, preset_names
+from engine.config.model import ModelConfig, RopeScalingConfig
 from engine.config.reliability import FaultConfig, ReliabilityConfig, RewindConfig, SpikeConfig
 from engine.config.schema import (
-    BatchConfig,
     CheckpointConfig,
     Config,
-    DataConfig,
     EvalConfig,
     LogConfig,
-    ModelConfig,
     OptimConfig,
     ParallelConfig,
     PrecisionConfig,
     ProfileConfig,
-    RopeScalingConfig,
     RunConfig,
-    SourceConfig,
 )
 
 __all__ = [

@@ -35,17 +35,17 @@ class Rates(Protocol):
     @property
     def min_lr(self) -> float: ...
     @property
-    def warmup_steps(self) -> int: ...
+    def warmup_steps(self) -> float: ...
 
 
 class Shape(Section):
     """One shape; subclasses say how much of the way from `min_lr` up to `lr` is left, or the rate itself."""
 
-    def rate(self, step: int, num_steps: int, optim: Rates) -> float:
+    def rate(self, step: float, num_steps: float, optim: Rates) -> float:
         """Learning rate of `step` > `warmup_steps`, counted from 1, in a run of `num_steps`."""
         return optim.min_lr + (optim.lr - optim.min_lr) * self.share(step, num_steps, optim)
 
-    def share(self, step: int, num_steps: int, optim: Rates) -> float:
+    def share(self, step: float, num_steps: float, optim: Rates) -> float:
         """1 at the peak, 0 at `min_lr`."""
         raise NotImplementedError
 
@@ -63,17 +63,17 @@ class Shape(Section):
 
 
 class Cosine(Shape):
-    def share(self, step: int, num_steps: int, optim: Rates) -> float:
+    def share(self, step: float, num_steps: float, optim: Rates) -> float:
         return (1 + math.cos(math.pi * progress(step, num_steps, optim.warmup_steps))) / 2
 
 
 class Linear(Shape):
-    def share(self, step: int, num_steps: int, optim: Rates) -> float:
+    def share(self, step: float, num_steps: float, optim: Rates) -> float:
         return 1 - progress(step, num_steps, optim.warmup_steps)
 
 
 class Constant(Shape):
-    def share(self, step: int, num_steps: int, optim: Rates) -> float:
+    def share(self, step: float, num_steps: float, optim: Rates) -> float:
         return 1.0
 
 
@@ -81,7 +81,7 @@ class WarmupStableDecay(Shape):
     decay_steps: Count | None = None                         # the last so many; null: a tenth of `steps`
     form: Literal["linear", "sqrt"] = "linear"
 
-    def share(self, step: int, num_steps: int, optim: Rates) -> float:
+    def share(self, step: float, num_steps: float, optim: Rates) -> float:
         length = self._length(num_steps)
         done = min(1.0, max(0, step - (num_steps - length)) / length)
         return 1 - (math.sqrt(done) if self.form == "sqrt" else done)
@@ -89,15 +89,15 @@ class WarmupStableDecay(Shape):
     def problems(self, num_steps: int, optim: Rates) -> Iterator[str]:
         length = self._length(num_steps)
         if optim.warmup_steps + length > num_steps:
-            yield (f"optim.warmup_steps({optim.warmup_steps}) + the decay's {length} steps > steps({num_steps}): "
+            yield (f"optim.warmup_steps({optim.warmup_steps:g}) + the decay's {length} steps > steps({num_steps}): "
                    "lower optim.decay.decay_steps or the warm-up")
 
-    def _length(self, num_steps: int) -> int:
-        return self.decay_steps or max(1, num_steps // 10)
+    def _length(self, num_steps: float) -> int:
+        return self.decay_steps or max(1, int(num_steps) // 10)
 
 
 class InverseSqrt(Shape):
-    def rate(self, step: int, num_steps: int, optim: Rates) -> float:
+    def rate(self, step: float, num_steps: float, optim: Rates) -> float:
         return max(optim.min_lr, optim.lr * math.sqrt(optim.warmup_steps / step))
 
     def floor(self, lr: float) -> float:
@@ -127,7 +127,7 @@ DECAYS: dict[str, type[Shape]] = {
 }
 
 
-def progress(step: int, num_steps: int, warmup_steps: int) -> float:
+def progress(step: float, num_steps: float, warmup_steps: float) -> float:
     """How much of the way behind the warm-up is done, from 0 to 1."""
     return min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
 

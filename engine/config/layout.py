@@ -46,9 +46,12 @@ def _world_remedy(config: Config, world_size: int) -> str:
 
 def _batch_problems(config: Config, data: int) -> Iterator[str]:
     batch = config.batch
-    if batch.global_ % (batch.micro * data):
-        yield (f"batch.global({batch.global_}) is not batch.micro({batch.micro}) × data({data}) × a whole number of "
-               f"microbatches: make it a multiple of {batch.micro * data}")
+    unit = batch.micro * data
+    sizes = [(f"batch.ramp's {size} from {tokens:,} tokens on", size) for tokens, size in batch.ramp[:-1]]
+    for name, size in (*sizes, (f"batch.global({batch.global_})", batch.global_)):
+        if size % unit:
+            yield (f"{name} is not batch.micro({batch.micro}) × data({data}) × a whole number of microbatches: make it "
+                   f"a multiple of {unit}")
 
 
 def _schedule_problems(config: Config) -> Iterator[str]:

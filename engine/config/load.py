@@ -27,6 +27,10 @@ PRESETS = Path(__file__).parent / "presets"
 
 MOST_BASES = 16
 
+# Two ways to say one thing: the layer that says it last decides, whichever way the layers below it chose.
+ALTERNATIVES: tuple[tuple[KeyPath, KeyPath], ...] = ((("steps",), ("tokens",)),
+                                                     (("optim", "warmup_steps"), ("optim", "warmup")))
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The resolved configuration of the file at `path`, with overrides such as `optim.lr=3e-4` on top.
@@ -132,10 +136,22 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Origins]:
 
 def _merge(values: dict[str, Any], origins: Origins, over: dict[str, Any], over_origins: Origins) -> None:
     """Put `over` on top of `values`, key by key; lists and scalars are replaced whole, and so are their origins."""
+    for pair in ALTERNATIVES:
+        for given, other in (pair, pair[::-1]):
+            if _at(over, given) is not None and _at(over, other) is None and isinstance(
+                    section := _at(values, other[:-1]), dict):
+                section.pop(other[-1], None)
     replaced = {*_put(values, over, ())}
     for stale in [key for key in origins if any(key[:depth] in replaced for depth in range(1, len(key) + 1))]:
         del origins[stale]
     origins.update(over_origins)
+
+
+def _at(values: Any, path: KeyPath) -> Any:
+    """What stands there; None where nothing does."""
+    for key in path:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
 
 
 def _put(values: dict[str, Any], over: dict[str, Any], path: KeyPath) -> Iterator[KeyPath]:

@@ -13,9 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from engine.config.alignment import HEAD, AdapterConfig, DPOConfig, ORPOConfig, RewardConfig, SFTConfig
+from engine.config.data import DataConfig
 from engine.config.decay import Cosine, Decay
 from engine.config.fields import (
     Count,
@@ -25,17 +32,15 @@ from engine.config.fields import (
     Layers,
     NonNegative,
     Number,
-    Positive,
     Rate,
     RateOrZero,
-    Sample,
     Section,
     Seed,
-    Size,
     Words,
     ZeroLevel,
 )
-from engine.config.kinds import AttentionName, MLPName
+from engine.config.length import BatchConfig, Ramp, Tokens, Warmup, read_tokens
+from engine.config.model import ModelConfig
 from engine.config.reliability import ReliabilityConfig
 from engine.config.yaml_values import dump_yaml
 from engine.errors import ConfigError
@@ -54,6 +59,10 @@ ScheduleName = Annotated[str, AfterValidator(_known_schedule),
                          Field(json_schema_extra=lambda schema: schema.update(enum=[*schedule_names()]))]
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default", None)
+
+
 class RunConfig(Section):
     """Where the run lives, and what it does."""
 
@@ -62,52 +71,6 @@ class RunConfig(Section):
     objective: Literal["pretrain", "sft", "reward", "dpo", "orpo", "ppo", "grpo"] = "pretrain"
     name: Words | None = None                                # a label for logs and reports; default: the folder's name
     device: Literal["auto", "cpu", "cuda"] = "auto"          # auto: cuda where there is one
-
-
-class RopeScalingConfig(Section):
-    """Llama-3's stretching of RoPE: low frequencies divided by `factor`, high ones kept, a smooth ramp between."""
-
-    type: Literal["llama3"] = "llama3"
-    factor: Positive
-    low_freq_factor: Positive
-    high_freq_factor: Positive
-    original_max_seq_len: Size
-
-
-class ModelConfig(Section):
-    """The transformer's shape.  `num_heads` need not times `head_dim` equal `hidden_size`."""
-
-    num_layers: Layers
-    hidden_size: Size
-    num_heads: Size
-    num_kv_heads: Size = Field(default_factory=lambda values: values["num_heads"])
-    head_dim: Size = Field(default_factory=lambda values: values["hidden_size"] // values["num_heads"])
-    ffn_hidden_size: Size
-    vocab_size: Size                                         # the true one; padding for tensor parallelism is local
-    max_seq_len: Size = 2048                                 # tokens
-    rope_theta: Positive = 10000.0
-    rope_scaling: RopeScalingConfig | None = None
-    norm_eps: Rate = 1e-5
-    tie_embeddings: bool = False
-    attention: AttentionName = "grouped-query"               # rows of engine.config.kinds
-    mlp: MLPName = "swiglu"
-    qk_norm: bool = False                                    # normalise queries and keys, head by head
-    qkv_bias: bool = False
-    attention_bias: bool = False                             # on q, k, v and the projection behind attention
-    mlp_bias: bool = False
-    head: Literal["language_model", "score"] = "language_model"      # score: one number per token (reward, critic)
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ModelConfig:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads({self.num_heads}) is not a multiple of num_kv_heads({self.num_kv_heads})")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim({self.head_dim}) is odd; RoPE rotates pairs")
-        if self.attention_bias and self.qkv_bias:
-            raise ValueError("attention_bias includes qkv_bias: set one of them")
-        if self.head == "score" and self.tie_embeddings:
-            raise ValueError("head: score has no output layer that tie_embeddings could tie: set it to false")
-        return self
 
 
 class ParallelConfig(Section):
@@ -155,52 +118,12 @@ class PrecisionConfig(Section):
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
 
 
-class SourceConfig(Section):
-    """One corpus: `path` is the prefix of its `.bin` and `.idx`; or a file of conversations."""
-
-    path: Words
-    kind: Literal["pretrain", "chat"] | None = None          # null: what run.objective learns from
-    columns: dict[Words, Words] = Field(default_factory=dict)        # of conversations: a known key, the file's name
-    weight: Positive = 1.0                                   # relative to the other sources
-    epochs: Positive | None = None                           # instead of `weight`: in proportion to epochs × size
-    max_epochs: Positive | None = None                       # leave the mixture after so many
-
-    @model_validator(mode="after")
-    def _weight_or_epochs(self) -> SourceConfig:
-        if self.epochs is not None and self.weight != 1.0:
-            raise ValueError(f"{self.path} has weight {self.weight} and epochs {self.epochs}; give one of them")
-        return self
-
-
-class DataConfig(Section):
-    """What is read.  Paths are relative to the working directory."""
-
-    tokenizer: Words | None = None                           # a .model, a tokenizer.json or its folder, or `bytes`
-    seq_len: Size = 2048                                     # tokens per sequence
-    train: tuple[SourceConfig, ...] = ()
-    valid: tuple[SourceConfig, ...] = ()
-    document_mask: bool = False                              # attention does not cross documents
-    template: Words = "auto"                                 # of conversations; auto: the tokenizer's own
-    pack: bool = True                                        # several conversations in a sequence, each for itself
-    too_long: Literal["cut", "skip", "stop"] = "cut"         # a conversation longer than a sequence
-    on_error: Literal["stop", "skip"] = "stop"               # a record that cannot be used; skip: count it
-    cache: Words | None = None                               # where conversations in tokens are kept; null: in run.dir
-    skip: tuple[tuple[Sample, Sample], ...] = ()             # ranges [a, b) of samples to leave out
-
-
-class BatchConfig(Section):
-    """Sizes in sequences.  global = micro × data × microbatches."""
-
-    micro: Size = 1
-    global_: Size = Field(default_factory=lambda values: values["micro"], validation_alias="global",
-                           serialization_alias="global")
-
-
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: Rate = 1.5e-4
     warmup_steps: NonNegative = 0
+    warmup: Warmup | None = None                             # instead: 2000 (steps), 1% (of the run), 375M (tokens)
     decay: Decay = Cosine()                                  # a name of `engine.config.decay`, or {shape: NAME, …}
     min_lr: RateOrZero = Field(default_factory=lambda values: values["decay"].floor(values["lr"]))
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -275,7 +198,9 @@ class Config(Section):
     kernels: KernelsConfig = KernelsConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
-    steps: Count
+    tokens: Tokens | None = None                             # instead of `steps`: the steps nearest to it
+    steps: Count = Field(default=None, validate_default=True,
+                         json_schema_extra=_without_default)
     adapter: AdapterConfig | None = None                     # absent: everything trains
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -288,23 +213,43 @@ class Config(Section):
     sft: SFTConfig = SFTConfig()
     profile: ProfileConfig = ProfileConfig()
 
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _long_enough(cls, value: object, info: ValidationInfo) -> object:
+        """The steps of `tokens` where they are not given; any number where a fault of those is the problem already."""
+        if value is not None or "tokens" not in info.data:
+            return 1 if value is None else value
+        if (tokens := info.data["tokens"]) is None:
+            raise ValueError("is missing; give it, or tokens")
+        known = "batch" in info.data and "data" in info.data
+        return info.data["batch"].steps(tokens, info.data["data"].seq_len) if known else 1
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
-        problems = []
+        problems = [*self._length_problems()]
         if self.data.seq_len > self.model.max_seq_len:
             problems.append(f"data.seq_len({self.data.seq_len}) > model.max_seq_len({self.model.max_seq_len}): "
                             "shorten the sequences or raise the model's maximum")
-        if (tokens := self.steps * self.batch.global_ * self.data.seq_len) >= 2**63:
+        if (tokens := self.num_samples * self.data.seq_len) >= 2**63:
             problems.append(f"steps({self.steps:,}) × batch.global({self.batch.global_:,}) × data.seq_len("
                             f"{self.data.seq_len:,}) = {tokens:.1e} tokens, more than can be counted")
         if self.optim.min_lr > self.optim.lr:
             problems.append(f"optim.min_lr({self.optim.min_lr}) > optim.lr({self.optim.lr})")
-        problems += self.optim.decay.problems(self.steps, self.optim)
+        if not problems:
+            problems += self.optim.decay.problems(round(self.num_batches), self.rates)
         problems += self._adapter_problems()
         problems += self._source_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _length_problems(self) -> Iterator[str]:
+        if self.tokens is not None and self.steps != (steps := self.batch.steps(self.tokens, self.data.seq_len)):
+            yield (f"tokens({self.tokens:,}) are {steps:,} steps of this batch, and steps is {self.steps:,}: leave one "
+                   "of them out")
+        if self.optim.warmup is not None and self.optim.warmup_steps:
+            yield (f"optim.warmup is {self.optim.warmup} and optim.warmup_steps {self.optim.warmup_steps}: leave one "
+                   "of them out")
 
     def _adapter_problems(self) -> Iterator[str]:
         if self.run.objective == "dpo" and self.dpo.reference == "live" and self.adapter is None:
@@ -339,6 +284,36 @@ class Config(Section):
     def num_microbatches(self) -> int:
         """Microbatches each pipeline works through in a step (the layout must be resolved)."""
         return self.batch.global_ // (self.batch.micro * self.parallel.data_size)
+
+    @property
+    def ramp(self) -> Ramp:
+        """The sizes of the batches."""
+        return self.batch.sizes(self.data.seq_len)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.ramp.samples(self.steps)
+
+    @property
+    def num_batches(self) -> float:
+        """The run's length in batches of the final size: by these the learning rate goes."""
+        return self.num_samples / self.batch.global_
+
+    @property
+    def rates(self) -> OptimConfig:
+        """`optim` with the warm-up in batches of the final size."""
+        warmup = self.optim.warmup
+        if warmup is None:
+            return self.optim
+        batches: float
+        if isinstance(warmup, int):
+            batches = warmup
+        elif warmup.endswith("%"):
+            batches = self.num_batches * float(warmup[:-1]) / 100
+        else:
+            batches = read_tokens(warmup) / self.data.seq_len / self.batch.global_
+        return self.optim.model_copy(update={"warmup_steps": batches, "warmup": None})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values under the YAML key names; `Config.model_validate` reads them back."""

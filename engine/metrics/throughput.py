@@ -33,7 +33,7 @@ class Throughput:
         return asdict(self)
 
 
-def throughput(tokens: int, seconds: float, flops_per_token: float, num_devices: int,
+def throughput(tokens: float, seconds: float, flops_per_token: float, num_devices: int,
                peak: float | None) -> Throughput:
     """Speed from the work done and the time it took.
 

@@ -75,7 +75,6 @@ class ParallelModel:
     objective: Objective
     schedule: Schedule
     executor: Executor
-    program: tuple[Action, ...]
 
     @property
     def operations(self) -> Operations:
@@ -113,7 +112,18 @@ class ParallelModel:
         """The first part of `forward_backward`: the schedule; reductions may still be under way."""
         for bucket in self.buckets:
             bucket.begin_step(len(batches))
-        return self.executor.run(self.program, batches, self.objective, scale)
+        return self.executor.run(self.program_of(len(batches)), batches, self.objective, scale)
+
+    def program_of(self, num_microbatches: int) -> tuple[Action, ...]:
+        """What this stage does in a step of so many microbatches."""
+        parallel = self.config.parallel
+        return training_program(parallel.schedule, parallel.pipeline, num_microbatches, parallel.virtual_stages,
+                                self.mesh.pipeline.index)
+
+    @property
+    def program(self) -> tuple[Action, ...]:
+        """That of a whole batch."""
+        return self.program_of(self.config.num_microbatches)
 
     def finish_reduction(self) -> None:
         """The second part: waits until every bucket's `grad_shard` is final."""
@@ -162,6 +172,12 @@ class ParallelModel:
         program = forward_program(parallel.schedule, parallel.pipeline, len(batches), parallel.virtual_stages,
                                   self.mesh.pipeline.index)
         return self.executor.run(program, batches, measure or self.objective, 1.0)
+
+
+@cache
+def training_program(schedule: str, stages: int, microbatches: int, chunks: int, stage: int) -> tuple[Action, ...]:
+    """What a stage does in a step; lowering takes long enough not to be done in every step."""
+    return hoist_receives(lower(build_schedule(schedule, stages, microbatches, chunks)).programs[stage])
 
 
 @cache
@@ -220,8 +236,7 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
     last = chunks.get(len(schedule.placement) - 1)
     head = None if last is None else ParallelHead(last, tensor, mesh.context)
     executor = Executor(chunks, schedule.placement, messenger, tensor.weight_grads, head)
-    program = hoist_receives(lower(schedule).programs[mesh.pipeline.index])
-    return ParallelModel(config, mesh, chunks, buckets, frozen, tensor, objective, schedule, executor, program)
+    return ParallelModel(config, mesh, chunks, buckets, frozen, tensor, objective, schedule, executor)
 
 
 def choose_operations(config: Config, device: torch.device) -> Operations:

@@ -119,8 +119,8 @@ def stream_range(skip: Ranges, first: int, stop: int) -> tuple[int, int]:
 
 def make(config: Config, from_step: int, to_step: int, batches: tuple[int, int], why: str) -> Rewind:
     """The rewind that leaves out the global batches [a, b); `config` is complete (`with_rewinds`)."""
-    size = config.batch.global_
-    skip = stream_range(merge_ranges(config.data.skip), batches[0] * size, batches[1] * size)
+    first, stop = map(config.ramp.samples, batches)
+    skip = stream_range(merge_ranges(config.data.skip), first, stop)
     return Rewind(from_step, to_step, skip, why, datetime.now().astimezone().isoformat(timespec="seconds"))
 
 

@@ -1,6 +1,7 @@
 """Which samples a rank trains on, and their tensors.
 
-A step consumes `global` samples, numbers [consumed, consumed + global).  Microbatch m of data rank d takes
+A step consumes `global` samples, numbers [consumed, consumed + global), or fewer while the batch grows
+(`engine.config.length`).  Microbatch m of data rank d takes
 
     consumed + (m · data + d) · micro + r        r = 0 … micro - 1
 
@@ -121,7 +122,7 @@ class Loader:
     def __init__(self, samples: Samples, config: Config, mesh: Mesh, objective: Objective, *, uses: int = 1,
                  ahead: bool = False) -> None:
         self._samples, self._config, self._mesh, self._objective = samples, config, mesh, objective
-        self._uses = uses
+        self._uses, self._ramp, self._stop = uses, config.ramp, config.num_samples
         self._reader = ThreadPoolExecutor(1, "read-ahead", _use_device, (mesh.device,)) if ahead else None
         self._next: tuple[int, Future[HostStep]] | None = None
         self._by_shape: bool | None = None                   # None: not settled yet
@@ -133,9 +134,9 @@ class Loader:
             DataError: a sample cannot be read, or is the first one of the run whose labels do not all count.
         """
         host = self._next[1].result() if self._next is not None and self._next[0] == first else self._read(first)
-        following = first + self._config.batch.global_
+        following = first + self._ramp.size(first)
         self._next = None
-        if self._reader is not None and following < self._config.steps * self._config.batch.global_:
+        if self._reader is not None and following < self._stop:
             self._next = following, self._reader.submit(self._read, following)
         return StepBatches(Microbatches(host.microbatches, self._mesh, self._uses), self._count(host.count))
 
@@ -146,8 +147,9 @@ class Loader:
 
     def _read(self, first: int) -> HostStep:
         config, pinned = self._config, self._mesh.device.type == "cuda"
+        num_microbatches = self._ramp.size(first) // (config.batch.micro * config.parallel.data_size)
         samples = [[self._samples(i) for i in sample_indices(first, m, config, self._mesh.data.index)]
-                   for m in range(config.num_microbatches)]
+                   for m in range(num_microbatches)]
         microbatches = [collate([row for sample in each for row in (sample, *sample.rest)], pinned) for each in samples]
         counts = [self._objective.count(each.batch) for each in microbatches]
         by_shape = all(isinstance(count, int) for count in counts)

@@ -51,9 +51,10 @@ class Corpora:
                             f"{config.model.vocab_size}: raise model.vocab_size or use another tokenizer")
         opener = _Opener(config, None if tokenizer is None else tokenizer.info, _pad_id(tokenizer), prepared)
         train = opener.open(data.train, skip=data.skip)
-        needed, there = config.steps * config.batch.global_, train.num_samples
+        needed, there = config.num_samples, train.num_samples
         if there is not None and there < needed:
-            raise DataError(f"{config.steps} steps of {config.batch.global_} sequences need {needed} samples, but with "
+            batches = "growing batches" if config.batch.ramp else f"{config.batch.global_} sequences"
+            raise DataError(f"{config.steps} steps of {batches} need {needed} samples, but with "
                             f"max_epochs the corpora give {there}: lower steps, raise max_epochs or add data")
         valid = opener.open([_once(source) for source in data.valid], shuffle=False) if data.valid else None
         corpora = Corpora(train, valid, opener.tokenizer)

@@ -13,16 +13,18 @@ def introduction(config: Config, corpora: Corpora) -> list[str]:
     """Lines about the job of `config` (resolved), each of at most 80 characters but for long names."""
     parallel, batch = config.parallel, config.batch
     step_tokens = batch.global_ * config.data.seq_len
+    smallest = config.ramp.stages[0].size * config.data.seq_len
     size = parallel.world_size
     lines = [
         f"{config.run.name or config.run.dir}: a model of {short(count_parameters(config.model).total)} parameters",
         *_trained(config),
-        f"{config.steps:,} steps of {short(step_tokens)} tokens, {short(config.steps * step_tokens)} tokens in all",
+        f"{config.steps:,} steps of {f'{short(smallest)} to ' * bool(batch.ramp)}{short(step_tokens)} tokens, "
+        f"{short(config.num_samples * config.data.seq_len)} tokens in all",
         f"{size} process{'es' * (size > 1)}: tensor {parallel.tensor} × pipeline {parallel.pipeline} × "
         f"context {parallel.context} × data {parallel.data_size}, {parallel.schedule}, ZeRO {parallel.zero}",
         f"a step: {batch.global_:,} sequences of {config.data.seq_len:,} tokens, {batch.micro} at a time",
     ]
-    for share in corpora.train.report(config.steps * batch.global_):
+    for share in corpora.train.report(config.num_samples):
         lines.append(f"corpus {share.name}: {short(share.source_tokens)} tokens, {share.share:.1%} of the samples, "
                      f"{share.epochs:.2f} epochs")
     lines += [_about_rows(source) for source in corpora.conversations]

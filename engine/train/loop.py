@@ -38,7 +38,7 @@ from engine.metrics.sinks import open_sinks
 from engine.metrics.throughput import throughput
 from engine.model.flops import flops_per_token
 from engine.optim.gradients import clip_divisor, sum_over_world
-from engine.optim.schedule import learning_rate
+from engine.optim.schedule import rate_of
 from engine.parallel.replicas import check_replicas
 from engine.reliability.inject import Injector
 from engine.reliability.spikes import SPIKES, SpikeMonitor
@@ -70,6 +70,7 @@ class Trainer:
         stop_requested: asked in every step; when any rank says yes, all save and stop.
         hooks: what is due after steps, in order.
         spiked: the step of a spike that the run is to go back for.
+        logged_samples: how many were consumed when the last line was logged.
         row: the record of the step just done, as far as it is known.
         verdict: what is known of the latest steps, the same on all ranks.
     """
@@ -88,6 +89,7 @@ class Trainer:
     profiler: StepProfiler
     saved_step: int = -1
     spiked: int | None = None
+    logged_samples: int = 0
     verdict: Verdict = field(default_factory=Verdict)
     row: dict[str, Any] = field(default_factory=dict)
     hooks: tuple[Hook, ...] = ()
@@ -144,7 +146,7 @@ class Trainer:
         loader = Loader(corpora.train.sample, config, mesh, model.objective, uses=len(model.chunks) * passes(model),
                         ahead=True)
         return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, spikes, phases,
-                       profiler, saved_step=state.step if state.step else -1)
+                       profiler, saved_step=state.step if state.step else -1, logged_samples=state.consumed_samples)
 
     def run(self) -> bool:
         """Trains to `config.steps`; False when it stopped earlier because it was asked to.
@@ -172,6 +174,7 @@ class Trainer:
     def _step(self) -> None:
         """One step, and what the host hears of it."""
         config, state, model, phase = self.config, self.state, self.state.model, self.phases
+        size = config.ramp.size(state.consumed_samples)
         with phase("load"):
             batches = self.loader.step(state.consumed_samples)
         divisor = batches.divisor
@@ -183,7 +186,7 @@ class Trainer:
             sums = sum_over_world(own, model.buckets, self.mesh, num_sums=len(model.objective.sums),
                                   flag=self._flag(), reproducible=config.parallel.reproducible)
         with phase("update"):
-            lr = learning_rate(state.step + 1, config.steps, config.optim)
+            lr = rate_of(config, state.step + 1, state.consumed_samples + size)
             skipped = torch.isfinite(sums.grad_norm).logical_not()
             if not isinstance(divisor, int):
                 skipped |= divisor == 0
@@ -196,7 +199,7 @@ class Trainer:
         with phase("publish"):
             model.publish()
         state.step += 1
-        state.consumed_samples += config.batch.global_
+        state.consumed_samples += size
         with phase("read"):
             self.spikes.remember(loss, sums.grad_norm, skipped)
             self.tally.add(sums, divisor, skipped.float(), z, is_spike.float())
@@ -257,7 +260,9 @@ class Trainer:
         config, device, seconds = self.config, self.mesh.device, taken.in_steps / taken.steps
         known = device.type == "cuda" and config.precision.compute == "bf16"        # peaks are those of bf16
         peak = peak_tflops(torch.cuda.get_device_name(device)) if known else None
-        speed = throughput(config.batch.global_ * config.data.seq_len, seconds,
+        samples = (self.state.consumed_samples - self.logged_samples) / taken.steps
+        self.logged_samples = self.state.consumed_samples
+        speed = throughput(samples * config.data.seq_len, seconds,
                            flops_per_token(config.model, config.data.seq_len), self.mesh.world.size, peak)
         split = {f"timing_s/{phase}": taken.by_phase.get(phase, 0.0) / (taken.steps if phase in IN_STEP else 1)
                  for phase in (*IN_STEP, *BESIDES)}

@@ -19,6 +19,7 @@ from engine.config import Config
 from engine.distributed.mesh import single_mesh
 from engine.distributed.topology import Topology
 from engine.generate.load import inference_config, load_model, load_tokenizer_of
+from engine.reliability.spikes import SpikeMonitor
 from engine.train.corpora import Corpora
 from engine.train.loop import Trainer
 from engine.train.objectives import objective_of
@@ -55,7 +56,8 @@ def taken_over(config: Config, corpora: Corpora, folder: Path) -> TrainState:
     """What a run begins with that resumes from there."""
     here = config.with_changes(run={"dir": str(folder / "run")}, checkpoint={"resume": str(folder)})
     state = TrainState((RoleState.on(single_mesh(), Role.of(here, objective_of(here)), here),))
-    take_over(state, Tally(1, torch.device("cpu")), here, corpora, None)
+    device = torch.device("cpu")
+    take_over(state, Tally(1, device), SpikeMonitor(here.reliability.spike, device), here, corpora, None)
     return state
 
 

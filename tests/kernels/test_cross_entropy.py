@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from tests.kit.compare import DTYPES, TOLERANCE, assert_equal, random, relative_error
+from tests.kit.cut_vocabulary import play_ranks
 
 VOCABULARY = 13
 SHAPE = (6, 5)
@@ -46,22 +46,9 @@ def test_the_loss_is_never_in_bf16(dtype: torch.dtype) -> None:
 
 
 def run_ranks(logits: Tensor, cut: Sequence[int], padding: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Losses and logits' gradients of every rank; the exchange is played by running the forward pass twice."""
-    columns = max(cut) + 2
-    parts = [F.pad(part, (0, columns - part.shape[-1]), value=padding).requires_grad_()
-             for part in logits.split(tuple(cut), dim=-1)]
-    posted: list[Tensor] = []
-
-    def post(mine: Tensor) -> Tensor:
-        posted.append(mine)
-        return mine.unsqueeze(0)
-
-    def run(gather: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        return [cross_entropy(part, tokens(), first=sum(cut[:rank]), num_valid=cut[rank], gather=gather)
-                for rank, part in enumerate(parts)]
-
-    run(post)
-    losses = run(lambda mine: torch.stack(posted))
+    """Losses and logits' gradients of every rank."""
+    losses, parts = play_ranks(logits, cut, padding, lambda part, first, size, gather: cross_entropy(
+        part, tokens(), first=first, num_valid=size, gather=gather))
     for loss in losses:
         loss.backward(weights().to(loss.dtype))
     return losses, [part.grad for part in parts]

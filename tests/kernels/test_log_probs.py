@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import log_probs
 from engine.kernels.log_probs import log_probs_and_entropy, log_probs_and_entropy_reference
 from tests.kernels.test_cross_entropy import CUTS, SHAPE, VOCABULARY, tokens
 from tests.kit.compare import DTYPES, TOLERANCE, assert_equal, random, relative_error
+from tests.kit.cut_vocabulary import play_ranks
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -41,22 +41,9 @@ def test_a_known_entropy() -> None:
 
 
 def run_ranks(logits: Tensor, cut: Sequence[int], padding: float) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-    """Both outputs and the logits' gradients of every rank; the exchange is played by running forward twice."""
-    columns = max(cut) + 2
-    parts = [F.pad(part, (0, columns - part.shape[-1]), value=padding).requires_grad_()
-             for part in logits.split(tuple(cut), dim=-1)]
-    posted: list[Tensor] = []
-
-    def post(mine: Tensor) -> Tensor:
-        posted.append(mine)
-        return mine.unsqueeze(0)
-
-    def run(gather: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
-        return [log_probs_and_entropy(part, tokens(), first=sum(cut[:rank]), num_valid=cut[rank], gather=gather)
-                for rank, part in enumerate(parts)]
-
-    run(post)
-    outputs = run(lambda mine: torch.stack(posted))
+    """Both outputs and the logits' gradients of every rank."""
+    outputs, parts = play_ranks(logits, cut, padding, lambda part, first, size, gather: log_probs_and_entropy(
+        part, tokens(), first=first, num_valid=size, gather=gather))
     for pair in outputs:
         torch.autograd.backward(pair, [random(*SHAPE, seed=8 + i).to(out.dtype) for i, out in enumerate(pair)])
     return outputs, [part.grad for part in parts]

@@ -182,7 +182,7 @@ def pretending() -> Iterator[None]:
 
 
 def train(config: Config, rank: int, read: bool) -> dict[str, list[str]]:
-    """Some steps that are not logged, an evaluation, a save; what the host read in the last two."""
+    """Some steps that are not logged, an evaluation, a save, which may wait; what the host read in the evaluation."""
     def stop(moment: Moment) -> None:
         if moment.step > LAST:
             raise Enough
@@ -198,15 +198,14 @@ def train(config: Config, rank: int, read: bool) -> dict[str, list[str]]:
         except Enough:
             assert trainer.state.step == LAST
         trainer.phases.listeners.clear()
-        found = {}
         try:
-            for name, action in (("evaluation", trainer._evaluate), ("save", trainer._save)):
-                with host_reads() as reads:
-                    action()
-                found[name] = reads
+            with host_reads() as reads:
+                trainer._evaluate()
+            with host_reads():
+                trainer._save()
         finally:
             trainer.close()
-    return found
+    return {"evaluation": reads}
 
 
 def use(config: Config, rank: int) -> dict[str, list[str]]:

@@ -29,7 +29,7 @@ def test_a_large_job_fits_into_80_columns(tmp_path: Path) -> None:
     lines = introduction(config, Corpora.open(small))
     assert max(map(len, lines)) <= 80
     assert lines[:2] == ["runs/llama-65b: a model of 65.3 B parameters",
-                         "350,000 steps of 4.19 M tokens, 1.47 T tokens in all"]
+                         "333,786 steps of 4.19 M tokens, 1.40 T tokens in all"]
 
 
 def test_fewer_held_out_windows_than_asked_for_are_said(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import cli
-from engine.config import load_config
+from engine.config import Config, load_config
 from engine.data.indexed import IndexedWriter
 from engine.distributed.mesh import single_mesh
 from engine.metrics.sinks import JsonlSink
@@ -106,14 +106,21 @@ def test_a_moved_run_does_not_begin_anew_where_it_was(tmp_path: Path, capsys: py
     assert saved_steps(run_config(tmp_path, "moved")) == [2, 4, 5, 6]
 
 
+@torch.no_grad()
+def trained_model(config: Config, step: int) -> Transformer:
+    """Of one process, with the weights of a checkpoint."""
+    model = Transformer(config.model)
+    weights = tensors(config, step, "model.")
+    for parameter in model.parameters():
+        parameter.copy_(weights["model." + spec_of(parameter).name])
+    return model
+
+
 def test_the_validation_loss_is_that_of_the_held_out_samples(tmp_path: Path) -> None:
     config = run_config(tmp_path, "run", steps=2, eval={"every": 2, "batches": 3})
     octant_train(config)
-    model = Transformer(config.model)
-    weights = tensors(config, 2, "model.")
+    model = trained_model(config, 2)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(weights["model." + spec_of(parameter).name])
         valid, losses = Corpora.open(config).valid, []
         assert valid is not None
         for first in (0, 4, 8):
@@ -138,11 +145,8 @@ def test_an_evaluation_takes_each_window_once(tmp_path: Path, parallel: dict[str
     assert metrics(many)[-1]["valid_loss"] == metrics(small)[-1]["valid_loss"]
     one = run_config(tmp_path, "one", steps=1, batch={"micro": 1, "global": 4}, eval={"every": 0})
     train(one)
-    model = Transformer(one.model)
-    weights = tensors(one, 1, "model.")
+    model = trained_model(one, 1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(weights["model." + spec_of(parameter).name])
         rows = torch.from_numpy(np.stack([valid.sample(i).tokens for i in range(7)], axis=1))
         logits = model(rows[:-1], Batch(rows[:-1], torch.arange(16).unsqueeze(1)))
         want = F.cross_entropy(logits.flatten(0, 1), rows[1:].flatten()).item()
