@@ -28,7 +28,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("command", "expected"), [
     ("train mine", "no such file; did you mean configs/mine.yaml?"),
     ("train configs/mien.yaml", "no such file; did you mean configs/mine.yaml?"),
-    ("train llama-7b", "llama-7b is a preset: a file says `model: {preset: llama-7b}`"),
+    ("train llama3-70b", "llama3-70b is a preset: a file says `model: {preset: llama3-70b}`"),
+    ("train optim.lr=1e-3 mine", "the file or name of a configuration comes first, what is changed of it behind that"),
     ("plan runs/x", "it is a folder; the configuration in it is runs/x/config.yaml"),
     ("config https://example.org/a.yaml", "it is an address; download it and give the file"),
     ("generate hf --prompt x", "it is a Hugging Face model: `octant convert from-hf hf OUT` makes a checkpoint of it"),

@@ -92,6 +92,8 @@ def _instead(path: str | Path) -> str:
     given, name = Path(path), Path(path).name.removesuffix(".yaml").removesuffix(".yml")
     if is_address(path):
         return "it is an address; download it and give the file"
+    if "=" in name:
+        return "no such file; the file or name of a configuration comes first, what is changed of it behind that"
     if given.is_dir():
         there = next((given / file for file in ("config.yaml", f"{name}.yaml") if (given / file).is_file()), None)
         return f"it is a folder; the configuration in it is {there}" if there else ""
