@@ -53,6 +53,8 @@ def merge_corpora(
         raise DataError(f"{prefix} is among the corpora to merge: give the merged one another name")
     sidecars = [_sidecar_of(part) for part in prefixes]
     for part, sidecar in zip(prefixes, sidecars, strict=True):
+        if sidecar.chat is not None:
+            raise DataError(f"{part} is of conversations: prepare all files at once, or name each in data.train")
         if difference := sidecars[0].tokenizer.difference(sidecar.tokenizer):
             raise DataError(
                 f"{prefixes[0]} and {part} were made with different tokenizers: {difference}; prepare them with the "

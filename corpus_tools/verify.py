@@ -10,11 +10,12 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from engine.data.corpus import mismatches
-from engine.data.indexed import IndexedDataset, bin_path, idx_path
+from engine.data.indexed import IndexedDataset, bin_path
 from engine.data.sidecar import FileInfo, Sidecar, describe_file, sidecar_path
 from engine.errors import DataError
 
@@ -49,7 +50,10 @@ def verify(prefix: str, advance: Advance = lambda num_bytes: None) -> Verdict:
         verdict.problems.append(f"{bin_path(prefix)}: holds the negative token id {lowest}")
     if sidecar is not None:
         verdict.problems += mismatches(dataset, sidecar)
-        verdict.problems += _changed(dataset, sidecar, {".bin": found, ".idx": describe_file(idx_path(prefix))})
+        others = {suffix: Path(f"{os.fspath(prefix)}{suffix}") for suffix in sidecar.files if suffix != ".bin"}
+        verdict.problems += [f"{path}: no such file" for path in others.values() if not path.is_file()]
+        there = {suffix: describe_file(path) for suffix, path in others.items() if path.is_file()}
+        verdict.problems += _changed(dataset, sidecar, {".bin": found} | there)
         if highest >= sidecar.tokenizer.vocab_size:
             verdict.problems.append(
                 f"{bin_path(prefix)}: holds token id {highest}, but its tokenizer {sidecar.tokenizer.name} ends at "

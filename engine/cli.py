@@ -94,6 +94,14 @@ def _prepare(p: Parser) -> None:
                    help="what to do with a record that cannot be read (default: %(default)s)")
     p.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True,
                    help="end every document with the end-of-document id (default: on)")
+    p.add_argument("--chat", action="store_true", help="the files are of conversations: template, tokens and loss mask "
+                                                       "ahead of a run, for large sets")
+    p.add_argument("--template", default="auto", metavar="T",
+                   help="of conversations, as data.template (default: the tokenizer's own)")
+    p.add_argument("--kind", choices=("conversations", "pairs", "ranked"), default="conversations",
+                   help="of conversations: what a record holds (default: %(default)s)")
+    p.add_argument("--columns", nargs="+", default=[], metavar="KEY=NAME",
+                   help="of conversations: other names of keys, such as prompt=question")
     p.add_argument("--shard", metavar="K/N", help="only the K-th of N runs of files, into PREFIX-0000K-of-0000N")
     _overwrite(p, "replace a corpus made from anything else that is there")
     p.add_argument("--backend", choices=("auto", "reference"), default="auto",
@@ -101,11 +109,13 @@ def _prepare(p: Parser) -> None:
 
 
 def _data(p: Parser) -> None:
-    example, inspect, verify, merge, clean = _actions(
+    example, inspect, preview, verify, merge, clean = _actions(
         p, ("example", "text to try things with: the sources of this Python as JSON lines",
             "data example corpus.jsonl"),
         ("inspect", "statistics of a prepared corpus, or the samples a run consumes",
             "data inspect run.yaml --samples 0:8 --json"),
+        ("preview", "what a fine-tuning run sees: its samples as text, what is learned in colour",
+         "data preview configs/sft-llama3.2-1b.yaml --samples 0:2"),
         ("verify", "check a prepared corpus against its index and content hashes", "data verify data/web"),
         ("merge", "several corpora of one tokenizer as one", "data merge data/web-0000*.bin --output data/web"),
         ("clean", "filter documents and lines by rules, mask personal data, remove duplicates and evaluation sets",
@@ -118,6 +128,11 @@ def _data(p: Parser) -> None:
     for action in (inspect, verify):
         action.add_argument("target", nargs="+", metavar="TARGET", help="prefix of a corpus, or a file")
         action.add_argument("--json", action="store_true", help="one JSON object per line")
+    preview.add_argument("config", metavar="CONFIG.yaml")
+    preview.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as data.template=chatml")
+    preview.add_argument("--samples", metavar="A:B", default="0:2", help="samples A to B-1 (default: %(default)s)")
+    preview.add_argument("--json", action="store_true",
+                         help="one JSON object per line: index source tokens loss_mask (role of pairs)")
     inspect.add_argument("--samples", metavar="A:B", help="consumed samples A to B-1 of a CONFIG.yaml")
     inspect.add_argument("--document", type=int, metavar="N", help="print document N of the corpus")
     inspect.add_argument("--tokenizer", metavar="T", help="show text, not only ids")

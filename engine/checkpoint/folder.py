@@ -22,6 +22,7 @@ from engine.instead import instead_of_checkpoint
 from engine.writing import sync_directory
 
 CHECKPOINTS = "checkpoints"         # where a run keeps them, in its own folder
+BEST = "best"                       # and where the weights of its lowest held-out loss
 COMMITTED = re.compile(r"step-(\d{8,})")
 LEFTOVER = re.compile(r"\.(step-\d{8,})\.(writing|replaced|deleted)-([0-9a-f]+)")
 

@@ -9,7 +9,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.console import Console
+
 from corpus_tools.cleaning.command import run as clean
+from corpus_tools.conversations.preview import coloured, rows_of
 from corpus_tools.conversations.start import open_corpora
 from corpus_tools.example import write_example
 from corpus_tools.inspect import histogram_lines, segments, share_lines, statistics
@@ -30,7 +33,8 @@ CORPUS_SUFFIXES = (".bin", ".idx", ".json")
 
 
 def run(args: argparse.Namespace) -> int:
-    actions = {"example": _example, "inspect": _inspect, "verify": _verify, "merge": _merge, "clean": clean}
+    actions = {"example": _example, "inspect": _inspect, "verify": _verify, "merge": _merge, "clean": clean,
+               "preview": _preview}
     return actions[args.action](args)
 
 
@@ -149,6 +153,28 @@ def _inspect_config(args: argparse.Namespace) -> int:
             _print_sample_json(index, sample, tokenizer)
         else:
             _print_sample(index, sample, data.source_names[sample.source], tokenizer)
+    return 0
+
+
+def _preview(args: argparse.Namespace) -> int:
+    """What a run sees of its samples: tokens, and which are learned."""
+    config = load_config(args.config, args.overrides)
+    if config.data.tokenizer is None:
+        raise RequestError(f"{args.config} names no data.tokenizer, without which there is no text to show")
+    data, tokenizer = open_corpora(config, say=_aside).train, load_tokenizer(config.data.tokenizer)
+    console = Console(highlight=False, soft_wrap=True)
+    for index in range(*_range(args.samples)):
+        sample, rows = rows_of(data, index)
+        for row in rows:
+            if args.json:
+                print(json.dumps(row.record(index, sample.source)))
+                continue
+            said = f"{len(row.tokens):,} tokens, {int(row.learned.sum()):,} learned"
+            name = ", ".join(filter(None, [data.source_names[sample.source], row.role]))
+            console.print(f"── sample {index}: {name}, {said}")
+            console.print(coloured(row, tokenizer))
+    if not args.json:
+        _aside("in colour: what is learned; dim: what is only read")
     return 0
 
 

@@ -6,6 +6,10 @@ import argparse
 import re
 import time
 
+from corpus_tools.conversations.formats import require_columns
+from corpus_tools.conversations.prepare import Plan, Wanted, prepare_chats
+from corpus_tools.conversations.start import about
+from corpus_tools.inputs import expand_inputs
 from corpus_tools.outputs import output_prefix
 from corpus_tools.parts import Counts
 from corpus_tools.prepare import prepare
@@ -25,6 +29,8 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 
 def run(args: argparse.Namespace) -> int:
     """Tokenize, then say what went through and what comes next."""
+    if args.chat:
+        return _chats(args)
     start, shard = time.monotonic(), _shard(args.shard)
     counts = prepare(
         args.files,
@@ -41,6 +47,21 @@ def run(args: argparse.Namespace) -> int:
     if not counts.was_there:
         _report(counts, time.monotonic() - start)
     print(hint("data", "inspect", output_prefix(args.output, shard)))
+    return 0
+
+
+def _chats(args: argparse.Namespace) -> int:
+    """Conversations in tokens, for `data.train: [{path: PREFIX}]`."""
+    if args.shard is not None:
+        raise RequestError("--shard does not go with --chat: give each part's files and another --output")
+    columns = dict(pair.partition("=")[::2] for pair in args.columns)
+    require_columns(columns, "--columns")
+    files = tuple(expand_inputs(args.files))
+    wanted = Wanted(files, args.tokenizer, args.template, args.kind, columns, args.on_error)
+    prefix = output_prefix(args.output)
+    plan = Plan.of(wanted, [f"{file.path} {file.num_bytes} {file.modified_ns}" for file in files])
+    print(about(str(prefix), prepare_chats(plan, prefix, workers=args.workers, overwrite=args.overwrite)))
+    print(hint("data", "inspect", prefix))
     return 0
 
 

@@ -138,6 +138,7 @@ class CheckpointConfig(Section):
     every: NonNegative = 500
     keep: NonNegative = 3
     async_: bool = Field(default=True, validation_alias="async", serialization_alias="async")
+    keep_best: bool | None = None                            # the weights of the lowest valid_loss; null: fine-tuning
     resume: Words = "auto"                                   # auto | never | path of a checkpoint
     load: Words | None = None                                # weights only, step 0
 

@@ -64,6 +64,10 @@ class Source(ABC):
             DataError: it cannot be read, or has ids outside the vocabulary.
         """
 
+    def lengths(self, window: int) -> tuple[int, ...]:
+        """Tokens of each sequence of a window that are no padding; empty: all of them."""
+        return ()
+
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What its windows depend on, JSON-able, for checkpoints."""

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from engine.checkpoint.best import BestWeights, keeps_best
 from engine.checkpoint.folder import CHECKPOINTS
 from engine.checkpoint.write import CheckpointWriter, SaveReport
 from engine.config import Config
@@ -69,6 +70,7 @@ class Trainer:
         journal: where progress goes; mute but on rank 0.
         stop_requested: asked in every step; when any rank says yes, all save and stop.
         hooks: what is due after steps, in order.
+        best: keeps the weights of the lowest held-out loss.
         spiked: the step of a spike that the run is to go back for.
         logged_samples: how many were consumed when the last line was logged.
         row: the record of the step just done, as far as it is known.
@@ -87,6 +89,7 @@ class Trainer:
     spikes: SpikeMonitor
     phases: Phases
     profiler: StepProfiler
+    best: BestWeights | None = None
     saved_step: int = -1
     spiked: int | None = None
     logged_samples: int = 0
@@ -146,7 +149,8 @@ class Trainer:
         loader = Loader(corpora.train.sample, config, mesh, model.objective, uses=len(model.chunks) * passes(model),
                         ahead=True)
         return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, spikes, phases,
-                       profiler, saved_step=state.step if state.step else -1, logged_samples=state.consumed_samples)
+                       profiler, BestWeights(directory, group) if keeps_best(config) and corpora.valid else None,
+                       saved_step=state.step if state.step else -1, logged_samples=state.consumed_samples)
 
     def run(self) -> bool:
         """Trains to `config.steps`; False when it stopped earlier because it was asked to.
@@ -275,6 +279,9 @@ class Trainer:
         assert self.corpora.valid is not None
         numbers = evaluate(self.state.model, self.corpora.valid, self.corpora.num_evaluated(self.config))
         self.row = (self.row or {"step": self.state.step}) | {f"valid_{name}": x for name, x in numbers.items()}
+        if self.best is not None:
+            metadata = self.state.metadata(self.config, self.corpora.fingerprint())
+            self._report_saves(self.best.offer(self.state.step, numbers["loss"], self.state.model_pieces(), metadata))
 
     def _save(self) -> None:
         metadata = self.state.metadata(self.config, self.corpora.fingerprint()) | {

@@ -20,7 +20,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.checkpoint.folder import CHECKPOINTS, committed_steps
+from engine.checkpoint.folder import BEST, CHECKPOINTS, committed_steps
 from engine.errors import RequestError
 from engine.metrics.events import EVENTS_FILE
 from engine.metrics.sinks import METRICS_FILE
@@ -109,11 +109,11 @@ def begin_another_line(run_dir: Path, after_step: int | None) -> Path | None:
     Raises:
         RequestError: something cannot be moved.
     """
-    checkpoints, metrics, rewinds = run_dir / CHECKPOINTS, run_dir / METRICS_FILE, run_dir / REWINDS_FILE
+    folders, files = (run_dir / CHECKPOINTS, run_dir / BEST), (run_dir / METRICS_FILE, run_dir / REWINDS_FILE)
     if after_step is None:
-        later = [path for path in (checkpoints, metrics, rewinds) if path.exists()]
+        later = [path for path in (*folders, *files) if path.exists()]
     else:
-        later = [path for step, path in committed_steps(checkpoints).items() if step > after_step]
+        later = [path for folder in folders for step, path in committed_steps(folder).items() if step > after_step]
     if not later:
         return None
     earlier = _next_free(run_dir)

@@ -16,6 +16,7 @@ class Kind:
     """What records must hold for a way of training: how many alternatives, and which answers are learned."""
 
     name: str
+    said: str
     least: int
     most: int
     learn: Learn
@@ -25,9 +26,9 @@ class Kind:
         if self.least <= num_alternatives <= self.most:
             return None
         found = {1: "one answer", 2: "two answers to compare"}.get(num_alternatives, f"{num_alternatives} answers")
-        return f"it has {found}, and {self.name} are needed here"
+        return f"it has {found}, and {self.said} are needed here"
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType({kind.name: kind for kind in (
-    Kind("conversations", 1, 1, "all"), Kind("pairs", 2, 2, "last"),
-    Kind("ranked answers", 2, MOST_ALTERNATIVES, "last"))})
+    Kind("conversations", "conversations of one", 1, 1, "all"), Kind("pairs", "pairs", 2, 2, "last"),
+    Kind("ranked", "ranked answers", 2, MOST_ALTERNATIVES, "last"))})

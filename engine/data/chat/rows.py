@@ -101,9 +101,8 @@ class ConversationSource(Source):
         used = sum(int(np.minimum(self.corpus.lengths[row], self.fit.room).sum()) for row in self.rows)
         return 1 - used / (len(self.rows) * self.fit.room)
 
-    def used(self, window: int) -> int:
-        """Tokens of a row that are no padding."""
-        return int(np.minimum(self.corpus.lengths[self.rows[window]], self.fit.room).sum())
+    def lengths(self, window: int) -> tuple[int, ...]:
+        return (int(np.minimum(self.corpus.lengths[self.rows[window]], self.fit.room).sum()),)
 
     def window(self, window: int, number: int) -> Sample:
         texts = [self._text(conversation) for conversation in self.rows[window]]
