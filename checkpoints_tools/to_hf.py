@@ -20,6 +20,7 @@ from checkpoints_tools.names import Part, hf_parts
 from checkpoints_tools.output import committed
 from checkpoints_tools.source import Source, tokenizer_of
 from corpus_tools.tokenizers.export import export_hf_tokenizer
+from engine.checkpoint.metadata import SCALE
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.shard import Entry
 from engine.progress import Advance, Begin, quiet
@@ -52,7 +53,8 @@ def convert_to_hf(reader: CheckpointReader, output: Path, dtype: torch.dtype = t
     with committed(output, num_bytes) as folder:
         folder.mkdir()
         ids = special_ids(text, source.reader.end_ids)
-        _dump(folder / CONFIG, hf_config(source.config, str(dtype).removeprefix("torch."), ids))
+        scale = {SCALE: reader.metadata[SCALE]} if SCALE in reader.metadata else {}          # of a reward model
+        _dump(folder / CONFIG, hf_config(source.config, str(dtype).removeprefix("torch."), ids) | scale)
         _dump(folder / GENERATION, generation_config(ids))
         if text is not None:
             export_hf_tokenizer(text, folder)

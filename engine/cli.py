@@ -181,6 +181,15 @@ def _eval(p: Parser) -> None:
     _inference(p)
 
 
+def _score(p: Parser) -> None:
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help="a reward model's, or its run's folder (its newest one)")
+    p.add_argument("--data", required=True, metavar="FILE", help="conversations, pairs or ranked answers")
+    p.add_argument("--template", metavar="T", help="(default: the run's)")
+    p.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: %(default)s)")
+    p.add_argument("--json", action="store_true", help="a JSON object per record, and a summary")
+    _inference(p)
+
+
 def _inference(p: Parser) -> None:
     """How a checkpoint's model is loaded; the layout need not be the one that wrote it."""
     p.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor-parallel ranks (default: %(default)s)")
@@ -316,6 +325,7 @@ VERBS = (
          _generate),
     Verb("eval", "loss, perplexity and bits per byte of a checkpoint on a corpus", "eval runs/x --data data/held",
          _eval),
+    Verb("score", "what a reward model says of conversations or pairs", "score runs/rm --data pairs.jsonl", _score),
     Verb("convert", "checkpoints to and from Hugging Face and megatron-core", "convert to-hf runs/x out/", _convert),
     Verb("checkpoint", "list, inspect, verify or reshard checkpoints", "checkpoint list runs/x", _checkpoint),
     Verb("rewind", "a run back to an earlier step, leaving out the data behind it: once, and remembered",

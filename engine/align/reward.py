@@ -18,14 +18,17 @@ from engine.model.context import Batch
 from engine.model.fields import END, MARGIN
 from engine.model.objective import Head, Objective
 
+MEAN, STD = "score/mean", "score/std"
+
 
 class RewardModel(Objective):
     """What `run.objective: reward` trains.
 
-    Logged are the loss, the share of pairs in the right order, and the mean difference of their scores.
+    Logged are the loss, the share of pairs in the right order, the mean difference of their scores, and mean and
+    standard deviation of all scores.
     """
 
-    sums = ("loss", "accuracy", "margin")
+    sums = ("loss", "accuracy", "margin", "texts", "scores", "squares")
     head = "score"
     fields = (END, MARGIN)
 
@@ -42,16 +45,24 @@ class RewardModel(Objective):
         at_end = head.sum_over_sequence(torch.stack((head.scores(x_SBH).mul(end).sum(0), end.sum(0).float())))
         scores, there = at_end.unflatten(1, (-1, self.rows_per_sample))
         chosen, rejected, weights = pairs_of(scores, there > 0)
-        weights = weights * _counts(batch, head, self.rows_per_sample).unsqueeze(1)
+        counts = _counts(batch, head, self.rows_per_sample).unsqueeze(1)
+        weights = weights * counts
         margin = batch.extra[MARGIN].unflatten(0, (-1, self.rows_per_sample))[:, :1]
         losses = pairwise(chosen, rejected, margin)
         if self.center:
             losses = losses + self.center * off_centre(chosen, rejected)
-        of_pairs = (losses, (chosen > rejected).float(), chosen - rejected)
-        return [head.once((each * weights).sum()) for each in of_pairs]
+        of_pairs = ((each * weights).sum() for each in (losses, (chosen > rejected).float(), chosen - rejected))
+        of_texts = ((each * there * counts).sum() for each in (torch.ones_like(scores), scores, scores.square()))
+        return [head.once(each) for each in (*of_pairs, *of_texts)]
 
     def count(self, batch: Batch) -> Tensor:
         return count_samples(batch, self.rows_per_sample)
+
+    def numbers(self, totals: Sequence[float], divisor: float) -> dict[str, float]:
+        loss, accuracy, margin, texts, scores, squares = totals
+        mean = scores / max(texts, 1)
+        return {"loss": loss / divisor, "accuracy": accuracy / divisor, "margin": margin / divisor, MEAN: mean,
+                STD: max(squares / max(texts, 1) - mean * mean, 0.0) ** 0.5}
 
 
 def count_samples(batch: Batch, rows: int) -> Tensor:

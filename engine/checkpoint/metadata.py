@@ -6,6 +6,7 @@
     unlogged     sums since the last line of the log
     base         the model under an adapter: its path, and the hash of its manifest
     end_ids      ids at which texts end besides the tokenizer's own
+    score_scale  mean and standard deviation of a reward model's scores on samples held back
     base         where the checkpoint is whose model lies under this one's adapter, and the hash of its manifest
 
 Everything may be missing, and other keys may be there.  But what is there is of its type, so that whoever uses it need
@@ -19,6 +20,7 @@ from typing import Any
 
 from engine.reading import shown
 
+SCALE = "score_scale"
 SECTIONS = ("model", "data", "run", "precision")             # of `config`, those that are looked into by name
 NUMBERS = ("step", "consumed_samples", "optimizer_step")
 LARGEST = 1 << 62
@@ -52,6 +54,9 @@ def check_metadata(metadata: Mapping[str, Any], step: int) -> None:
     base = _section(metadata, "base", "metadata")
     if base and not all(isinstance(base.get(key), str) for key in ("path", "content")):
         raise ValueError(f"base is {shown(base)}, not a path and a hash")
+    scale = _section(metadata, SCALE, "metadata")
+    if scale and not all(type(scale.get(key)) in (int, float) and abs(scale[key]) < LARGEST for key in ("mean", "std")):
+        raise ValueError(f"{SCALE} is {shown(scale)}, not a mean and a standard deviation")
     if not all(map(_is_size, _list_of(metadata, "end_ids"))):
         raise ValueError(f"end_ids is {shown(metadata['end_ids'])}, not a list of ids")
 

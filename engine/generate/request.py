@@ -109,3 +109,29 @@ class EvalRequest:
         for option, value in (("seq-len", self.seq_len), ("batches", self.batches), ("batch-size", self.batch_size)):
             if value is not None and value < 1:
                 raise RequestError(f"--{option} {value}: at least 1")
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What to score.
+
+    Attributes:
+        checkpoint: a checkpoint of a reward model, or its run's folder.
+        data: a file of conversations or comparisons.
+        template: None: the run's.
+        batch_size: texts at a time.
+        tokenizer, dtype, device, as_json: as in `TextRequest`.
+    """
+
+    checkpoint: str
+    data: str
+    template: str | None = None
+    batch_size: int = 8
+    tokenizer: str | None = None
+    as_json: bool = False
+    dtype: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise RequestError(f"--batch-size {self.batch_size}: at least 1")

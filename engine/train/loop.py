@@ -26,8 +26,10 @@ from typing import Any, NoReturn
 
 import torch
 
+from engine.align.reward import MEAN, STD
 from engine.checkpoint.best import BestWeights, keeps_best
 from engine.checkpoint.folder import CHECKPOINTS
+from engine.checkpoint.metadata import SCALE
 from engine.checkpoint.write import CheckpointWriter, SaveReport
 from engine.config import Config
 from engine.distributed.mesh import Mesh
@@ -91,6 +93,7 @@ class Trainer:
     profiler: StepProfiler
     best: BestWeights | None = None
     saved_step: int = -1
+    evaluated: tuple[int, dict[str, float]] = (-1, {})           # the latest evaluation: its step, its numbers
     spiked: int | None = None
     logged_samples: int = 0
     verdict: Verdict = field(default_factory=Verdict)
@@ -240,6 +243,10 @@ class Trainer:
             self.verdict = self.tally.read()[1]
             self._give_up(self.verdict.skips_in_a_row)
         if self.saved_step != self.state.step:
+            scores = self.state.model.objective.head == "score" and self.corpora.valid and self.config.eval.every
+            if scores and self.evaluated[0] != self.state.step:
+                self._evaluate()
+                self._log()
             self._save()
         self._report_saves(self.writer.wait(), last=True)
 
@@ -278,16 +285,23 @@ class Trainer:
     def _evaluate(self) -> None:
         assert self.corpora.valid is not None
         numbers = evaluate(self.state.model, self.corpora.valid, self.corpora.num_evaluated(self.config))
+        self.evaluated = self.state.step, numbers
         self.row = (self.row or {"step": self.state.step}) | {f"valid_{name}": x for name, x in numbers.items()}
         if self.best is not None:
-            metadata = self.state.metadata(self.config, self.corpora.fingerprint())
+            metadata = self.state.metadata(self.config, self.corpora.fingerprint()) | self._scale()
             self._report_saves(self.best.offer(self.state.step, numbers["loss"], self.state.model_pieces(), metadata))
 
     def _save(self) -> None:
         metadata = self.state.metadata(self.config, self.corpora.fingerprint()) | {
-            UNLOGGED: self.tally.state(), SPIKES: self.spikes.state()}
+            UNLOGGED: self.tally.state(), SPIKES: self.spikes.state(), **self._scale()}
         self.writer.save(self.state.step, self.state.pieces(), metadata)
         self.saved_step = self.state.step
+
+    def _scale(self) -> dict[str, Any]:
+        """What the scores of a reward model are on held-out samples, where that is known of these very weights."""
+        step, numbers = self.evaluated
+        return {SCALE: {"mean": numbers[MEAN], "std": numbers[STD]}} if MEAN in numbers and step == self.state.step \
+            else {}
 
     def _report_saves(self, reports: Sequence[SaveReport], last: bool = False) -> None:
         for report in reports:

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from corpus_tools.conversations.start import open_corpora
+from engine import cli
 from engine.checkpoint.adapted import open_model
-from engine.config import Config
+from engine.config import Config, ModelConfig
 from engine.data.chat.comparisons import ComparisonSource
 from engine.errors import ConfigError, DataError
+from engine.model.context import Batch
 from engine.model.fields import END, MARGIN
 from engine.model.parameters import initial_values, spec_of
 from engine.model.transformer import Transformer
@@ -218,3 +220,61 @@ def test_a_reward_model_takes_the_base_and_a_new_score(place: Path) -> None:
     spec = spec_of(model.score.weight)
     assert torch.allclose(reader.read("model.score.weight"), initial_values(spec, config.run.seed), atol=1e-7)
     assert spec.init_std == pytest.approx((config.model.hidden_size + 1) ** -0.5)
+
+
+@pytest.fixture(scope="module")
+def trained_scorer(place: Path) -> Path:
+    """A reward model in a run's folder, with an adapter."""
+    run(comparison_config(place, "scorer", "reward", steps=5, optim={"lr": 0.05}, eval={"every": 4, "batches": 4},
+                          adapter={"rank": 4}, parallel={"tensor": 2}, checkpoint={"every": 0}))
+    return place / "scorer"
+
+
+def scored(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert cli.run(["score", *words, "--json", "--device", "cpu"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+
+
+def test_scores_are_those_of_the_plain_model(place: Path, trained_scorer: Path,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    *rows, last = scored(capsys, str(trained_scorer), "--data", str(place / "held.jsonl"), "--batch-size", "3")
+    reader = open_model(trained_scorer)
+    model = Transformer(ModelConfig.model_validate(reader.metadata["config"]["model"]))
+    for parameter in model.parameters():
+        parameter.data.copy_(reader.read(f"model.{spec_of(parameter).name}"))
+    records = [json.loads(line) for line in (place / "held.jsonl").read_text().splitlines()]
+    for row, record in zip(rows, records, strict=True):
+        for key in ("chosen", "rejected"):
+            tokens = torch.tensor([*(record["prompt"] + record[key]).encode(), 256]).unsqueeze(1)
+            with torch.no_grad():
+                want = model(tokens, Batch(tokens, torch.arange(len(tokens)).unsqueeze(1)))[-1, 0]
+            assert row[key] == pytest.approx(want.item(), abs=1e-5)
+        assert row["margin"] == pytest.approx(row["chosen"] - row["rejected"])
+    accuracy = sum(row["margin"] > 0 for row in rows) / len(rows)
+    assert last["summary"]["accuracy"] == accuracy and last["summary"]["pairs"] == 40
+
+
+def test_the_scale_of_scores_lies_in_the_checkpoint(place: Path, trained_scorer: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    """They are evaluated once more at the end, so that it is of the very weights."""
+    *rows, _ = scored(capsys, str(trained_scorer), "--data", str(place / "held.jsonl"))
+    first = rows[:16]                                                    # as many as an evaluation has samples
+    normal = torch.tensor([row["normalised"] for row in first])
+    assert abs(normal.mean()) < 1e-3 and abs(normal.std(correction=0) - 1) < 1e-3
+    raw = [row[key] for row in first for key in ("chosen", "rejected")]
+    scale = open_model(trained_scorer).metadata["score_scale"]
+    assert scale["mean"] == pytest.approx(sum(raw) / len(raw), abs=1e-4)
+
+
+def test_conversations_and_ranks_are_scored_too(place: Path, trained_scorer: Path,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    *rows, _ = scored(capsys, str(trained_scorer), "--data", str(place / "ranked.jsonl"))
+    assert {len(row["scores"]) for row in rows} == {3, 4}
+    *rows, last = scored(capsys, str(trained_scorer), "--data", str(place / "train.jsonl"))
+    assert len(rows) == 60 and "score" in rows[0] and "accuracy" not in last["summary"]
+
+
+def test_a_language_model_gives_no_scores(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["score", str(place / "base"), "--data", str(place / "held.jsonl"), "--device", "cpu"]) == 2
+    assert "gives no scores" in capsys.readouterr().err

@@ -62,16 +62,17 @@ def samples(rows: int, batch: Batch) -> list[list[int]]:
 
 def plain_reward(rows: int, center: float, model: Transformer, batch: Batch) -> list[Tensor]:
     scores = model(batch.tokens_SB, batch).double()
-    loss, right, difference = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    loss, right, difference, count, total, squares = (torch.zeros((), dtype=torch.float64) for _ in range(6))
     for sample in samples(rows, batch):
         own = [scores[batch.extra[END][:, row].nonzero().item(), row] for row in sample]
+        count, total, squares = count + len(own), total + sum(own), squares + sum(score ** 2 for score in own)
         pairs = [(own[i], own[j]) for i in range(len(own)) for j in range(i + 1, len(own))]
         for better, worse in pairs:
             surprise = -torch.log(1 / (1 + torch.exp(-(better - worse - batch.extra[MARGIN][sample[0]]))))
             loss = loss + (surprise + center * (better + worse) ** 2) / len(pairs)
             right = right + (better > worse).double() / len(pairs)
             difference = difference + (better - worse) / len(pairs)
-    return [loss, right, difference]
+    return [loss, right, difference, count, total, squares]
 
 
 def log_probs(model: Transformer, batch: Batch) -> Tensor:
