@@ -166,6 +166,11 @@ def _generate(p: Parser) -> None:
     p.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (default: %(default)s)")
     p.add_argument("--bos", action="store_true", help="begin prompts with the tokenizer's beginning-of-text id, which "
                                                       "most models from Hugging Face expect")
+    p.add_argument("--chat", action="store_true", help="prompts are what a user says; only the answers are printed")
+    p.add_argument("--template", metavar="T", help="of conversations (default: the run's)")
+    p.add_argument("--best-of", type=int, default=1, metavar="N", help="answers to each prompt; the best is printed")
+    p.add_argument("--reward-model", metavar="CHECKPOINT", help="says which of them is best")
+    p.add_argument("--keep-all", action="store_true", help="print all of them, best first")
     p.add_argument("--token-ids", action="store_true", help="prompts and results are ids; needs no tokenizer")
     p.add_argument("--json", action="store_true", help="one JSON object per prompt")
     _inference(p)
