@@ -45,6 +45,7 @@ from engine.optim.schedule import rate_of
 from engine.parallel.replicas import check_replicas
 from engine.reliability.inject import Injector
 from engine.reliability.spikes import SPIKES, SpikeMonitor
+from engine.reliability.wishes import Wishes
 from engine.train.batches import Loader
 from engine.train.corpora import Corpora
 from engine.train.evaluation import evaluate
@@ -58,7 +59,7 @@ from engine.train.role import Role, RoleState
 from engine.train.run_folder import writing
 from engine.train.start import take_over
 from engine.train.state import TrainState
-from engine.train.tally import STOP, UNLOGGED, Line, Tally, Verdict
+from engine.train.tally import SAVE, STOP, UNLOGGED, Line, Tally, Verdict
 
 IN_STEP = ("load", "forward_backward", "reduce", "update", "publish", "read")          # the phases of every step
 BESIDES = ("check_replicas", "evaluate", "save")                                       # of hooks, those that take time
@@ -73,6 +74,8 @@ class Trainer:
         stop_requested: asked in every step; when any rank says yes, all save and stop.
         hooks: what is due after steps, in order.
         best: keeps the weights of the lowest held-out loss.
+        wishes: what people ask for by files; on rank 0.
+        asked_to_save: they ask for a save now, as all ranks have heard.
         spiked: the step of a spike that the run is to go back for.
         logged_samples: how many were consumed when the last line was logged.
         row: the record of the step just done, as far as it is known.
@@ -91,9 +94,11 @@ class Trainer:
     spikes: SpikeMonitor
     phases: Phases
     profiler: StepProfiler
+    wishes: Wishes
     best: BestWeights | None = None
     saved_step: int = -1
     evaluated: tuple[int, dict[str, float]] = (-1, {})           # the latest evaluation: its step, its numbers
+    asked_to_save: bool = False
     spiked: int | None = None
     logged_samples: int = 0
     verdict: Verdict = field(default_factory=Verdict)
@@ -107,25 +112,27 @@ class Trainer:
             Hook("evaluate", self._evaluate, every=config.eval.every if self.corpora.valid else 0),
             Hook("log", self._log, when=lambda _: bool(self.row)),
             Hook("anomaly", self._go_back, when=lambda _: self._anomaly() is not None),
-            Hook("save", self._save, every=config.checkpoint.every),
+            Hook("save", self._save, every=config.checkpoint.every, when=lambda _: self.asked_to_save),
             Hook("save", lambda: self._report_saves(self.writer.poll()), every=1),
         )
 
     @staticmethod
     def start(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: Callable[[], bool],
-              stamped: bool = False) -> Trainer:
+              stamped: bool = False, phases: Phases | None = None) -> Trainer:
         """Builds this rank's part of the run and takes over the checkpoint it goes on from, if there is one.
 
-        `stamped`: lines carry the time of day.
+        Args:
+            stamped: lines carry the time of day.
+            phases: of this run, where somebody listens to them already.
 
         Raises:
             RequestError: the run's folder cannot be written, or a place for metrics cannot be used.
             CheckpointError: a checkpoint was asked for, or is there, and none can be used.
             ConfigError: `run.objective` cannot be trained.
         """
-        phases = Phases(mesh.device)
+        phases, directory = phases or Phases(mesh.device), Path(config.run.dir)
         state = TrainState((RoleState.on(mesh, Role.of(config, objective_of(config)), config),))
-        model, directory, group = state.model, Path(config.run.dir), mesh.world.group
+        model, group = state.model, mesh.world.group
         tally = Tally(len(model.objective.sums), mesh.device)
         spikes = SpikeMonitor(config.reliability.spike, mesh.device)
         said: list[str] = []
@@ -152,7 +159,8 @@ class Trainer:
         loader = Loader(corpora.train.sample, config, mesh, model.objective, uses=len(model.chunks) * passes(model),
                         ahead=True)
         return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, spikes, phases,
-                       profiler, BestWeights(directory, group) if keeps_best(config) and corpora.valid else None,
+                       profiler, Wishes(directory),
+                       BestWeights(directory, group) if keeps_best(config) and corpora.valid else None,
                        saved_step=state.step if state.step else -1, logged_samples=state.consumed_samples)
 
     def run(self) -> bool:
@@ -223,10 +231,14 @@ class Trainer:
         self._tell(before, self.verdict)
 
     def _flag(self) -> float:
-        return STOP if self.stop_requested() else 0.0
+        """What this rank tells all others in a step."""
+        if self.mesh.rank == 0:
+            self.wishes.look()
+        return STOP * (self.stop_requested() or self.wishes.stop) + SAVE * self.wishes.save
 
     def _tell(self, before: Verdict, now: Verdict) -> None:
         """Notes what has happened between two verdicts."""
+        self.asked_to_save = now.saves > before.saves
         if now.skips > before.skips:
             self.journal.incident("skip", now.step, {"steps": now.skips - before.skips, "in_a_row": now.skips_in_a_row})
         if now.spikes > before.spikes:
@@ -294,6 +306,7 @@ class Trainer:
     def _save(self) -> None:
         metadata = self.state.metadata(self.config, self.corpora.fingerprint()) | {
             UNLOGGED: self.tally.state(), SPIKES: self.spikes.state(), **self._scale()}
+        self.wishes.saving()
         self.writer.save(self.state.step, self.state.pieces(), metadata)
         self.saved_step = self.state.step
 
