@@ -257,8 +257,6 @@ class Config(Section):
         if self.run.objective == "dpo" and self.dpo.reference == "live" and self.adapter is None:
             yield ("dpo.reference: live is the model without its adapter, and there is no adapter: set it to cached, "
                    "or train one")
-        if self.adapter is not None and self.adapter.dropout:
-            yield "adapter.dropout: this version has none; set it to 0"
         if self.adapter is None or HEAD not in self.adapter.targets:
             return
         if self.model.tie_embeddings:

@@ -34,6 +34,8 @@ from engine.distributed.collectives import all_reduce
 from engine.distributed.mesh import Mesh
 from engine.errors import DataError
 from engine.model.context import Batch, document_mask, document_positions
+from engine.model.dropout import token_keys
+from engine.model.fields import NOISE
 from engine.model.objective import Objective
 from engine.parallel.context.zigzag import context_part
 
@@ -202,6 +204,20 @@ def up_to(samples: Samples, stop: int) -> Samples:
                        rest=tuple(masked(other, counts) for other in row.rest))
 
     return lambda index: masked(samples(min(index, stop - 1)), index < stop)
+
+
+def noisy(samples: Samples, seed: int) -> Samples:
+    """The samples, with numbers of their tokens from which random masks are made."""
+    def numbered(row: Sample, index: int, place: int) -> Sample:
+        keys = token_keys(seed, index, place, len(row.tokens) - 1)
+        return replace(row, extra={**row.extra, NOISE: keys})
+
+    def sample(index: int) -> Sample:
+        first = samples(index)
+        rest = tuple(numbered(row, index, place) for place, row in enumerate(first.rest, 1))
+        return replace(numbered(first, index, 0), rest=rest)
+
+    return sample
 
 
 def _use_device(device: torch.device) -> None:

@@ -46,7 +46,7 @@ from engine.parallel.replicas import check_replicas
 from engine.reliability.inject import Injector
 from engine.reliability.spikes import SPIKES, SpikeMonitor
 from engine.reliability.wishes import Wishes
-from engine.train.batches import Loader
+from engine.train.batches import Loader, noisy
 from engine.train.corpora import Corpora
 from engine.train.evaluation import evaluate
 from engine.train.hooks import Hook
@@ -156,7 +156,9 @@ class Trainer:
             phases.listeners.append(injector)
         if config.profile.steps and mesh.rank in config.profile.ranks:
             phases.listeners.append(profiler)
-        loader = Loader(corpora.train.sample, config, mesh, model.objective, uses=len(model.chunks) * passes(model),
+        drops = config.adapter is not None and config.adapter.dropout > 0
+        samples = noisy(corpora.train.sample, config.run.seed) if drops else corpora.train.sample
+        loader = Loader(samples, config, mesh, model.objective, uses=len(model.chunks) * passes(model),
                         ahead=True)
         return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, spikes, phases,
                        profiler, Wishes(directory),
