@@ -99,10 +99,11 @@ class HostStep:
 
 @dataclass(frozen=True)
 class StepBatches:
-    """This rank's microbatches of one step, and the objective's count of all of them on all ranks."""
+    """This rank's microbatches of one step; the objective's count, and the samples, of all of them on all ranks."""
 
     microbatches: Microbatches
     divisor: Tensor | int
+    num_samples: int
 
 
 def sample_indices(first: int, microbatch: int, config: Config, data_index: int) -> range:
@@ -136,11 +137,13 @@ class Loader:
             DataError: a sample cannot be read, or is the first one of the run whose labels do not all count.
         """
         host = self._next[1].result() if self._next is not None and self._next[0] == first else self._read(first)
-        following = first + self._ramp.size(first)
+        num_samples = self._ramp.size(first)
+        following = first + num_samples
         self._next = None
         if self._reader is not None and following < self._stop:
             self._next = following, self._reader.submit(self._read, following)
-        return StepBatches(Microbatches(host.microbatches, self._mesh, self._uses), self._count(host.count))
+        microbatches = Microbatches(host.microbatches, self._mesh, self._uses)
+        return StepBatches(microbatches, self._count(host.count), num_samples)
 
     def close(self) -> None:
         """Reads no further."""

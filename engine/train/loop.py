@@ -41,7 +41,7 @@ from engine.metrics.sinks import open_sinks
 from engine.metrics.throughput import throughput
 from engine.model.flops import flops_per_token
 from engine.optim.gradients import clip_divisor, sum_over_world
-from engine.optim.schedule import rate_of
+from engine.optim.schedule import LearningRates
 from engine.parallel.replicas import check_replicas
 from engine.reliability.inject import Injector
 from engine.reliability.spikes import SPIKES, SpikeMonitor
@@ -95,6 +95,7 @@ class Trainer:
     phases: Phases
     profiler: StepProfiler
     wishes: Wishes
+    learning_rates: LearningRates
     best: BestWeights | None = None
     saved_step: int = -1
     evaluated: tuple[int, dict[str, float]] = (-1, {})           # the latest evaluation: its step, its numbers
@@ -161,7 +162,7 @@ class Trainer:
         loader = Loader(samples, config, mesh, model.objective, uses=len(model.chunks) * passes(model),
                         ahead=True)
         return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, spikes, phases,
-                       profiler, Wishes(directory),
+                       profiler, Wishes(directory), LearningRates.of(config),
                        BestWeights(directory, group) if keeps_best(config) and corpora.valid else None,
                        saved_step=state.step if state.step else -1, logged_samples=state.consumed_samples)
 
@@ -191,7 +192,6 @@ class Trainer:
     def _step(self) -> None:
         """One step, and what the host hears of it."""
         config, state, model, phase = self.config, self.state, self.state.model, self.phases
-        size = config.ramp.size(state.consumed_samples)
         with phase("load"):
             batches = self.loader.step(state.consumed_samples)
         divisor = batches.divisor
@@ -203,7 +203,7 @@ class Trainer:
             sums = sum_over_world(own, model.buckets, self.mesh, num_sums=len(model.objective.sums),
                                   flag=self._flag(), reproducible=config.parallel.reproducible)
         with phase("update"):
-            lr = rate_of(config, state.step + 1, state.consumed_samples + size)
+            lr = self.learning_rates(state.step + 1, state.consumed_samples + batches.num_samples)
             skipped = torch.isfinite(sums.grad_norm).logical_not()
             if not isinstance(divisor, int):
                 skipped |= divisor == 0
@@ -216,7 +216,7 @@ class Trainer:
         with phase("publish"):
             model.publish()
         state.step += 1
-        state.consumed_samples += size
+        state.consumed_samples += batches.num_samples
         with phase("read"):
             self.spikes.remember(loss, sums.grad_norm, skipped)
             self.tally.add(sums, divisor, skipped.float(), z, is_spike.float())
