@@ -73,6 +73,9 @@ def about(path: str, sidecar: Sidecar) -> str:
     chat = sidecar.chat or {}
     line = (f"{path}: {sidecar.num_documents:,} {chat['kind']}, {sidecar.num_tokens:,} tokens, "
             f"{chat['learned'] / max(1, sidecar.num_tokens):.0%} of them learned (template {chat['template']})")
+    if not chat["end_ids"]:
+        line += ("; no answer ends in a special token of the tokenizer, so that generation would not know where to "
+                 "stop: plain and alpaca end with its end of text")
     if chat["skipped"]:
         line += f"; {chat['skipped']:,} records were left out, such as:"
     return "\n  ".join([line, *chat["skipped_examples"]])
