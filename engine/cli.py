@@ -207,7 +207,7 @@ def _inference(p: Parser) -> None:
 
 
 def _convert(p: Parser) -> None:
-    to_hf, from_hf, to_megatron, from_megatron, to_peft, from_peft = actions = _actions(
+    to_hf, from_hf, to_megatron, from_megatron, to_peft, from_peft, average, merge = actions = _actions(
         p, ("to-hf", "a checkpoint as a Hugging Face model", "convert to-hf runs/x/checkpoints/step-00001000 out/"),
         ("from-hf", "a Hugging Face Llama, Mistral or Qwen2 model as a checkpoint", "convert from-hf model/ out/"),
         ("to-megatron", "a checkpoint as megatron-core's torch_dist", "convert to-megatron runs/x out/"),
@@ -215,9 +215,13 @@ def _convert(p: Parser) -> None:
          "convert from-megatron iter_0000010 out/ --config llama-7b"),
         ("to-peft", "the adapter of a checkpoint in PEFT's format", "convert to-peft runs/lora adapter/"),
         ("from-peft", "an adapter of PEFT as a checkpoint, on top of another one",
-         "convert from-peft adapter/ out/ --base runs/x"))
+         "convert from-peft adapter/ out/ --base runs/x"),
+        ("average", "the last checkpoints of a run as one", "convert average runs/x out/ --last 5"),
+        ("merge", "two models of one shape as one", "convert merge runs/a runs/b out/ --method slerp"))
     for action in actions:
         action.add_argument("source", metavar="FROM")
+        if action is merge:
+            action.add_argument("other", metavar="B")
         action.add_argument("output", metavar="OUT", help="a folder that is not there yet, or empty")
     for action in (to_hf, from_hf, to_megatron, from_megatron):
         action.add_argument("--skip-check", action="store_true", help="do not compare the result with its source")
@@ -234,6 +238,12 @@ def _convert(p: Parser) -> None:
     to_peft.add_argument("--base-name", metavar="MODEL", help="written as base_model_name_or_path: the model under it, "
                                                               "as transformers will find it")
     from_peft.add_argument("--base", required=True, metavar="CHECKPOINT", help="the model that it was trained on")
+    average.add_argument("--last", type=int, default=5, metavar="N", help="how many (default: %(default)s)")
+    merge.add_argument("--method", choices=("linear", "slerp", "ties"), default="linear", help="(default: %(default)s)")
+    merge.add_argument("--share", type=float, default=0.5, help="of B, for linear and slerp (default: %(default)s)")
+    merge.add_argument("--base", metavar="CHECKPOINT", help="for ties: what both were trained from")
+    merge.add_argument("--density", type=float, default=0.2, help="for ties: the share of the changes of a tensor that "
+                                                                  "count, the largest (default: %(default)s)")
     from_megatron.add_argument("--config", required=True, metavar="CONFIG.yaml",
                                help="its model section says what these checkpoints do not: the model's shape")
 

@@ -138,6 +138,7 @@ class CheckpointConfig(Section):
 
     every: NonNegative = 500
     keep: NonNegative = 3
+    keep_every: NonNegative = 0                              # saved and never deleted at its multiples; 0: none
     async_: bool = Field(default=True, validation_alias="async", serialization_alias="async")
     keep_best: bool | None = None                            # the weights of the lowest valid_loss; null: fine-tuning
     resume: Words = "auto"                                   # auto | never | path of a checkpoint

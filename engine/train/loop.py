@@ -113,7 +113,8 @@ class Trainer:
             Hook("evaluate", self._evaluate, every=config.eval.every if self.corpora.valid else 0),
             Hook("log", self._log, when=lambda _: bool(self.row)),
             Hook("anomaly", self._go_back, when=lambda _: self._anomaly() is not None),
-            Hook("save", self._save, every=config.checkpoint.every, when=lambda _: self.asked_to_save),
+            Hook("save", self._save, every=config.checkpoint.every,
+                 when=lambda step: self.asked_to_save or step % (config.checkpoint.keep_every or math.inf) == 0),
             Hook("save", lambda: self._report_saves(self.writer.poll()), every=1),
         )
 
@@ -143,7 +144,7 @@ class Trainer:
         faults = config.reliability.inject or ()
         injector = Injector(faults, mesh.rank, directory, model.buckets)
         writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_,
-                                  group, on_point=injector.at_point)
+                                  group, milestones=config.checkpoint.keep_every, on_point=injector.at_point)
         journal = Journal()
         if mesh.rank == 0:
             with writing(directory):
