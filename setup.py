@@ -6,12 +6,12 @@ Face's package, and `configs/` and `launch/` are names that belong to nobody.
 
 from setuptools import find_packages, setup
 
-INSIDE = ("kernels", "configs", "launch")
+INSIDE = ("kernels", "kernels.triton", "configs", "launch")
 PACKAGES = find_packages(include=["engine*", "checkpoints_tools*", "corpus_tools*"])
 
 setup(
     packages=sorted({*PACKAGES, *(f"engine.{name}" for name in INSIDE)}),
-    package_dir={f"engine.{name}": name for name in INSIDE},
+    package_dir={f"engine.{name}": name.replace(".", "/") for name in INSIDE},
     package_data={"": ["py.typed"], "engine.config": ["presets/*.yaml"], "engine.configs": ["*.yaml"],
                   "engine.launch": ["*.sh"], "corpus_tools.cleaning": ["rules.yaml"]},
 )

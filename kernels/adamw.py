@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from engine.kernels.operation import Implementation, Operation, Place, Unavailable, anywhere
+from engine.kernels.operation import Implementation, Operation, Place, Unavailable, anywhere, in_triton
 
 Tensors = Sequence[Tensor]
 
@@ -60,5 +60,6 @@ def _fused(place: Place) -> object:
 
 
 ADAMW = Operation("adamw", "the optimizer's update", (
+    Implementation("triton", in_triton("adamw", "adamw")),
     Implementation("torch-fused", _fused),
     Implementation("reference", anywhere(adamw_reference))))

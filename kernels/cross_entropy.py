@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.operation import Implementation, Operation, anywhere
+from engine.kernels.operation import Implementation, Operation, anywhere, in_triton
 
 # Gathers a tensor over the ranks that share the vocabulary: [n, tokens] → [ranks, n, tokens].
 Gather = Callable[[Tensor], Tensor]
@@ -85,6 +85,26 @@ def of_columns(valid: Tensor, targets: Tensor, first: int) -> Columns:
     return Columns(softmax, lse, target_logit, column, mine)
 
 
+def over_ranks(own: Tensor, gather: Gather | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """From what every rank knows of its columns to what holds for the whole vocabulary.
+
+    Args:
+        own: [2 or 3, tokens] this rank's log-sum-exp, target's logit and, if wanted, entropy.
+
+    Returns:
+        The same of all columns, [tokens] each.
+    """
+    if gather is None:
+        return own[0], own[1], own[2] if len(own) > 2 else None
+    parts = gather(own)
+    lse = torch.logsumexp(parts[:, 0], dim=0)
+    if len(own) == 2:
+        return lse, parts[:, 1].sum(dim=0), None
+    weights = (parts[:, 0] - lse).exp_()
+    entropy = (weights * parts[:, 2] + torch.special.entr(weights)).sum(dim=0)
+    return lse, parts[:, 1].sum(dim=0), entropy
+
+
 def whole_width(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """A gradient of the valid columns as one of logits of this shape: nothing flows into padding."""
     grad = grad.to(dtype)
@@ -97,10 +117,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, num_valid: int, gather: Gather | None) -> Tensor:
         own = of_columns(logits.flatten(0, -2)[:, :num_valid], targets, first)
-        lse, target_logit = own.lse, own.target_logit
-        if gather is not None:
-            parts = gather(torch.stack((lse, target_logit)))
-            lse, target_logit = torch.logsumexp(parts[:, 0], dim=0), parts[:, 1].sum(dim=0)
+        lse, target_logit, _ = over_ranks(torch.stack((own.lse, own.target_logit)), gather)
         ctx.save_for_backward(own.softmax, (own.lse - lse).exp_(), own.column, own.mine)
         ctx.logits_shape, ctx.logits_dtype = logits.shape, logits.dtype
         return (lse - target_logit).view(targets.shape)
@@ -133,5 +150,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, first: int = 0, num_valid:
 
 
 CROSS_ENTROPY = Operation("cross_entropy", "loss per token, the vocabulary spread over ranks", (
+    Implementation("triton", in_triton("vocabulary", "cross_entropy")),
     Implementation("octant", anywhere(cross_entropy)),
     Implementation("reference", anywhere(cross_entropy_reference))))

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels.cross_entropy import Gather, of_columns, whole_width
-from engine.kernels.operation import Implementation, Operation, anywhere
+from engine.kernels.cross_entropy import Gather, of_columns, over_ranks, whole_width
+from engine.kernels.operation import Implementation, Operation, anywhere, in_triton
 
 # Rows of which p·log p, as large as the logits, is written out at a time: 64 MiB in fp32.
 BLOCK_ELEMENTS = 1 << 24
@@ -70,15 +70,12 @@ class _LogProbsAndEntropy(torch.autograd.Function):
         if temperature != 1.0:
             valid = valid.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         own = of_columns(valid, targets, first)
-        lse, target_logit = own.lse, own.target_logit
-        entropy = torch.empty_like(lse)
+        entropy = torch.empty_like(own.lse)
         for rows in _blocks(own.softmax):
             entropy[rows] = torch.special.entr(own.softmax[rows]).sum(1)
-        if gather is not None:
-            parts = gather(torch.stack((lse, target_logit, entropy)))
-            lse, target_logit = torch.logsumexp(parts[:, 0], dim=0), parts[:, 1].sum(dim=0)
-            weights = (parts[:, 0] - lse).exp_()
-            entropy = (weights * parts[:, 2] + torch.special.entr(weights)).sum(dim=0)
+        lse, target_logit, whole = over_ranks(torch.stack((own.lse, own.target_logit, entropy)), gather)
+        assert whole is not None
+        entropy = whole
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(own.softmax, (own.lse - lse).exp_(), entropy, own.column, own.mine)
         ctx.logits_shape, ctx.logits_dtype, ctx.temperature = logits.shape, logits.dtype, temperature
@@ -119,5 +116,6 @@ def log_probs_and_entropy(logits: Tensor, targets: Tensor, *, temperature: float
 
 
 LOG_PROBS = Operation("log_probs", "log-probability and entropy per token, the vocabulary spread over ranks", (
+    Implementation("triton", in_triton("vocabulary", "log_probs_and_entropy")),
     Implementation("octant", anywhere(log_probs_and_entropy)),
     Implementation("reference", anywhere(log_probs_and_entropy_reference))))

@@ -111,3 +111,23 @@ def installed(module: str, symbol: str) -> Any:
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         raise Unavailable(f"installed, but fails on import ({type(error).__name__}: {first_line})") from None
+
+
+def in_triton(module: str, function: str) -> Find:
+    """Finds `function` of `engine.kernels.triton.<module>`, whose `try_out` has run.
+
+    A GPU may be too old, and a machine may have Triton and no compiler for what it writes.
+    """
+    def find(place: Place) -> Any:
+        place.require(device="cuda", dtypes=(torch.bfloat16, torch.float16, torch.float32))
+        installed("triton", "jit")
+        found = import_module(f"engine.kernels.triton.{module}")
+        try:
+            if torch.cuda.is_available():
+                found.try_out(place)
+                torch.cuda.synchronize(place.device)
+        except Exception as error:
+            raise Unavailable(f"fails ({type(error).__name__}: " + str(error).partition("\n")[0] + ")") from None
+        return getattr(found, function)
+
+    return find

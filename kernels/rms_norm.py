@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels.operation import Implementation, Operation, Place, anywhere, torch_operator
+from engine.kernels.operation import Implementation, Operation, Place, anywhere, in_triton, torch_operator
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -98,6 +98,7 @@ def _torch_fused(place: Place) -> Normalise:
 
 
 RMS_NORM = Operation("rms_norm", "root-mean-square normalisation", (
+    Implementation("triton", in_triton("rms_norm", "rms_norm")),
     Implementation("torch-fused", _torch_fused),
     Implementation("octant", anywhere(rms_norm)),
     Implementation("reference", anywhere(rms_norm_reference))))

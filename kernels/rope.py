@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels.operation import Implementation, Operation, anywhere
+from engine.kernels.operation import Implementation, Operation, anywhere, in_triton
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -73,5 +73,6 @@ def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
 
 ROPE = Operation("rope", "split of the fused projection, rotary embedding", (
+    Implementation("triton", in_triton("rope", "split_and_rotate")),
     Implementation("octant", anywhere(split_and_rotate)),
     Implementation("reference", anywhere(split_and_rotate_reference))))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.operation import Implementation, Operation, anywhere
+from engine.kernels.operation import Implementation, Operation, anywhere, in_triton
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -47,5 +47,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 SWIGLU = Operation("swiglu", "gated activation of the feed-forward layer", (
+    Implementation("triton", in_triton("swiglu", "swiglu")),
     Implementation("octant", anywhere(swiglu)),
     Implementation("reference", anywhere(swiglu_reference))))

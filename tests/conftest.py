@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -10,6 +11,8 @@ from hypothesis import settings
 from tests.kit.fuzz import totals_table
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")               # before torch is imported; threads of many processes fight
+if not Path("/proc/driver/nvidia").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")          # before triton is: its kernels run on the processor
 
 # Folders (and a file) whose tests start processes or train; everything else comes before them, in this order.
 SLOW = ("model", "data", "corpus_tools", "generate", "bench", "checkpoints_tools", "parallel", "checkpoint", "train",

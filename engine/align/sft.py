@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.config import Config
 from engine.model.context import Batch
 from engine.model.fields import PTX
 from engine.model.objective import Head, Objective
@@ -68,7 +67,6 @@ def _mask(batch: Batch) -> Tensor:
     return torch.ones_like(batch.tokens_SB, dtype=torch.bool) if batch.loss_mask_SB is None else batch.loss_mask_SB
 
 
-def supervised(config: Config) -> Objective:
+def supervised(ptx_weight: float) -> Objective:
     """What `run.objective: sft` trains."""
-    weight = config.sft.ptx_weight
-    return SupervisedWithPretraining(weight) if weight else Supervised()
+    return SupervisedWithPretraining(ptx_weight) if ptx_weight else Supervised()

@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from engine.bench import matmul
+from engine.bench import kernels, matmul
 from engine.errors import RequestError
 
 BENCHMARKS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType({
     "matmul": matmul.run,
+    "kernels": kernels.run,
 })
 
 

@@ -65,7 +65,7 @@ EXTRAS = (
 ACCELERATORS = (
     Accelerator("transformer-engine", "transformer_engine.pytorch", "Linear", "matrix products run in torch"),
     Accelerator("apex (NVIDIA's)", "amp_C", "multi_tensor_adam", "the optimizer runs in torch"),
-    Accelerator("triton", "triton", "jit", "kernels run in torch"),
+    Accelerator("triton", "triton", "jit", "our fused kernels are not used"),
 )
 
 

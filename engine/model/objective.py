@@ -23,7 +23,6 @@ from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-from engine.config import Config
 from engine.model.context import Batch
 from engine.model.fields import Field
 
@@ -104,8 +103,3 @@ class NextToken(Objective):
 
 
 NEXT_TOKEN = NextToken()
-
-
-def next_token(config: Config) -> Objective:
-    """What `run.objective: pretrain` trains."""
-    return NEXT_TOKEN
