@@ -17,7 +17,8 @@ from importlib import import_module
 from typing import NoReturn
 
 from engine import __version__
-from engine.commands._parser import Parser
+from engine.commands import _model_arguments as model
+from engine.commands._parser import Parser, add_actions, sentence
 from engine.errors import OctantError
 from engine.schedules.table import schedule_names
 
@@ -35,21 +36,6 @@ class Verb:
     add_arguments: Callable[[Parser], None]
 
 
-def _actions(parser: Parser, *actions: tuple[str, str, str]) -> list[Parser]:
-    """Sub-parsers, one per (name, help, example), stored in `args.action`."""
-    table = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help=argparse.SUPPRESS,
-                                  parser_class=Parser)
-    parser.usage = f"{parser.prog} ACTION …"
-    parser.description = f"{parser.description}\n\nactions:\n" + "\n".join(
-        f"  {name:<15}{text}" for name, text, _ in actions)
-    return [table.add_parser(name, help=text, description=_sentence(text), epilog=f"example:\n  octant {example}")
-            for name, text, example in actions]
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
-
-
 def _demo(p: Parser) -> None:
     p.add_argument("--dir", default="runs/demo", help="folder for everything it writes (default: %(default)s)")
     p.add_argument("--processes", type=int, default=4, choices=(1, 2, 4),
@@ -57,7 +43,7 @@ def _demo(p: Parser) -> None:
 
 
 def _tokenizer(p: Parser) -> None:
-    train, extend, verify = _actions(
+    train, extend, verify = add_actions(
         p, ("train", "train a SentencePiece BPE model on text files",
             "tokenizer train data/*.txt --vocab-size 32000 --output tok.model"),
         ("extend", "add another model's pieces, as for Chinese vocabulary expansion",
@@ -109,7 +95,7 @@ def _prepare(p: Parser) -> None:
 
 
 def _data(p: Parser) -> None:
-    example, inspect, preview, verify, merge, clean = _actions(
+    example, inspect, preview, verify, merge, clean = add_actions(
         p, ("example", "text to try things with: the sources of this Python as JSON lines",
             "data example corpus.jsonl"),
         ("inspect", "statistics of a prepared corpus, or the samples a run consumes",
@@ -152,100 +138,6 @@ def _data(p: Parser) -> None:
 def _train(p: Parser) -> None:
     p.add_argument("config", metavar="CONFIG.yaml", help=CONFIG)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as optim.lr=3e-4")
-
-
-def _generate(p: Parser) -> None:
-    p.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder (its newest one)")
-    p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    p.add_argument("--prompt-file", metavar="FILE", help="one prompt per line")
-    p.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
-    p.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token (default: %(default)s)")
-    p.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest; 0: all (default: %(default)s)")
-    p.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest of this total probability")
-    p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (default: %(default)s)")
-    p.add_argument("--bos", action="store_true", help="begin prompts with the tokenizer's beginning-of-text id, which "
-                                                      "most models from Hugging Face expect")
-    p.add_argument("--token-ids", action="store_true", help="prompts and results are ids; needs no tokenizer")
-    p.add_argument("--json", action="store_true", help="one JSON object per prompt")
-    _inference(p)
-
-
-def _eval(p: Parser) -> None:
-    p.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder (its newest one)")
-    p.add_argument("--data", required=True, metavar="PREFIX", help="a corpus made by `octant prepare`")
-    p.add_argument("--seq-len", type=int, metavar="S", help="tokens per sequence (default: as in training)")
-    p.add_argument("--batches", type=int, metavar="N", help="only the first N batches (default: the whole corpus)")
-    p.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (default: %(default)s)")
-    p.add_argument("--json", action="store_true", help="the result as a JSON object")
-    _inference(p)
-
-
-def _score(p: Parser) -> None:
-    p.add_argument("checkpoint", metavar="CHECKPOINT", help="a reward model's, or its run's folder (its newest one)")
-    p.add_argument("--data", required=True, metavar="FILE", help="conversations, pairs or ranked answers")
-    p.add_argument("--template", metavar="T", help="(default: the run's)")
-    p.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: %(default)s)")
-    p.add_argument("--json", action="store_true", help="a JSON object per record, and a summary")
-    _inference(p)
-
-
-def _inference(p: Parser) -> None:
-    """How a checkpoint's model is loaded; the layout need not be the one that wrote it."""
-    p.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor-parallel ranks (default: %(default)s)")
-    p.add_argument("--pipeline", type=int, default=1, metavar="P", help="pipeline stages (default: %(default)s); "
-                                                                        "T × P processes are started here")
-    p.add_argument("--tokenizer", metavar="T",
-                   help="where the model's tokenizer is now (default: where the run found it)")
-    p.add_argument("--dtype", choices=("fp32", "bf16"), help="of the arithmetic (default: as in training)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
-
-
-def _convert(p: Parser) -> None:
-    to_hf, from_hf, to_megatron, from_megatron, to_peft, from_peft = actions = _actions(
-        p, ("to-hf", "a checkpoint as a Hugging Face model", "convert to-hf runs/x/checkpoints/step-00001000 out/"),
-        ("from-hf", "a Hugging Face Llama, Mistral or Qwen2 model as a checkpoint", "convert from-hf model/ out/"),
-        ("to-megatron", "a checkpoint as megatron-core's torch_dist", "convert to-megatron runs/x out/"),
-        ("from-megatron", "megatron-core's torch_dist as a checkpoint",
-         "convert from-megatron iter_0000010 out/ --config llama-7b"),
-        ("to-peft", "the adapter of a checkpoint in PEFT's format", "convert to-peft runs/lora adapter/"),
-        ("from-peft", "an adapter of PEFT as a checkpoint, on top of another one",
-         "convert from-peft adapter/ out/ --base runs/x"))
-    for action in actions:
-        action.add_argument("source", metavar="FROM")
-        action.add_argument("output", metavar="OUT", help="a folder that is not there yet, or empty")
-    for action in (to_hf, from_hf, to_megatron, from_megatron):
-        action.add_argument("--skip-check", action="store_true", help="do not compare the result with its source")
-    for action in (to_hf, to_megatron):
-        action.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
-        action.add_argument("--base", metavar="CHECKPOINT",
-                            help="where the model under the checkpoint's adapter is now (default: where it was)")
-    to_hf.add_argument("--tokenizer", metavar="T", help="where the run's tokenizer is now; `none`: write none "
-                                                        "(default: where the run found it)")
-    from_hf.add_argument("--tokenizer", metavar="T", help="what runs from it will use; `none`: leave it open "
-                                                          "(default: the folder's own)")
-    from_hf.add_argument("--allow-pickle", action="store_true",
-                         help="read pytorch_model.bin where there are no safetensors, as tensors only")
-    to_peft.add_argument("--base-name", metavar="MODEL", help="written as base_model_name_or_path: the model under it, "
-                                                              "as transformers will find it")
-    from_peft.add_argument("--base", required=True, metavar="CHECKPOINT", help="the model that it was trained on")
-    from_megatron.add_argument("--config", required=True, metavar="CONFIG.yaml",
-                               help="its model section says what these checkpoints do not: the model's shape")
-
-
-def _checkpoint(p: Parser) -> None:
-    listing, inspect, verify, reshard = _actions(
-        p, ("list", "the checkpoints of a run; looks at manifests and file sizes only", "checkpoint list runs/x"),
-        ("inspect", "what is in a checkpoint", "checkpoint inspect runs/x/checkpoints/step-00001000 --tensors"),
-        ("verify", "read every byte against the manifest; exit code 1 when anything is wrong",
-         "checkpoint verify runs/x/checkpoints/step-00001000"),
-        ("reshard", "rewrite a checkpoint as so many files", "checkpoint reshard FROM OUT --files 8"))
-    for action in (listing, inspect, verify, reshard):
-        action.add_argument("path", metavar="PATH")
-        action.add_argument("--json", action="store_true", help="print JSON")
-    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
-    reshard.add_argument("output", metavar="OUT")
-    reshard.add_argument("--files", type=int, default=1, help="(default: %(default)s)")
 
 
 def _plan(p: Parser) -> None:
@@ -323,12 +215,14 @@ VERBS = (
     Verb("train", "run a training job; started plainly it launches the local processes its layout needs",
          "train tiny parallel.tensor=2 optim.lr=3e-4", _train),
     Verb("generate", "sample from a checkpoint", 'generate runs/x --prompt "Once upon a time" --temperature 0.8',
-         _generate),
+         model.generate),
     Verb("eval", "loss, perplexity and bits per byte of a checkpoint on a corpus", "eval runs/x --data data/held",
-         _eval),
-    Verb("score", "what a reward model says of conversations or pairs", "score runs/rm --data pairs.jsonl", _score),
-    Verb("convert", "checkpoints to and from Hugging Face and megatron-core", "convert to-hf runs/x out/", _convert),
-    Verb("checkpoint", "list, inspect, verify or reshard checkpoints", "checkpoint list runs/x", _checkpoint),
+         model.eval),
+    Verb("score", "what a reward model says of conversations or pairs", "score runs/rm --data pairs.jsonl",
+         model.score),
+    Verb("convert", "checkpoints to and from Hugging Face and megatron-core", "convert to-hf runs/x out/",
+         model.convert),
+    Verb("checkpoint", "list, inspect, verify or reshard checkpoints", "checkpoint list runs/x", model.checkpoint),
     Verb("rewind", "a run back to an earlier step, leaving out the data behind it: once, and remembered",
          "rewind runs/x --to 1000 --skip-steps 300", _rewind),
     Verb("config", "a configuration as it will be read, resolved; or the schema of one",
@@ -355,7 +249,7 @@ def build_parser() -> Parser:
     table = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS, prog="octant",
                                   parser_class=Parser)
     for verb in VERBS:
-        verb.add_arguments(table.add_parser(verb.name, help=verb.help, description=_sentence(verb.help),
+        verb.add_arguments(table.add_parser(verb.name, help=verb.help, description=sentence(verb.help),
                                             epilog=f"example:\n  octant {verb.example}"))
     return parser
 

@@ -51,7 +51,7 @@ def rows_of(data: TrainingData, index: int) -> tuple[Sample, list[Row]]:
     whole = len(sample.tokens)
     lengths = data.sources[sample.source].lengths(sample.window) or (whole,) * len(rows)
     roles = ROLES.get(len(rows), tuple(f"rank {number}" for number in range(1, len(rows) + 1)))
-    return sample, [_row(row, length, role) for row, length, role in zip(rows, lengths, roles, strict=True)]
+    return sample, [_row(row, length, role) for row, length, role in zip(rows, lengths, roles, strict=True) if length]
 
 
 def _row(sample: Sample, length: int, role: str) -> Row:

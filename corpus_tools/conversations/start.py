@@ -17,7 +17,7 @@ from engine.config import Config, SourceConfig
 from engine.data.indexed import idx_path
 from engine.data.sidecar import Sidecar
 from engine.errors import ConfigError
-from engine.train.corpora import Corpora, is_of_text, kind_of
+from engine.train.corpora import Corpora, is_of_text
 
 HASH_CHARACTERS = 16
 
@@ -54,9 +54,10 @@ def _prepare(config: Config, source: SourceConfig, say: Callable[[str], None]) -
     data = config.data
     if data.tokenizer is None:
         raise ConfigError(f"{source.path} is made of conversations, which needs data.tokenizer")
+    assert config.records is not None, "an objective that learns from text reads no conversations"
     require_columns(source.columns, source.path)
     files = tuple(expand_inputs([source.path]))
-    wanted = Wanted(files, data.tokenizer, data.template, kind_of(config), source.columns, data.on_error)
+    wanted = Wanted(files, data.tokenizer, data.template, config.records, source.columns, data.on_error)
     plan = Plan.of(wanted, [content_of(file) for file in files])
     folder = Path(data.cache) if data.cache is not None else Path(config.run.dir) / "data"
     prefix = folder / f"{Path(source.path).name}-{plan.made_from[:HASH_CHARACTERS]}"
@@ -72,6 +73,9 @@ def about(path: str, sidecar: Sidecar) -> str:
     chat = sidecar.chat or {}
     line = (f"{path}: {sidecar.num_documents:,} {chat['kind']}, {sidecar.num_tokens:,} tokens, "
             f"{chat['learned'] / max(1, sidecar.num_tokens):.0%} of them learned (template {chat['template']})")
+    if not chat["end_ids"]:
+        line += ("; no answer ends in a special token of the tokenizer, so that generation would not know where to "
+                 "stop: plain and alpaca end with its end of text")
     if chat["skipped"]:
         line += f"; {chat['skipped']:,} records were left out, such as:"
     return "\n  ".join([line, *chat["skipped_examples"]])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.align import losses
 from engine.align.reward import count_samples
-from engine.config import DPOConfig
+from engine.config import Config, DPOConfig
 from engine.model.context import Batch
 from engine.model.fields import REFERENCE
 from engine.model.objective import Head, Objective
@@ -101,3 +101,13 @@ class ORPO(Objective):
 
     def count(self, batch: Batch) -> Tensor:
         return count_samples(batch, 2)
+
+
+def dpo(config: Config) -> Objective:
+    """What `run.objective: dpo` trains."""
+    return DPO(config.dpo)
+
+
+def orpo(config: Config) -> Objective:
+    """What `run.objective: orpo` trains."""
+    return ORPO(config.orpo.lambda_)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.align.losses import off_centre, pairs_of, pairwise
+from engine.config import Config
 from engine.model.context import Batch
 from engine.model.fields import END, MARGIN
 from engine.model.objective import Head, Objective
@@ -76,3 +77,8 @@ def _counts(batch: Batch, head: Head, rows: int) -> Tensor:
     assert batch.loss_mask_SB is not None
     learned = head.sum_over_sequence(batch.loss_mask_SB.sum(0).float())
     return learned.unflatten(0, (-1, rows)).sum(1).gt(0).float()
+
+
+def reward_model(config: Config) -> Objective:
+    """What `run.objective: reward` trains."""
+    return RewardModel(config.rows_per_sample, config.reward.center)

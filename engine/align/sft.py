@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from engine.config import Config
 from engine.model.context import Batch
 from engine.model.fields import PTX
 from engine.model.objective import Head, Objective
@@ -67,6 +68,7 @@ def _mask(batch: Batch) -> Tensor:
     return torch.ones_like(batch.tokens_SB, dtype=torch.bool) if batch.loss_mask_SB is None else batch.loss_mask_SB
 
 
-def supervised(ptx_weight: float) -> Objective:
+def supervised(config: Config) -> Objective:
     """What `run.objective: sft` trains."""
-    return SupervisedWithPretraining(ptx_weight) if ptx_weight else Supervised()
+    weight = config.sft.ptx_weight
+    return SupervisedWithPretraining(weight) if weight else Supervised()

@@ -64,6 +64,7 @@ class Save:
     keep: int | None
     timeout_seconds: float
     on_point: Callable[[str], None]
+    milestones: int = 0
 
     @property
     def writing(self) -> Path:
@@ -195,7 +196,7 @@ def _prune(save: Save) -> Pruned:
     pruned = Pruned()
     if save.keep is not None:
         try:
-            pruned = Pruned(tuple(prune(save.final, save.keep, save.save_id)))
+            pruned = Pruned(tuple(prune(save.final, save.keep, save.save_id, save.milestones)))
         except OSError as error:
             pruned = Pruned((), f"an older checkpoint could not be deleted: {error}")
     save.on_point("pruned")

@@ -108,15 +108,18 @@ def publish(writing: Path, final: Path, save_id: str) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def prune(newest: Path, keep: int, save_id: str) -> list[Path]:
+def prune(newest: Path, keep: int, save_id: str, milestones: int = 0) -> list[Path]:
     """Deletes the oldest checkpoints before `newest` so that `keep` remain with it.  Later steps are not touched.
+
+    Args:
+        milestones: multiples of so many steps stay however many they are; 0: there are none.
 
     Returns:
         What was deleted.
     """
-    names = list(committed_steps(newest.parent).values())
-    older = names[:names.index(newest)]
-    surplus = older[:max(0, len(older) - (keep - 1))]
+    committed = list(committed_steps(newest.parent).items())
+    older = committed[:[path for _, path in committed].index(newest)]
+    surplus = [path for step, path in older[:max(0, len(older) - (keep - 1))] if not milestones or step % milestones]
     for path in surplus:
         discard(path, save_id)
     return surplus

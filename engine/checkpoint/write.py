@@ -89,6 +89,7 @@ class CheckpointWriter:
     Args:
         directory: holds the run's checkpoints; every rank must see the same one.
         keep: how many checkpoints stay; None keeps all.
+        milestones: those of multiples of so many steps stay besides; 0: there are none.
         asynchronous: write in the background.
         group: the ranks that save together; it must be able to move CPU tensors (gloo).  It is used inside `save`, by
             the calling thread only, so it may be a group that training uses too.
@@ -98,13 +99,13 @@ class CheckpointWriter:
     """
 
     def __init__(self, directory: Path, keep: int | None, asynchronous: bool, group: Group = None, *,
-                 timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, threads: int | None = None,
+                 milestones: int = 0, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, threads: int | None = None,
                  on_point: Callable[[str], None] = no_point) -> None:
         if keep is not None and keep < 1:
             raise CheckpointError(f"checkpoint.keep = {keep}: at least 1 checkpoint must stay")
         threads = threads or min(4, os.cpu_count() or 1)
         self.directory = Path(directory)
-        self._keep = keep
+        self._keep, self._milestones = keep, milestones
         self._asynchronous = asynchronous
         self._group = group
         self._rank, self._world_size = rank_in(group), size_of(group)
@@ -193,7 +194,7 @@ class CheckpointWriter:
 
     def _attempt(self, step: int, save_id: str) -> Save:
         return Save(self.directory / checkpoint_name(step), save_id, step, self._rank, self._world_size, self._keep,
-                    self._timeout_seconds, self._on_point)
+                    self._timeout_seconds, self._on_point, self._milestones)
 
     def _write(self, attempt: Save, entries: Sequence[Entry], fetch: Source,
                metadata: dict[str, Any], division: Division, report: SaveReport) -> SaveReport:

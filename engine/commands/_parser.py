@@ -91,3 +91,19 @@ def _key_for(option: str) -> str | None:
         return str(found[0])
     row = import_module("engine.config.synonyms").ours(name)
     return None if row is None else str(row.key)
+
+
+def add_actions(parser: Parser, *actions: tuple[str, str, str]) -> list[Parser]:
+    """Sub-parsers, one per (name, help, example), stored in `args.action`."""
+    table = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help=argparse.SUPPRESS,
+                                  parser_class=Parser)
+    parser.usage = f"{parser.prog} ACTION …"
+    parser.description = f"{parser.description}\n\nactions:\n" + "\n".join(
+        f"  {name:<15}{text}" for name, text, _ in actions)
+    return [table.add_parser(name, help=text, description=sentence(text), epilog=f"example:\n  octant {example}")
+            for name, text, example in actions]
+
+
+def sentence(text: str) -> str:
+    """A line of help as a sentence."""
+    return text[0].upper() + text[1:] + "."

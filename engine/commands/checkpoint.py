@@ -38,10 +38,11 @@ def _list(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"checkpoints": rows, "set_aside": aside})
         return 0
-    print(f"{'step':>10}  {'size':>10}  {'files':>6}  {'tensors':>8}  state")
+    print(f"{'step':>10}  {'tokens seen':>18}  {'sample':>14}  {'size':>10}  {'files':>6}  {'tensors':>8}  state")
     for row in rows:
         size = _size(row["bytes"]) if row["bytes"] is not None else "?"
-        print(f"{row['step'] if row['step'] is not None else '?':>10}  {size:>10}  {row['files'] or '?':>6}  "
+        print(f"{row['step'] if row['step'] is not None else '?':>10}  {_number(row['tokens_seen']):>18}  "
+              f"{_number(row['sample']):>14}  {size:>10}  {row['files'] or '?':>6}  "
               f"{row['tensors'] or '?':>8}  {row['problem'] or 'complete'}  {row['path']}")
     for name in aside:
         print(f"set aside as corrupt: {name}")
@@ -50,17 +51,31 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _row(checkpoint: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {"path": str(checkpoint), "step": None, "bytes": None, "files": None, "tensors": None,
-                           "problem": None}
+    row: dict[str, Any] = {"path": str(checkpoint), "step": None, "tokens_seen": None, "sample": None, "bytes": None,
+                           "files": None, "tensors": None, "problem": None}
     try:
         reader = CheckpointReader(checkpoint)
     except DamagedCheckpoint as error:
         return row | {"problem": str(error)}
     problems = reader.verify(content=False)
     manifest = reader.manifest
-    return row | {"step": reader.step, "bytes": manifest.num_bytes, "files": len(manifest.files),
+    return row | _position(reader.metadata) | {
+                  "step": reader.step, "bytes": manifest.num_bytes, "files": len(manifest.files),
                   "tensors": len(manifest.tensors),
                   "problem": f"{problems[0].file}: {problems[0].what}" if problems else None}
+
+
+def _position(metadata: dict[str, Any]) -> dict[str, int]:
+    """How far a run had come in its data: tokens, and the number of the next sample; empty where only weights are."""
+    samples = metadata.get("state", {}).get("consumed_samples")
+    seq_len = metadata.get("config", {}).get("data", {}).get("seq_len")
+    if samples is None:
+        return {}
+    return {"sample": samples} | ({"tokens_seen": samples * seq_len} if isinstance(seq_len, int) else {})
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
 
 
 def _inspect(args: argparse.Namespace) -> int:

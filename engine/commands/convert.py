@@ -1,4 +1,4 @@
-"""`octant convert to-hf|from-hf|to-megatron|from-megatron|to-peft|from-peft`."""
+"""`octant convert to-hf|from-hf|to-megatron|from-megatron|to-peft|from-peft|average|merge`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 import torch
 
 from checkpoints_tools.check import Checked
+from checkpoints_tools.combine import average, blend_of, combine
 from checkpoints_tools.from_hf import convert_from_hf
 from checkpoints_tools.hub import local_folder
 from checkpoints_tools.megatron import convert_from_megatron, convert_to_megatron
 from checkpoints_tools.peft import convert_from_peft, convert_to_peft
 from checkpoints_tools.to_hf import convert_to_hf
 from engine.checkpoint.adapted import open_model
-from engine.checkpoint.folder import checkpoints_at
+from engine.checkpoint.folder import checkpoints_at, no_checkpoint
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import open_checkpoint
 from engine.config import load_config
+from engine.errors import CheckpointError
 from engine.hints import hint
 from engine.progress import Progress
 
@@ -26,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def run(args: argparse.Namespace) -> int:
     actions = {"to-hf": _to_hf, "from-hf": _from_hf, "to-megatron": _to_megatron, "from-megatron": _from_megatron,
-               "to-peft": _to_peft, "from-peft": _from_peft}
+               "to-peft": _to_peft, "from-peft": _from_peft, "average": _average, "merge": _merge}
     return actions[args.action](args)
 
 
@@ -82,6 +84,31 @@ def _from_peft(args: argparse.Namespace) -> int:
     print(f"{args.output}: the adapter of {args.source} as a checkpoint: rank {adapter.rank}, alpha {adapter.alpha:g}, "
           f"on {', '.join(adapter.targets)}")
     print(hint("generate", args.output, "--prompt", "The", why=f"or convert to-hf {args.output}, which merges it"))
+    return 0
+
+
+def _average(args: argparse.Namespace) -> int:
+    found = checkpoints_at(Path(args.source))
+    if not found:
+        raise no_checkpoint(Path(args.source))
+    if not 1 <= args.last <= len(found):
+        raise CheckpointError(f"--last {args.last}: {args.source} has {len(found)} checkpoints; checkpoint.keep says "
+                              "how many stay, checkpoint.keep_every which stay for good")
+    readers = [_open(str(path), None) for path in found[-args.last:]]
+    combine(readers, Path(args.output), average, {"method": "average"}, begin=Progress)
+    print(f"{args.output}: the average of steps {', '.join(str(reader.step) for reader in readers)} of {args.source}")
+    print(hint("eval", args.output, "--data", "PREFIX", why=f"or train on: checkpoint.load={args.output}"))
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    a, b = _open(args.source, None), _open(args.other, None)
+    base = None if args.base is None else _open(args.base, None)
+    setting = {"density": args.density} if args.method == "ties" else {"share": args.share}
+    blend = blend_of(args.method, args.share, args.density, base)
+    combine([a, b], Path(args.output), blend, {"method": args.method} | setting, [base] if base else [], Progress)
+    print(f"{args.output}: {a.path} and {b.path}, merged by {args.method}")
+    print(hint("eval", args.output, "--data", "PREFIX", why=f"or train on: checkpoint.load={args.output}"))
     return 0
 
 

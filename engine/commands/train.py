@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from engine.metrics.console import Console
 from engine.metrics.sinks import require_packages
 from engine.plan.memory import require_room
 from engine.reliability.rewind import with_rewinds
+from engine.reliability.wishes import STOP_FILE
 from engine.train.corpora import Corpora
 from engine.train.introduction import introduction
 from engine.train.run_folder import locked, require_at_home
@@ -29,10 +31,15 @@ STOPPED = 3
 def run(args: argparse.Namespace) -> int:
     """Train as the configuration says."""
     launched = launch_environment()
-    if launched is None:
-        return _start_plainly(args, _load(args))
-    stop = StopRequest()
-    config = resolve_layout(_load(args), launched.world_size)
+    stop = None if launched is None else StopRequest()
+    config = _load(args)
+    if (wish := Path(config.run.dir) / STOP_FILE).exists():
+        if launched is None or launched.rank == 0:
+            print(f"{wish} is there, so nothing is trained: remove it to go on")
+        return STOPPED
+    if launched is None or stop is None:
+        return _start_plainly(args, config)
+    config = resolve_layout(config, launched.world_size)
     code = run_as_rank(launched, Path(config.run.dir), lambda: _run_launched(config, launched, stop))
     stop.shut_out()
     return code
@@ -110,7 +117,9 @@ def _run_rank(config: Config, launched: LaunchEnvironment | None, stop: StopRequ
         if launched is None or launched.rank == 0 else ""
     topology = Topology.of(config)
     chats = prepared(config, say=lambda line: None)
-    finished = rank_module.run_rank(config, topology, launched, report, stop, notes, chats)
+    watchdog = config.reliability.watchdog
+    with stop.bounded(watchdog.drain_seconds) if watchdog else nullcontext():
+        finished = rank_module.run_rank(config, topology, launched, report, stop, notes, chats)
     return 0 if finished else STOPPED
 
 

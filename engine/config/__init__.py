@@ -14,7 +14,7 @@ from engine.config.layout import resolve_layout
 from engine.config.length import BatchConfig
 from engine.config.load import config_names, load_config, preset_names
 from engine.config.model import ModelConfig, RopeScalingConfig
-from engine.config.reliability import FaultConfig, ReliabilityConfig, RewindConfig, SpikeConfig
+from engine.config.reliability import FaultConfig, ReliabilityConfig, RewindConfig, SpikeConfig, WatchdogConfig
 from engine.config.schema import (
     CheckpointConfig,
     Config,
@@ -31,5 +31,6 @@ __all__ = [
     "AdapterConfig", "BatchConfig", "CheckpointConfig", "Config", "DPOConfig", "DataConfig", "EvalConfig",
     "FaultConfig", "LogConfig", "ModelConfig", "ORPOConfig", "OptimConfig", "ParallelConfig", "PrecisionConfig",
     "ProfileConfig", "ReliabilityConfig", "RewardConfig", "RewindConfig", "RopeScalingConfig", "RunConfig",
-    "SFTConfig", "SourceConfig", "SpikeConfig", "config_names", "load_config", "preset_names", "resolve_layout",
+    "SFTConfig", "SourceConfig", "SpikeConfig", "WatchdogConfig", "config_names", "load_config", "preset_names",
+    "resolve_layout",
 ]

@@ -39,9 +39,20 @@ class RewindConfig(Section):
     tries: Count = 3                                         # from one place; then the run gives up
 
 
+class WatchdogConfig(Section):
+    """Seconds that a rank may stay in one phase (`engine.reliability.watchdog`)."""
+
+    step_factor: Positive = 5.0                              # in a step: times the median step of this run, but
+    min_seconds: Positive = 60.0                             # at least this
+    start_seconds: Positive = 900.0                          # up to the end of the first step, and of an evaluation
+    save_seconds: Positive = 900.0                           # in a save
+    drain_seconds: Positive = 540.0                          # from a request to stop to the end, before it is cut short
+
+
 class ReliabilityConfig(Section):
     """What a run survives, and when it gives up."""
 
+    watchdog: WatchdogConfig | None = WatchdogConfig()       # null: only the collectives' timeout of ten minutes
     on_nonfinite: Literal["skip", "stop"] = "skip"           # a gradient that is not finite: stop gives up at once
     spike: SpikeConfig | None = SpikeConfig()                # null: nobody looks
     rewind: RewindConfig | None = RewindConfig()             # null: it gives up instead

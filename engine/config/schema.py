@@ -41,6 +41,7 @@ from engine.config.fields import (
 )
 from engine.config.length import BatchConfig, Ramp, Tokens, Warmup, read_tokens
 from engine.config.model import ModelConfig
+from engine.config.objectives import OBJECTIVES, PAIRS, ObjectiveName
 from engine.config.reliability import ReliabilityConfig
 from engine.config.yaml_values import dump_yaml
 from engine.errors import ConfigError
@@ -68,7 +69,7 @@ class RunConfig(Section):
 
     dir: Words = "runs/default"
     seed: Seed = 1234
-    objective: Literal["pretrain", "sft", "reward", "dpo", "orpo", "ppo", "grpo"] = "pretrain"
+    objective: ObjectiveName = "pretrain"                    # a row of engine.config.objectives
     name: Words | None = None                                # a label for logs and reports; default: the folder's name
     device: Literal["auto", "cpu", "cuda"] = "auto"          # auto: cuda where there is one
 
@@ -137,6 +138,7 @@ class CheckpointConfig(Section):
 
     every: NonNegative = 500
     keep: NonNegative = 3
+    keep_every: NonNegative = 0                              # saved and never deleted at its multiples; 0: none
     async_: bool = Field(default=True, validation_alias="async", serialization_alias="async")
     keep_best: bool | None = None                            # the weights of the lowest valid_loss; null: fine-tuning
     resume: Words = "auto"                                   # auto | never | path of a checkpoint
@@ -256,8 +258,6 @@ class Config(Section):
         if self.run.objective == "dpo" and self.dpo.reference == "live" and self.adapter is None:
             yield ("dpo.reference: live is the model without its adapter, and there is no adapter: set it to cached, "
                    "or train one")
-        if self.adapter is not None and self.adapter.dropout:
-            yield "adapter.dropout: this version has none; set it to 0"
         if self.adapter is None or HEAD not in self.adapter.targets:
             return
         if self.model.tie_embeddings:
@@ -280,6 +280,17 @@ class Config(Section):
                        "would be learned from it: give it a weight")
             if objective not in ("pretrain", "sft") and source.kind == "pretrain":
                 yield f"{source.path} is pretraining data (kind: pretrain), from which {objective} does not learn"
+
+    @property
+    def records(self) -> str | None:
+        """The kind of records in the run's conversation files; None: it learns from text."""
+        records = OBJECTIVES[self.run.objective].records
+        return "ranked" if self.run.objective == "reward" and self.reward.loss == "kwise" else records
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of a batch that one sample takes: 2 for a pair."""
+        return {PAIRS: 2, "ranked": self.reward.answers}.get(self.records or "", 1)
 
     @property
     def num_microbatches(self) -> int:

@@ -8,8 +8,6 @@ from engine.config.schema import Config
 
 # (true where the configuration asks for it, what it asks for, what to do instead)
 UNSUPPORTED: tuple[tuple[Callable[[Config], bool], str, str], ...] = (
-    (lambda c: c.run.objective in ("ppo", "grpo"), "run.objective ppo and grpo",
-     "use pretrain, sft, reward, dpo or orpo"),
     (lambda c: c.precision.fp8 != "off", "FP8", "set precision.fp8 to off"),
 )
 

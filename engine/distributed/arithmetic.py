@@ -35,5 +35,6 @@ def arithmetic(*, deterministic: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if deterministic:                                   # else untouched; the call alone imports torch's compiler
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory, matmul.allow_bf16_reduced_precision_reduction = switches

@@ -59,6 +59,10 @@ class TextRequest:
         as_json: print one JSON object per prompt.
         dtype: of the arithmetic, `fp32` or `bf16`; None: as in training.
         device: auto, cpu or cuda.
+        chat: prompts are what a user says, and texts the answers.
+        template: of conversations; None: the run's.
+        best_of: answers to each prompt, of which `reward_model` says which is best; 1: no choice.
+        keep_all: print all of them, best first.
     """
 
     checkpoint: str
@@ -72,8 +76,21 @@ class TextRequest:
     as_json: bool = False
     dtype: str | None = None
     device: str = "auto"
+    chat: bool = False
+    template: str | None = None
+    best_of: int = 1
+    reward_model: str | None = None
+    keep_all: bool = False
 
     def __post_init__(self) -> None:
+        if self.best_of < 1:
+            raise RequestError(f"--best-of {self.best_of}: at least 1")
+        if (self.best_of > 1) != (self.reward_model is not None):
+            raise RequestError("--best-of N, above 1, and --reward-model CHECKPOINT go together: it says which is best")
+        if self.token_ids and (self.chat or self.best_of > 1):
+            raise RequestError("--token-ids has no texts, which --chat and --best-of need")
+        if self.best_of > 1 and self.sampling.temperature == 0:
+            raise RequestError("--best-of with --temperature 0: all answers to a prompt would be the same")
         if not self.prompts:
             raise RequestError('no prompt: give --prompt "…" or --prompt-file FILE (one per line)')
         if self.max_new_tokens < 1:

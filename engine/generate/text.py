@@ -16,11 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from engine.checkpoint.read import CheckpointReader
+from engine.data.chat.conversation import USER, Turn
+from engine.data.chat.tokens import ChatEncoder
 from engine.data.tokenizer import Tokenizer
 from engine.distributed.environment import LaunchEnvironment
 from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
 from engine.errors import RequestError
+from engine.generate.best_of import best_of
 from engine.generate.generator import Generator, check_prompts
 from engine.generate.load import Wanted, inference_config, load_model, load_tokenizer_of, open_shared
 from engine.generate.request import Limits, TextRequest
@@ -84,18 +88,30 @@ def generate_text(request: TextRequest, topology: Topology, launched: LaunchEnvi
         config = inference_config(reader, topology, Wanted(request.dtype))
         tokenizer = TokenIds(config.model.vocab_size) if request.token_ids else \
             load_tokenizer_of(reader, request.tokenizer)
-        prompts = [encode(prompt, tokenizer, request.begin) for prompt in request.prompts]
+        encoder = _encoder(request, reader, tokenizer)
+        prompts = [encode(prompt, tokenizer, request.begin) if encoder is None else
+                   encoder.prompt((Turn(USER, prompt),)).tolist() for prompt in request.prompts]
         check_prompts(prompts, config.model)
         generator = Generator(load_model(reader, config, mesh), tokenizer.vocab_size)
         limits = Limits(request.max_new_tokens, {tokenizer.eod_id, *(() if request.token_ids else reader.end_ids)})
         say: Write = _print if mesh.rank == 0 else _keep_quiet
         timer = Timer(time.perf_counter())
-        if len(prompts) == 1 and not request.as_json:
+        if request.best_of > 1:
+            timer.num_tokens = best_of(request, generator, prompts, limits, tokenizer, encoder, topology, mesh, say)
+        elif len(prompts) == 1 and not request.as_json:
             _stream(generator, prompts[0], tokenizer, request, limits, say, timer)
         else:
             _batches(generator, prompts, tokenizer, request, limits, say, timer)
         if mesh.rank == 0:
             print(f"{reader.path}: {timer}\n{hint('checkpoint', 'inspect', request.checkpoint)}", file=sys.stderr)
+
+
+def _encoder(request: TextRequest, reader: CheckpointReader, tokenizer: Tokenizer) -> ChatEncoder | None:
+    """What makes conversations of prompts; None: they are texts to go on from."""
+    if not request.chat:
+        return None
+    data = (reader.metadata.get("config") or {}).get("data") or {}
+    return ChatEncoder(tokenizer, request.template or data.get("template") or "auto")
 
 
 def encode(prompt: str, tokenizer: Tokenizer, begin: bool) -> list[int]:
@@ -114,11 +130,13 @@ def _stream(generator: Generator, prompt: list[int], tokenizer: Tokenizer, reque
             say: Write, timer: Timer) -> None:
     """Prompt and text, as it is made."""
     decoder = tokenizer.stream()
-    say("".join(map(decoder.push, prompt)))
+    before = "".join(map(decoder.push, prompt))
+    say("" if request.chat else before)
     for [token] in generator.stream([prompt], request.sampling, limits):
         assert token is not None                             # the stream ends with its only text
         timer.add_one()
-        say(decoder.push(token))
+        if not (request.chat and token in limits.stop_ids):
+            say(decoder.push(token))
     say(decoder.flush() + "\n")
 
 
@@ -129,7 +147,8 @@ def _batches(generator: Generator, prompts: list[list[int]], tokenizer: Tokenize
         part = prompts[first : first + request.batch_size]
         for number, new in enumerate(generator.generate(part, request.sampling, limits, first), first):
             timer.num_tokens += len(new)
-            text = tokenizer.decode([*prompts[number], *new])
+            said = new[:-1] if request.chat and new[-1] in limits.stop_ids else new
+            text = tokenizer.decode(said if request.chat else [*prompts[number], *new])
             if request.as_json:
                 say(json.dumps({"prompt": request.prompts[number], "text": text, "tokens": new,
                                 "stop": "eod" if new[-1] in limits.stop_ids else "length"}, ensure_ascii=False) + "\n")

@@ -49,6 +49,7 @@ from types import FrameType
 from typing import Any
 
 from engine.distributed.environment import LaunchEnvironment, child_environment
+from engine.distributed.last_words import error_path, log_path, write_down
 from engine.errors import OctantError, WorkerError
 
 STOP_SIGNALS = (SIGTERM, SIGINT, SIGHUP, SIGUSR1)
@@ -65,26 +66,6 @@ class RankFailure(WorkerError):
     def __init__(self, message: str, exit_code: int, kind: str = "") -> None:
         super().__init__(message)
         self.exit_code, self.kind = exit_code, kind
-
-
-def log_path(run_dir: Path, rank: int) -> Path:
-    """Where a rank's output goes."""
-    return run_dir / "logs" / f"rank-{rank:05d}.log"
-
-
-def error_path(run_dir: Path, rank: int) -> Path:
-    """Where a rank writes down why it fails."""
-    return run_dir / "logs" / f"rank-{rank:05d}.error.json"
-
-
-def write_down(run_dir: Path, rank: int, error: BaseException, exit_code: int) -> None:
-    """Called by a rank that is about to fail; does its best."""
-    text = str(error) or type(error).__name__
-    path = error_path(run_dir, rank)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"time": time.time(), "type": type(error).__name__, "message": text,
-                                    "exit_code": exit_code}), encoding="utf-8")
 
 
 def end_with_parent() -> None:
@@ -240,15 +221,15 @@ def _first_cause(codes: Sequence[int | None], run_dir: Path) -> RankFailure:
     """
     written = _written(len(codes), run_dir)
     silent = [rank for rank, code in enumerate(codes) if code not in (None, 0, 3) and rank not in written]
-    own = [rank for rank, entry in written.items() if entry["exit_code"] == 2 or entry["type"] == "BrokenPipeError"
+    own = [rank for rank, entry in written.items() if entry["exit_code"] != 1 or entry["type"] == "BrokenPipeError"
            or not LOST_PEER.search(entry["message"])]
     frozen = [rank for rank, code in enumerate(codes) if code is None and rank not in written]
     for rank in [rank for rank in silent if codes[rank] != -SIGABRT] or ([] if own else frozen or silent):
         return _silent_failure(rank, codes[rank], run_dir)
     rank = min(own or written, key=lambda rank: written[rank]["time"])
     first = written[rank]
-    if first["exit_code"] == 2:
-        return RankFailure(first["message"], 2, first["type"])
+    if first["exit_code"] != 1:                          # a wrong request, or a watchdog, which names the rank itself
+        return RankFailure(first["message"], first["exit_code"], first["type"])
     return RankFailure(f"rank {rank} failed first: {first['type']}: {first['message']}\n"
                        f"its traceback is in {log_path(run_dir, rank)}", 1, first["type"])
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import AdapterConfig
+from engine.model.dropout import Noise, drop, layer_key
 from engine.model.layers import Linear
 from engine.model.parameters import new_parameter, spec_of
 from engine.model.projections import FUSED, Fused, adapter_specs, require_targets
@@ -50,7 +51,10 @@ class Adapter(nn.Module):
 
     Attributes:
         active: it adds anything; without, the layer is what it was.
+        noise: which tokens it works on, where some of its input is to be dropped.
     """
+
+    noise: Noise | None = None
 
     def __init__(self, weight: ParamSpec, fused: Fused, projections: tuple[Projection, ...],
                  config: AdapterConfig) -> None:
@@ -58,6 +62,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.dim, self.size = fused.dim, weight.shape[fused.dim]
         self.projections, self.config, self.active = projections, config, True
+        self.key = layer_key(weight.name)
         a, *bs = adapter_specs(weight, fused, [(each.name, each.length) for each in projections], config.rank)
         self.a = new_parameter(a)
         for projection, spec in zip(projections, bs, strict=True):
@@ -72,7 +77,7 @@ class Adapter(nn.Module):
         """[..., prod(out)] and [..., in] → y, with what the adapters make of x added in place."""
         if not self.active:
             return y
-        each = (self.inner(x) * self.config.scale).split(self.config.rank, dim=-1)
+        each = (self.inner(self.dropped(x)) * self.config.scale).split(self.config.rank, dim=-1)
         parts = [self.outer(projection, its) for projection, its in zip(self.projections, each, strict=True)]
         if len(parts) == 1 and self.projections[0].length == self.size:
             return y.add_(parts[0])
@@ -85,6 +90,21 @@ class Adapter(nn.Module):
         shape[self.dim] = self.size                     # where there are several, this is not the dimension that is cut
         whole = y.unflatten(-1, shape)
         return [whole.narrow(self.dim - len(shape), each.start, each.length) for each in self.projections]
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x without some of its elements, if the batch says that it is to be so."""
+        keys_SB = None if self.noise is None else self.noise.keys_SB
+        if keys_SB is None:
+            return x
+        return drop(x, self.of_tokens(keys_SB), self.key, self.config.dropout, self.first_feature(x))
+
+    def of_tokens(self, keys_SB: Tensor) -> Tensor:
+        """Those of the tokens of x."""
+        return keys_SB
+
+    def first_feature(self, x: Tensor) -> int:
+        """Index of x's first feature in the whole layer."""
+        return 0
 
     def inner(self, x: Tensor) -> Tensor:
         """A·x: [..., in] → [..., projections · rank]."""
@@ -119,6 +139,7 @@ def attach_adapters(chunk: Transformer, config: AdapterConfig) -> None:
         ConfigError: the model does not have one of them.
     """
     require_targets(chunk.config, config)
+    noise = Noise() if config.dropout else None
     for parameter in chunk.parameters():
         spec = spec_of(parameter)
         if spec.name != SCORE:
@@ -131,3 +152,6 @@ def attach_adapters(chunk: Transformer, config: AdapterConfig) -> None:
         targets = tuple(Projection(*row) for row in fused.rows(spec.shape[fused.dim]) if config.adapts(row[0]))
         if targets:
             module.adapter = Adapter(spec, fused, targets, config)
+            module.adapter.noise = noise
+    if noise is not None:
+        noise.during(chunk)

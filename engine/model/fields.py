@@ -32,6 +32,7 @@ LOSS_MASK = Field("loss_mask_SB")
 ATTENTION_MASK = Field("attention_mask", sequence_dim=2, batch_dim=0)      # of its two sequences the queries' is cut
 OWN = (TOKENS, POSITIONS, LABELS, LOSS_MASK, ATTENTION_MASK)
 
+NOISE = Field("noise_SB")                                    # int64: the tokens' numbers in random masks
 PTX = Field("is_ptx_B", sequence_dim=None, batch_dim=0)      # in fine-tuning: which rows are pretraining data
 
 # Of comparisons: a sample is several rows, one for each answer to a prompt, best first.  The loss mask of a row is on

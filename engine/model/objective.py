@@ -23,6 +23,7 @@ from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from engine.config import Config
 from engine.model.context import Batch
 from engine.model.fields import Field
 
@@ -103,3 +104,8 @@ class NextToken(Objective):
 
 
 NEXT_TOKEN = NextToken()
+
+
+def next_token(config: Config) -> Objective:
+    """What `run.objective: pretrain` trains."""
+    return NEXT_TOKEN

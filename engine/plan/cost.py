@@ -58,6 +58,11 @@ class UnitCost:
     weight: Pass
 
 
+def _at_least(each: Pass, seconds: float) -> Pass:
+    """The pass, stretched where the host takes longer to start it; what it waits for is computation."""
+    return each + Pass(max(seconds - each.total, 0.0))
+
+
 @dataclass(frozen=True)
 class Group:
     """Ranks of a collective: how many, and how many of them share a node."""
@@ -137,9 +142,19 @@ class Clock:
             again = Pass(recompute=forward.compute, tensor_comm=forward.tensor_comm)
         elif recompute == "selective":
             again = Pass(recompute=scores if self.practice.selective == "attention" else rest * 0.6)
+        host = self._host(len(matrices), divided=self.sizes.divided)
+        forward = _at_least(forward, host)
         slower = 2.5 if self.practice.fused_attention else 2.0     # fused attention computes its scores again
         backward = Pass(inputs + attention * slower + rest * 1.6, self._collectives(backward=True))
-        return UnitCost(forward, backward + again, Pass(weights))
+        backward, weight = backward + again, Pass(weights)
+        held_up = _at_least(backward + weight, host * (2 + (recompute == "full"))) + (backward + weight) * -1.0
+        return UnitCost(forward, backward + held_up, weight)
+
+    def _host(self, num_matrices: int, divided: bool) -> float:
+        """Seconds until the host has started a forward pass; backward, with two products for one, it is twice that."""
+        reached, practice = self.device.reached, self.practice
+        kernels = num_matrices + practice.kernels + (1 if practice.fused_attention else 6)
+        return kernels * reached.dispatch + divided * (4 if self.sizes.gathers else 2) * reached.dispatch_collective
 
     def _attention(self) -> tuple[float, float]:
         """Forward seconds of attention, and of its scores alone where they are written out."""
@@ -151,7 +166,7 @@ class Clock:
         if self.practice.fused_attention:
             return device.reached.kernel + flops / 2 / (peak * device.reached.attention), 0.0
         # two batched products over the whole square, and passes over the scores: scale and softmax, dropout
-        moved = sizes.tokens * length * heads * (2 * 4 + (5 if self.practice.dropout else 0))
+        moved = sizes.tokens * length * heads * self.practice.score_bytes
         depth = config.model.head_dim / (config.model.head_dim + device.reached.half_depth)
         seconds = flops / (peak * device.reached.product * depth) + self.stream(moved, 4)
         return seconds, seconds
@@ -180,7 +195,9 @@ class Clock:
         weight = sum(self.product(n, k, tokens, compute) for _, n, k in trained)
         loss = self.stream(2 * self.sizes.logits + 3 * wide, 6)
         comm = self.collective(self.sizes.full, self.tensor)
-        return UnitCost(Pass(forward + loss, comm), Pass(backward + loss, comm), Pass(weight))
+        host = self._host(len(matrices), self.sizes.divided)
+        return UnitCost(_at_least(Pass(forward + loss, comm), host),
+                        _at_least(Pass(backward + loss, comm), 2 * host), Pass(weight))
 
     def embedding(self) -> UnitCost:
         """The look-up."""

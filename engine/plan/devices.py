@@ -41,6 +41,8 @@ class Reached:
         attention: share of the peak that fused attention reaches, forward; backward is four fifths of it.
         stream: share of the memory's bandwidth that elementwise kernels reach.
         kernel: seconds that a kernel costs besides: its launch, and the time until all of it is busy.
+        dispatch, dispatch_collective: seconds of the host until it has started a kernel, or a collective; where a
+            layer's kernels are shorter than that together, the host sets the pace.
         link, network: shares of the links' and the network's bandwidth that collectives reach.
         latency, far: seconds of a step of a collective inside a node, and between nodes.
     """
@@ -51,6 +53,8 @@ class Reached:
     attention: float = 0.60
     stream: float = 0.80
     kernel: float = 5e-6
+    dispatch: float = 21e-6
+    dispatch_collective: float = 160e-6
     link: float = 0.80
     network: float = 0.80
     latency: float = 4e-6
@@ -81,17 +85,25 @@ class Device:
 
 
 def _gpu(name: str, gib: float, bf16: float, fp8: float, fp32: float, bandwidth: float, link: float, gbit: float,
-         **reached: float) -> Device:
+         /, **reached: float) -> Device:
     peaks = {"fp32": fp32 * TFLOP, "bf16": bf16 * TFLOP} | ({"fp8": fp8 * TFLOP} if fp8 else {})
     return Device(name, gib * 2**30, peaks, bandwidth * GB, link * GB, gbit * GBIT, reached=Reached(**reached))
 
 
+# Fitted to the runs that docs/planning.md names, by the device they ran on; the rest of these numbers are the defaults.
+A100 = {"product": 0.81, "half_depth": 50.0, "attention": 0.55, "stream": 0.87, "kernel": 12e-6, "link": 0.93,
+        "network": 0.95, "latency": 10e-6, "far": 32e-6}
+H100 = {"product": 0.64, "product_fp8": 0.51, "half_depth": 120.0, "attention": 0.42, "stream": 0.89, "kernel": 8e-6,
+        "link": 0.92, "network": 0.95, "far": 20e-6, "dispatch": 12e-6, "dispatch_collective": 80e-6}
+B200 = {"product": 0.42, "product_fp8": 0.34, "half_depth": 110.0, "attention": 0.42, "stream": 0.70, "kernel": 12e-6,
+        "link": 0.51, "dispatch": 12e-6, "dispatch_collective": 80e-6}
+
 DEVICES = MappingProxyType({device.name: device for device in (
-    _gpu("a100-40g", 39.4, 312, 0, 19.5, 1555, 300, 200),
-    _gpu("a100-80g", 79.1, 312, 0, 19.5, 2039, 300, 200),
-    _gpu("h100-sxm", 79.1, 989, 1979, 67, 3350, 450, 400, product=0.64, product_fp8=0.50),
-    _gpu("h200", 139.8, 989, 1979, 67, 4800, 450, 400, product=0.64, product_fp8=0.50),
-    _gpu("b200", 178.3, 2250, 4500, 80, 8000, 900, 400),
+    _gpu("a100-40g", 39.4, 312, 0, 19.5, 1555, 300, 200, **A100),
+    _gpu("a100-80g", 79.1, 312, 0, 19.5, 2039, 300, 200, **A100),
+    _gpu("h100-sxm", 79.1, 989, 1979, 67, 3350, 450, 400, **H100),
+    _gpu("h200", 139.8, 989, 1979, 67, 4800, 450, 400, **H100),
+    _gpu("b200", 178.3, 2250, 4500, 80, 8000, 900, 400, **B200),
     _gpu("rtx-4090", 23.5, 165, 330, 82.6, 1008, 32, 100),
     replace(_gpu("cpu", 16, 0.1, 0, 0.05, 10, 2, 10, kernel=2e-5, latency=1e-4, far=1e-4), per_node=64),
 )})

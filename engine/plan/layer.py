@@ -21,7 +21,6 @@ from engine.plan.tape import Tape
 
 FP32 = 4
 ID = 8                                     # bytes of a token id
-ROWS = {"reward": 2, "dpo": 2, "orpo": 2}  # rows of a batch that one sample takes, where it is a pair
 
 # Names under which memory is held, where more than one function must know them.
 INPUT, BETWEEN_HALVES, GRADIENT = "layer inputs", "inputs between halves", "gradient"
@@ -80,7 +79,7 @@ class Sizes:
         """Of the resolved `config`."""
         model, parallel = config.model, config.parallel
         width, tensor = (FP32 if config.precision.compute == "fp32" else 2), parallel.tensor
-        inside = config.batch.micro * ROWS.get(config.run.objective, 1) * config.data.seq_len / parallel.context
+        inside = config.batch.micro * config.rows_per_sample * config.data.seq_len / parallel.context
         outside = inside / tensor if parallel.sequence else inside
         kind = mlp_of(model)
         head = end_specs(model).get("output_layer.weight")

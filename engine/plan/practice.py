@@ -22,6 +22,8 @@ class Practice:
         tensor_hidden: share of the tensor axis' collectives that runs under products.
         data_hidden: gradients are reduced, and weights gathered, while others are computed.
         gradient_bytes: in which gradients travel.
+        scatters: messages between stages carry a tensor rank's part also without sequence parallelism.
+        score_bytes: bytes through memory for a score that is written out, forward: softmax, mask, dropout.
         selective: what selective recomputation does again: `attention` scores, or `norms` and activation.
     """
 
@@ -34,13 +36,15 @@ class Practice:
     tensor_hidden: float = 0.0
     data_hidden: bool = True
     gradient_bytes: int = 4
+    scatters: bool = False
+    score_bytes: float = 13.0
     selective: str = "norms"
 
 
 OCTANT = Practice("octant")
 MEGATRON_2021 = Practice("Megatron-LM 2021", fused_attention=False, dropout=True, hidden_passes=16, kernels=16,
-                         data_hidden=False, gradient_bytes=2, selective="attention")
+                         data_hidden=False, gradient_bytes=2, scatters=True, selective="attention")
 MEGATRON_2022 = Practice("Megatron-LM 2022", fused_attention=False, dropout=True, hidden_passes=14, kernels=16,
-                         data_hidden=False, gradient_bytes=2, selective="attention")
+                         data_hidden=False, gradient_bytes=2, scatters=True, selective="attention")
 NEMO_2025 = Practice("NeMo 2025", hidden_passes=8, kernels=10, gathers_again=True, tensor_hidden=0.6)
 TORCHTITAN = Practice("torchtitan", hidden_passes=8, kernels=10)

@@ -74,7 +74,8 @@ def step_time(config: Config, device: Device, practice: Practice = OCTANT) -> St
     slowest = max(range(parallel.pipeline), key=work.__getitem__)
     mine = [chunk for chunk, owner in enumerate(placement) if owner == slowest]
     near = parallel.tensor * parallel.context * parallel.data_size * 2 <= device.per_node
-    message = clock.message(clock.sizes.hidden, near) if parallel.pipeline > 1 else 0.0
+    hidden = clock.sizes.full / parallel.tensor if practice.scatters else clock.sizes.hidden
+    message = clock.message(hidden, near) if parallel.pipeline > 1 else 0.0
     crossing = sum(2 for chunk in mine if chunk > 0 and placement[chunk - 1] != slowest)
     crossing += sum(2 for chunk in mine if chunk + 1 < len(placement) and placement[chunk + 1] != slowest)
     pipeline = _elapsed(config, lambda action: chunks[action.chunk].of(action.kind) + _waits(

@@ -34,6 +34,8 @@ from engine.distributed.collectives import all_reduce
 from engine.distributed.mesh import Mesh
 from engine.errors import DataError
 from engine.model.context import Batch, document_mask, document_positions
+from engine.model.dropout import token_keys
+from engine.model.fields import NOISE
 from engine.model.objective import Objective
 from engine.parallel.context.zigzag import context_part
 
@@ -97,10 +99,11 @@ class HostStep:
 
 @dataclass(frozen=True)
 class StepBatches:
-    """This rank's microbatches of one step, and the objective's count of all of them on all ranks."""
+    """This rank's microbatches of one step; the objective's count, and the samples, of all of them on all ranks."""
 
     microbatches: Microbatches
     divisor: Tensor | int
+    num_samples: int
 
 
 def sample_indices(first: int, microbatch: int, config: Config, data_index: int) -> range:
@@ -134,11 +137,13 @@ class Loader:
             DataError: a sample cannot be read, or is the first one of the run whose labels do not all count.
         """
         host = self._next[1].result() if self._next is not None and self._next[0] == first else self._read(first)
-        following = first + self._ramp.size(first)
+        num_samples = self._ramp.size(first)
+        following = first + num_samples
         self._next = None
         if self._reader is not None and following < self._stop:
             self._next = following, self._reader.submit(self._read, following)
-        return StepBatches(Microbatches(host.microbatches, self._mesh, self._uses), self._count(host.count))
+        microbatches = Microbatches(host.microbatches, self._mesh, self._uses)
+        return StepBatches(microbatches, self._count(host.count), num_samples)
 
     def close(self) -> None:
         """Reads no further."""
@@ -202,6 +207,20 @@ def up_to(samples: Samples, stop: int) -> Samples:
                        rest=tuple(masked(other, counts) for other in row.rest))
 
     return lambda index: masked(samples(min(index, stop - 1)), index < stop)
+
+
+def noisy(samples: Samples, seed: int) -> Samples:
+    """The samples, with numbers of their tokens from which random masks are made."""
+    def numbered(row: Sample, index: int, place: int) -> Sample:
+        keys = token_keys(seed, index, place, len(row.tokens) - 1)
+        return replace(row, extra={**row.extra, NOISE: keys})
+
+    def sample(index: int) -> Sample:
+        first = samples(index)
+        rest = tuple(numbered(row, index, place) for place, row in enumerate(first.rest, 1))
+        return replace(numbered(first, index, 0), rest=rest)
+
+    return sample
 
 
 def _use_device(device: torch.device) -> None:

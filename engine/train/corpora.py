@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import Config, SourceConfig
+from engine.config.objectives import OBJECTIVES
 from engine.data.chat.comparisons import ComparisonSource
 from engine.data.chat.corpus import ChatCorpus
 from engine.data.chat.rows import ConversationSource, Fit
@@ -20,10 +21,6 @@ from engine.data.tokenizer_identity import TOKENIZER, TokenizerInfo
 from engine.data.training_data import TrainingData
 from engine.errors import DataError
 from engine.model.fields import PTX
-
-# What the records of conversation files must be, by objective (a kind of `engine.data.chat.kinds`).
-KIND_OF: Mapping[str, str] = MappingProxyType({"sft": "conversations", "reward": "pairs", "dpo": "pairs",
-                                               "orpo": "pairs"})
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Corpora:
                             f"max_epochs the corpora give {there}: lower steps, raise max_epochs or add data")
         valid = opener.open([_once(source) for source in data.valid], shuffle=False) if data.valid else None
         corpora = Corpora(train, valid, opener.tokenizer)
-        if valid is not None and config.eval.every and (data.document_mask or config.run.objective != "pretrain"):
+        if valid is not None and config.eval.every and (data.document_mask or config.records is not None):
             num = corpora.num_evaluated(config)
             require_labels(", ".join(valid.source_names), map(valid.sample, range(num)), num)
         return corpora
@@ -119,28 +116,22 @@ class _Opener:
             return replace(corpus, tags=tags)
         fit = Fit(data.seq_len, self.pad_id, data.pack, data.too_long, data.on_error)
         prefix = self.prepared.get(source.path, source.path)
-        kind = kind_of(config)
+        kind = config.records
         if (there := ChatCorpus(prefix).kind) != kind:
             raise DataError(f"{source.path} is of {there}; run.objective {objective} learns from {kind}")
         opened: ConversationSource | ComparisonSource
         if objective == "sft":
             opened = replace(ConversationSource.open(prefix, source, fit, vocab_size), tags=tags)
         else:
-            opened = ComparisonSource.open(prefix, source, fit, vocab_size, scored=objective == "reward", answers=2
-                                           if kind == "pairs" else config.reward.answers, margins=config.reward.margin)
+            opened = ComparisonSource.open(prefix, source, fit, vocab_size, scored=objective == "reward",
+                                           answers=config.rows_per_sample, margins=config.reward.margin)
         check_tokenizer(prefix, opened.corpus.sidecar, vocab_size, self.tokenizer)
         return opened
 
 
-def kind_of(config: Config) -> str:
-    """What the records of a run's conversation files must be: a kind of `engine.data.chat.kinds`."""
-    ranked = config.run.objective == "reward" and config.reward.loss == "kwise"
-    return "ranked answers" if ranked else KIND_OF[config.run.objective]
-
-
 def is_of_text(source: SourceConfig, objective: str) -> bool:
     """Whether a source is a corpus of text, and not of conversations."""
-    return (source.kind or ("pretrain" if objective == "pretrain" else "chat")) == "pretrain"
+    return (source.kind or ("chat" if OBJECTIVES[objective].records else "pretrain")) == "pretrain"
 
 
 def _pad_id(tokenizer: Tokenizer | None) -> int:

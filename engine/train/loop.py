@@ -41,11 +41,12 @@ from engine.metrics.sinks import open_sinks
 from engine.metrics.throughput import throughput
 from engine.model.flops import flops_per_token
 from engine.optim.gradients import clip_divisor, sum_over_world
-from engine.optim.schedule import rate_of
+from engine.optim.schedule import LearningRates
 from engine.parallel.replicas import check_replicas
 from engine.reliability.inject import Injector
 from engine.reliability.spikes import SPIKES, SpikeMonitor
-from engine.train.batches import Loader
+from engine.reliability.wishes import Wishes
+from engine.train.batches import Loader, noisy
 from engine.train.corpora import Corpora
 from engine.train.evaluation import evaluate
 from engine.train.hooks import Hook
@@ -58,7 +59,7 @@ from engine.train.role import Role, RoleState
 from engine.train.run_folder import writing
 from engine.train.start import take_over
 from engine.train.state import TrainState
-from engine.train.tally import STOP, UNLOGGED, Line, Tally, Verdict
+from engine.train.tally import SAVE, STOP, UNLOGGED, Line, Tally, Verdict
 
 IN_STEP = ("load", "forward_backward", "reduce", "update", "publish", "read")          # the phases of every step
 BESIDES = ("check_replicas", "evaluate", "save")                                       # of hooks, those that take time
@@ -73,6 +74,8 @@ class Trainer:
         stop_requested: asked in every step; when any rank says yes, all save and stop.
         hooks: what is due after steps, in order.
         best: keeps the weights of the lowest held-out loss.
+        wishes: what people ask for by files; on rank 0.
+        asked_to_save: they ask for a save now, as all ranks have heard.
         spiked: the step of a spike that the run is to go back for.
         logged_samples: how many were consumed when the last line was logged.
         row: the record of the step just done, as far as it is known.
@@ -91,9 +94,12 @@ class Trainer:
     spikes: SpikeMonitor
     phases: Phases
     profiler: StepProfiler
+    wishes: Wishes
+    learning_rates: LearningRates
     best: BestWeights | None = None
     saved_step: int = -1
     evaluated: tuple[int, dict[str, float]] = (-1, {})           # the latest evaluation: its step, its numbers
+    asked_to_save: bool = False
     spiked: int | None = None
     logged_samples: int = 0
     verdict: Verdict = field(default_factory=Verdict)
@@ -107,25 +113,28 @@ class Trainer:
             Hook("evaluate", self._evaluate, every=config.eval.every if self.corpora.valid else 0),
             Hook("log", self._log, when=lambda _: bool(self.row)),
             Hook("anomaly", self._go_back, when=lambda _: self._anomaly() is not None),
-            Hook("save", self._save, every=config.checkpoint.every),
+            Hook("save", self._save, every=config.checkpoint.every,
+                 when=lambda step: self.asked_to_save or step % (config.checkpoint.keep_every or math.inf) == 0),
             Hook("save", lambda: self._report_saves(self.writer.poll()), every=1),
         )
 
     @staticmethod
     def start(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: Callable[[], bool],
-              stamped: bool = False) -> Trainer:
+              stamped: bool = False, phases: Phases | None = None) -> Trainer:
         """Builds this rank's part of the run and takes over the checkpoint it goes on from, if there is one.
 
-        `stamped`: lines carry the time of day.
+        Args:
+            stamped: lines carry the time of day.
+            phases: of this run, where somebody listens to them already.
 
         Raises:
             RequestError: the run's folder cannot be written, or a place for metrics cannot be used.
             CheckpointError: a checkpoint was asked for, or is there, and none can be used.
             ConfigError: `run.objective` cannot be trained.
         """
-        phases = Phases(mesh.device)
+        phases, directory = phases or Phases(mesh.device), Path(config.run.dir)
         state = TrainState((RoleState.on(mesh, Role.of(config, objective_of(config)), config),))
-        model, directory, group = state.model, Path(config.run.dir), mesh.world.group
+        model, group = state.model, mesh.world.group
         tally = Tally(len(model.objective.sums), mesh.device)
         spikes = SpikeMonitor(config.reliability.spike, mesh.device)
         said: list[str] = []
@@ -135,7 +144,7 @@ class Trainer:
         faults = config.reliability.inject or ()
         injector = Injector(faults, mesh.rank, directory, model.buckets)
         writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_,
-                                  group, on_point=injector.at_point)
+                                  group, milestones=config.checkpoint.keep_every, on_point=injector.at_point)
         journal = Journal()
         if mesh.rank == 0:
             with writing(directory):
@@ -149,10 +158,13 @@ class Trainer:
             phases.listeners.append(injector)
         if config.profile.steps and mesh.rank in config.profile.ranks:
             phases.listeners.append(profiler)
-        loader = Loader(corpora.train.sample, config, mesh, model.objective, uses=len(model.chunks) * passes(model),
+        drops = config.adapter is not None and config.adapter.dropout > 0
+        samples = noisy(corpora.train.sample, config.run.seed) if drops else corpora.train.sample
+        loader = Loader(samples, config, mesh, model.objective, uses=len(model.chunks) * passes(model),
                         ahead=True)
         return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, spikes, phases,
-                       profiler, BestWeights(directory, group) if keeps_best(config) and corpora.valid else None,
+                       profiler, Wishes(directory), LearningRates.of(config),
+                       BestWeights(directory, group) if keeps_best(config) and corpora.valid else None,
                        saved_step=state.step if state.step else -1, logged_samples=state.consumed_samples)
 
     def run(self) -> bool:
@@ -181,7 +193,6 @@ class Trainer:
     def _step(self) -> None:
         """One step, and what the host hears of it."""
         config, state, model, phase = self.config, self.state, self.state.model, self.phases
-        size = config.ramp.size(state.consumed_samples)
         with phase("load"):
             batches = self.loader.step(state.consumed_samples)
         divisor = batches.divisor
@@ -193,7 +204,7 @@ class Trainer:
             sums = sum_over_world(own, model.buckets, self.mesh, num_sums=len(model.objective.sums),
                                   flag=self._flag(), reproducible=config.parallel.reproducible)
         with phase("update"):
-            lr = rate_of(config, state.step + 1, state.consumed_samples + size)
+            lr = self.learning_rates(state.step + 1, state.consumed_samples + batches.num_samples)
             skipped = torch.isfinite(sums.grad_norm).logical_not()
             if not isinstance(divisor, int):
                 skipped |= divisor == 0
@@ -206,7 +217,7 @@ class Trainer:
         with phase("publish"):
             model.publish()
         state.step += 1
-        state.consumed_samples += size
+        state.consumed_samples += batches.num_samples
         with phase("read"):
             self.spikes.remember(loss, sums.grad_norm, skipped)
             self.tally.add(sums, divisor, skipped.float(), z, is_spike.float())
@@ -223,10 +234,14 @@ class Trainer:
         self._tell(before, self.verdict)
 
     def _flag(self) -> float:
-        return STOP if self.stop_requested() else 0.0
+        """What this rank tells all others in a step."""
+        if self.mesh.rank == 0:
+            self.wishes.look()
+        return STOP * (self.stop_requested() or self.wishes.stop) + SAVE * self.wishes.save
 
     def _tell(self, before: Verdict, now: Verdict) -> None:
         """Notes what has happened between two verdicts."""
+        self.asked_to_save = now.saves > before.saves
         if now.skips > before.skips:
             self.journal.incident("skip", now.step, {"steps": now.skips - before.skips, "in_a_row": now.skips_in_a_row})
         if now.spikes > before.spikes:
@@ -294,6 +309,7 @@ class Trainer:
     def _save(self) -> None:
         metadata = self.state.metadata(self.config, self.corpora.fingerprint()) | {
             UNLOGGED: self.tally.state(), SPIKES: self.spikes.state(), **self._scale()}
+        self.wishes.saving()
         self.writer.save(self.state.step, self.state.pieces(), metadata)
         self.saved_step = self.state.step
 

@@ -19,6 +19,9 @@ from engine.distributed.topology import Topology
 from engine.hints import hint
 from engine.kernels.table import describe
 from engine.metrics.events import about_this_start, append_event
+from engine.metrics.phases import Phases
+from engine.reliability.watchdog import watched
+from engine.reliability.wishes import DONE_FILE
 from engine.train.corpora import Corpora
 from engine.train.journal import Journal
 from engine.train.loop import Trainer
@@ -49,11 +52,13 @@ def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | N
         with arithmetic(deterministic=config.parallel.reproducible), \
                 joined_mesh(launched, topology, config.run.device, checked=config.parallel.debug_collectives) as mesh:
             stamped = launched is not None and launched.launcher != "octant"
-            return keep_training(config, mesh, corpora, stop_requested, stamped, doctor_report, said)
+            return keep_training(config, mesh, corpora, stop_requested, stamped, doctor_report, said,
+                                 prepared)
 
 
 def keep_training(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: Callable[[], bool],
-                  stamped: bool = False, doctor_report: str = "", notes: Sequence[str] = ()) -> bool:
+                  stamped: bool = False, doctor_report: str = "", notes: Sequence[str] = (),
+                  prepared: Mapping[str, str] = MappingProxyType({})) -> bool:
     """Trains to the end, however often the run goes back before an anomaly; arguments and result as of `run_rank`.
 
     Args:
@@ -65,14 +70,21 @@ def keep_training(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: 
         except GoBack as back:
             plan = back.plan                                 # and no more: the traceback holds the whole model
         config, notes = go_back(config, plan, mesh.world.group), _say_back(plan)
-        corpora = Corpora.open(config)
+        corpora = Corpora.open(config, prepared)
 
 
 def _train(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: Callable[[], bool], stamped: bool,
            doctor_report: str, notes: Sequence[str]) -> bool:
     """From a checkpoint, or the beginning, to the end."""
     directory = Path(config.run.dir)
-    trainer = Trainer.start(config, mesh, corpora, stop_requested, stamped)
+    phases = Phases(mesh.device)
+    with watched(config.reliability.watchdog, phases, mesh.rank, mesh.world.size, directory):
+        trainer = Trainer.start(config, mesh, corpora, stop_requested, stamped, phases)
+        return _run(trainer, directory, stamped, doctor_report, notes)
+
+
+def _run(trainer: Trainer, directory: Path, stamped: bool, doctor_report: str, notes: Sequence[str]) -> bool:
+    config, mesh = trainer.config, trainer.mesh
     try:
         if mesh.rank == 0:
             _write_about(trainer, directory, doctor_report)
@@ -82,6 +94,9 @@ def _train(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: Callabl
             _sign(mesh, "begins")
         finished = trainer.run()
         if mesh.rank == 0:
+            if finished:
+                with writing(directory):
+                    write_whole(directory / DONE_FILE, f"{trainer.state.step}\n")
             trainer.journal.incident("end", trainer.state.step, {"finished": finished})
             _say_goodbye(trainer.journal, config, finished)
         elif not stamped:
@@ -97,6 +112,8 @@ def _write_about(trainer: Trainer, directory: Path, doctor_report: str) -> None:
         report = [doctor_report, "\nOperations of this run", *describe(trainer.state.model.operations)]
         write_whole(directory / DOCTOR_FILE, "\n".join(report) + "\n")           # first: the sign of a run
         write_whole(directory / CONFIG_FILE, trainer.config.dump())
+        if trainer.state.step < trainer.config.steps:
+            (directory / DONE_FILE).unlink(missing_ok=True)
         append_event(directory, "start", trainer.state.step,
                      about_this_start(trainer.mesh.world.size, device_name(trainer.mesh.device)))
 

@@ -115,15 +115,15 @@ def _compute(model: ParallelModel, source: ComparisonSource) -> Numbers:
     loader = Loader(samples, config, mesh, model.objective, uses=len(model.chunks))
     everyone = torch.zeros(count, source.answers, dtype=torch.float32)
     counts = mesh.tensor.index == 0 and mesh.context.index == 0
-    for first in range(0, count, config.batch.global_):
+    first = 0
+    while first < count:
         measured = model.evaluate(loader.step(first).microbatches, log_probabilities)
-        if measured is None or not counts:
-            continue
-        rows = measured.cpu().view(config.num_microbatches, config.batch.micro, source.answers)
-        for m, row in enumerate(rows):
-            for index, numbers in zip(sample_indices(first, m, config, mesh.data.index), row, strict=True):
-                if index < count:
-                    everyone[index] = numbers
+        if measured is not None and counts:
+            for m, row in enumerate(measured.cpu().view(-1, config.batch.micro, source.answers)):
+                for index, numbers in zip(sample_indices(first, m, config, mesh.data.index), row, strict=True):
+                    if index < count:
+                        everyone[index] = numbers
+        first += config.ramp.size(first)
     all_reduce(everyone, mesh.world)
     return everyone.numpy()
 

@@ -2,11 +2,30 @@
 
 A Python signal handler runs between two instructions of the main thread, so it does no more than remember.  All ranks
 settle in the next step's sum that one of them was asked, and all save and stop after the same step.
+
+A main thread that is stuck in a collective never runs its handler.  But the interpreter's own, in C, writes a byte into
+a pipe as any signal arrives; a helper thread reads it, and ends the process when the time for stopping is up.
 """
 
 from __future__ import annotations
 
-from signal import SIG_BLOCK, SIG_DFL, SIG_IGN, SIG_UNBLOCK, SIGINT, getsignal, pthread_sigmask, signal
+import faulthandler
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from signal import (
+    SIG_BLOCK,
+    SIG_DFL,
+    SIG_IGN,
+    SIG_UNBLOCK,
+    SIGINT,
+    getsignal,
+    pthread_sigmask,
+    set_wakeup_fd,
+    signal,
+)
 from types import FrameType
 
 from engine.launching.local import STOP_SIGNALS, say_stopping
@@ -25,6 +44,32 @@ class StopRequest:
             if getsignal(number) is not SIG_IGN:
                 signal(number, self._on_signal)
         pthread_sigmask(SIG_UNBLOCK, STOP_SIGNALS)
+
+    @contextmanager
+    def bounded(self, seconds: float) -> Iterator[None]:
+        """Within it, a process that was asked to stop and is still here so many seconds later ends hard."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        before, over = set_wakeup_fd(writing, warn_on_full_buffer=False), threading.Event()
+
+        def watch() -> None:
+            while not over.is_set():
+                if set(os.read(reading, 64)) & set(STOP_SIGNALS) and not over.wait(seconds):
+                    faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+                    os.write(2, f"asked to stop {seconds:g} s ago, and not able to: ended\n".encode())
+                    os._exit(1)
+
+        thread = threading.Thread(target=watch, name="stop-in-time", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            set_wakeup_fd(before)
+            os.write(writing, b"\0")
+            thread.join()
+            os.close(reading)
+            os.close(writing)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._asked = True

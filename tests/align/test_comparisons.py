@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from engine.model.parameters import initial_values, spec_of
 from engine.model.transformer import Transformer
 from tests.align.test_sft import chat_config, write_chats
 from tests.kit.distributed import run_distributed
-from tests.kit.runs import metrics, saved_steps, train_here
+from tests.kit.runs import ROOT, metrics, saved_steps, train_here
 
 SEQ_LEN = 64
 
@@ -278,3 +281,55 @@ def test_conversations_and_ranks_are_scored_too(place: Path, trained_scorer: Pat
 def test_a_language_model_gives_no_scores(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["score", str(place / "base"), "--data", str(place / "held.jsonl"), "--device", "cpu"]) == 2
     assert "gives no scores" in capsys.readouterr().err
+
+
+def generated(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert cli.run(["generate", *words, "--json", "--device", "cpu", "--max-new-tokens", "6", "--seed", "3"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_best_of_more_is_better(place: Path, trained_scorer: Path, tmp_path: Path,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
+    """Its scores are those of `octant score`, its winners a file for SFT, all its answers one for a reward model."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hbdca\ngfeab\ncadbe\n")
+    words = (str(place / "base"), "--chat", "--prompt-file", str(prompts), "--reward-model", str(trained_scorer))
+    few, many = (generated(capsys, *words, "--best-of", str(number)) for number in (2, 12))
+    assert sum(row["score"] for row in many) > sum(row["score"] for row in few)
+    for row in many:
+        assert row["score"] == max(row["scores"]) and len(row["scores"]) == 12
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    winners = tmp_path / "winners.jsonl"
+    winners.write_text("\n".join(json.dumps(row) for row in many if row["messages"][1]["content"].strip()))
+    *rows, _ = scored(capsys, str(trained_scorer), "--data", str(winners))
+    kept = [row["score"] for row in many if row["messages"][1]["content"].strip()]
+    assert [row["score"] for row in rows] == pytest.approx(kept, abs=1e-4)
+    every = generated(capsys, *words, "--best-of", "4", "--keep-all", "--batch-size", "5")
+    assert all(row["scores"] == sorted(row["scores"], reverse=True) and len(row["responses"]) == 4 for row in every)
+
+
+def test_best_of_in_a_layout_chooses_the_same(place: Path, trained_scorer: Path) -> None:
+    words = ["generate", str(place / "base"), "--prompt", "hbdca", "--best-of", "4", "--reward-model",
+             str(trained_scorer), "--json", "--device", "cpu", "--max-new-tokens", "6"]
+    rows = []
+    for layout in ([], ["--tensor", "2"], ["--pipeline", "2"]):
+        done = subprocess.run([sys.executable, "-m", "engine", *words, *layout], cwd=ROOT, capture_output=True,
+                              text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        rows.append(json.loads(done.stdout))
+    for row in rows[1:]:
+        assert row["completion"] == rows[0]["completion"]
+        assert row["scores"] == pytest.approx(rows[0]["scores"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--best-of", "4"], "--best-of N, above 1, and --reward-model CHECKPOINT go together"),
+    (["--best-of", "4", "--reward-model", "x", "--temperature", "0"], "would be the same"),
+    (["--best-of", "2", "--reward-model", "BASE"], "gives no scores"),
+])
+def test_impossible_choices_are_refused(place: Path, words: list[str], message: str,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    base = str(place / "base")
+    words = [base if word == "BASE" else word for word in words]
+    assert cli.run(["generate", base, "--prompt", "a", "--device", "cpu", "--max-new-tokens", "4", *words]) == 2
+    assert message in capsys.readouterr().err

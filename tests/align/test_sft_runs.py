@@ -246,6 +246,34 @@ def test_preview_shows_what_is_learned(tmp_path: Path, capsys: pytest.CaptureFix
     assert "<|im_start|>assistant" in capsys.readouterr().out
 
 
+def test_preview_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = {"prompt": "which?", "chosen": "this", "rejected": "that one"}
+    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(pair)] * 4))
+    sources = [{"path": str(tmp_path / "pairs.jsonl")}]
+    config = chat_config(tmp_path, run={"objective": "dpo"}, data={"train": sources, "valid": []})
+    (tmp_path / "run.yaml").write_text(config.dump())
+    assert cli.run(["data", "preview", str(tmp_path / "run.yaml"), "--samples", "0:1", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["role"] for row in rows] == ["chosen", "rejected"]
+    for row, answer in zip(rows, ("this", "that one"), strict=True):
+        learned = [token for token, mask in zip(row["tokens"], row["loss_mask"], strict=True) if mask]
+        assert bytes(learned[:-1]).decode() == answer and learned[-1] == 256
+        assert bytes(row["tokens"][:-1]).decode() == "which?" + answer, "without padding"
+
+
+def test_answers_without_an_end(tmp_path: Path) -> None:
+    said: list[str] = []
+    prepared(chat_config(tmp_path, data={"template": "chatml"}), said.append)
+    assert all("would not know where to stop" in line for line in said)
+    assert not any("where to stop" in line for line in _said(chat_config(tmp_path)))
+
+
+def _said(config: Config) -> list[str]:
+    said: list[str] = []
+    prepared(config, said.append)
+    return said
+
+
 def test_prepared_ahead_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = chat_config(tmp_path)
     command = ["prepare", "--chat", str(tmp_path / "train.jsonl"), "--tokenizer", "bytes", "--template", "plain",

@@ -43,7 +43,19 @@ def test_list(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "set aside" in lines[3] and lines[-1].startswith("next: octant checkpoint verify")
     assert cli.run(["checkpoint", "list", str(run_dir), "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
+    assert listed["checkpoints"][0]["tokens_seen"] is None                           # no run's state in it
     assert [row["step"] for row in listed["checkpoints"]] == [10, None]
+
+
+def test_list_says_how_far_a_run_had_come_in_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metadata = {"config": {"data": {"seq_len": 2048}},
+                "state": {"step": 10, "consumed_samples": 640, "optimizer_step": 10}}
+    save(tmp_path / "checkpoints", 10, [Piece("w", (4,), Box.whole((4,)), torch.zeros(4))], metadata, keep=None)
+    assert cli.run(["checkpoint", "list", str(tmp_path)]) == 0
+    assert f"{640 * 2048:,}" in (out := capsys.readouterr().out) and " 640 " in out
+    assert cli.run(["checkpoint", "list", str(tmp_path), "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert (row["tokens_seen"], row["sample"]) == (1_310_720, 640)
 
 
 def test_inspect(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,6 +203,14 @@ def test_keep(tmp_path: Path) -> None:
         CheckpointWriter(tmp_path, 0, False)
 
 
+def test_milestones_stay(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, 2, False, milestones=20)
+    for step in range(5, 51, 5):
+        writer.save(step, pieces_at(step), {})
+    writer.wait()
+    assert list(committed_steps(tmp_path)) == [20, 40, 45, 50]
+
+
 def test_an_older_checkpoint_that_cannot_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The save counts; the person is told."""
     rename = Path.rename

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from engine.config import Config, load_config
 from engine.config.length import Ramp, Stage, read_tokens
 from engine.errors import ConfigError
-from engine.optim.schedule import rate_of
+from engine.optim.schedule import LearningRates
 from tests.kit.layouts import TINY
 
 
@@ -70,7 +70,7 @@ def test_a_ramp_of_one_size_is_none() -> None:
     ramped = whole(steps=100, batch={"ramp": [[0, plain.batch.global_], [1000, plain.batch.global_]]})
     for step in range(1, 101):
         samples = step * plain.batch.global_
-        assert rate_of(plain, step, samples) == rate_of(ramped, step, samples)
+        assert LearningRates.of(plain)(step, samples) == LearningRates.of(ramped)(step, samples)
         assert ramped.ramp.size(samples) == plain.batch.global_
 
 
@@ -79,10 +79,11 @@ def test_the_rate_follows_the_tokens() -> None:
     ramped = whole(steps=None, tokens=16 * 800, data={"seq_len": 16}, batch={"ramp": [[0, 2], [16 * 400, 8]]},
                    optim={"warmup": "25%", "decay": "linear", "lr": 0.4, "min_lr": 0.0})
     assert (ramped.steps, ramped.num_samples, ramped.num_batches) == (200 + 50, 800, 100)
-    assert rate_of(ramped, 50, 100) == pytest.approx(0.2)
-    assert rate_of(ramped, 100, 200) == pytest.approx(0.4)
-    assert rate_of(ramped, 200, 400) == pytest.approx(0.4 * 2 / 3)
-    assert rate_of(ramped, 250, 800) == 0.0
+    rate = LearningRates.of(ramped)
+    assert rate(50, 100) == pytest.approx(0.2)
+    assert rate(100, 200) == pytest.approx(0.4)
+    assert rate(200, 400) == pytest.approx(0.4 * 2 / 3)
+    assert rate(250, 800) == 0.0
 
 
 @pytest.mark.parametrize(("warmup", "batches"), [

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import strategies as st
 
 from corpus_tools.conversations.files import examples
 from corpus_tools.conversations.formats import FORMATS, example_of, require_columns
+from corpus_tools.conversations.prepare import Plan, Wanted, prepare_chats
 from corpus_tools.inputs import expand_inputs
 from corpus_tools.records import BadRecord
 from engine.data.chat.conversation import Example, Turn
 from engine.errors import RequestError
 from tests.kit.chats import RECORDS
+from tests.kit.fuzz import Reader, damaged, fuzz
 
 
 def answers(example: Example) -> list[str]:
@@ -120,6 +123,31 @@ def test_one_bad_record_takes_no_other_with_it(tmp_path: Path) -> None:
     reasons = ("line 2: invalid JSON", "line 3: invalid UTF-8", "line 5: no known format")
     for line, why in zip(said, reasons, strict=True):
         assert line.startswith(f"{path}, {why}")
+
+
+def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is longer than any record is one bad record, and never held as a whole."""
+    monkeypatch.setattr("corpus_tools.readers.BLOCK_BYTES", 1_000)
+    monkeypatch.setattr("corpus_tools.readers.LONGEST_RECORD_BYTES", 10_000)
+    good = json.dumps(RECORDS["gsm8k"][0])
+    (tmp_path / "chats.jsonl").write_text(f'{good}\n{{"prompt": "{"x" * 3_000_000}"}}\n{good}')
+    found = list(examples(expand_inputs([tmp_path / "chats.jsonl"])[0]))
+    assert [type(each.value) for each in found] == [Example, BadRecord, Example]
+    assert "line 2: longer than 10,000 bytes; is this JSON lines?" in str(found[1].value)
+    assert found[2].value.place.endswith("line 3")
+
+
+def chats_read(folder: Path) -> None:
+    """For the fuzzer: takes a file or refuses it."""
+    files = tuple(expand_inputs([folder / "chats.jsonl"]))
+    wanted = Wanted(files, "bytes", "chatml", "conversations")
+    prepare_chats(Plan.of(wanted, ["x"]), folder / "made", workers=1)
+
+
+def test_damaged_files(request: pytest.FixtureRequest) -> None:
+    good = "\n".join(json.dumps(record, ensure_ascii=False) for name, (record, _) in RECORDS.items()
+                     if name in ("alpaca with history", "sharegpt", "openai", "completion of turns", "gsm8k"))
+    fuzz(Reader("conversations", chats_read), st.fixed_dictionaries({"chats.jsonl": damaged(good.encode())}), request)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

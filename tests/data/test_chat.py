@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from corpus_tools.conversations.formats import example_of
 from corpus_tools.tokenizers.training import train_tokenizer
 from engine.data.chat.conversation import Turn, problem_of
 from engine.data.chat.jinja import Template
-from engine.data.chat.templates import BUILT_IN
+from engine.data.chat.spans import Renderer
+from engine.data.chat.templates import BUILT_IN, open_template
 from engine.data.chat.tokens import ChatEncoder, Text
 from engine.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from engine.errors import DataError
@@ -184,6 +187,33 @@ def test_unmarked_templates_give_the_ids_of_transformers(template: str, tmp_path
         assert chat.encode(turns).tokens.tolist() == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
         asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
         assert chat.prompt(turns[:-1]).tolist() == asked
+
+
+PARTS = st.sampled_from([*"ab 好😀é\n\t.#:", "</s>", "<|im_end|>", "[/INST]", "<s>"])
+ANY_TEXT = st.lists(PARTS, max_size=6).map("".join)
+ANY_ANSWER = ANY_TEXT.filter(str.strip)
+
+
+@pytest.mark.parametrize("template", BUILT_IN)
+def test_answers_are_found_where_they_are_marked(template: str, folder: Path) -> None:
+    """A built-in template and the same without its marks: what was searched for is what was marked."""
+    tokenizer = load_tokenizer(folder)
+    marked = open_template(template, tokenizer)
+    source = marked.source.replace("generation %}", "if %}").replace("{% if %}", "{% if true %}")
+    renderers = Renderer(marked, tokenizer), Renderer(Template(template, source, marked.tokens), tokenizer)
+    assert not renderers[1].template.marks
+
+    @settings(max_examples=150, deadline=None)
+    @given(system=ANY_TEXT, said=st.lists(st.tuples(ANY_TEXT, ANY_ANSWER), min_size=1, max_size=3))
+    def compare(system: str, said: list[tuple[str, str]]) -> None:
+        if template == "plain":                    # writes nothing between: blanks alone are not told apart
+            said = [(asked if asked.strip() else "q", answer) for asked, answer in said]
+        turns = [Turn("system", system), *(turn for asked, answer in said
+                                           for turn in (Turn("user", asked), Turn("assistant", answer)))]
+        want, got = (renderer.render(tuple(turns)) for renderer in renderers)
+        assert (got.text, got.answers) == (want.text, want.answers)
+
+    compare()
 
 
 def test_thoughts_are_learned_where_they_are_written(folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from engine.config import Config
 from engine.model.adapter import attach_adapters
 from engine.model.context import Batch, document_mask, document_positions
+from engine.model.dropout import token_keys
+from engine.model.fields import NOISE
 from engine.model.objective import NEXT_TOKEN, Objective
 from engine.model.parameters import initial_values, initialise, spec_of
 from engine.model.spec import ParamSpec
@@ -45,7 +48,11 @@ def global_batch(config: Config, step: int) -> Batch:
         ids = (torch.rand(shape[1], shape[0], generator=generator) < 0.1).cumsum(1)
         positions, attention_mask = document_positions(ids), document_mask(ids)
         loss_mask = torch.rand(shape, generator=generator) < 0.8
-    return Batch(tokens[:-1], positions, tokens[1:], loss_mask, attention_mask)
+    extra = {}
+    if config.adapter is not None and config.adapter.dropout:
+        keys = [token_keys(config.run.seed, 1000 * step + row, 0, shape[0]) for row in range(shape[1])]
+        extra = {NOISE: torch.from_numpy(np.stack(keys, axis=1))}
+    return Batch(tokens[:-1], positions, tokens[1:], loss_mask, attention_mask, extra=extra)
 
 
 def num_tokens(batch: Batch) -> int:

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from engine.distributed.last_words import log_path
 from engine.launching import local
-from engine.launching.local import RankFailure, launch_local, log_path
+from engine.launching.local import RankFailure, launch_local
 from tests.kit.runs import ROOT, await_true, end, is_running, start
 
 # A rank: says who it is, then does what its name tells.  The peers of one that fails notice it as gloo does.
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
-from engine.launching.local import end_with_parent, write_down
+from engine.distributed.last_words import write_down
+from engine.launching.local import end_with_parent
 from engine.train.stop import StopRequest
 
 folder, behaviours = Path(sys.argv[1]), sys.argv[2:]

@@ -35,6 +35,20 @@ def test_every_layout_is_one_process(layout: str) -> None:
     check(run_layout(config, 3), reference(config, 3))
 
 
+DROPPED = ["single", "tensor", "tensor, whole sequences", "context × tensor", "interleaved × tensor", "zb-h1",
+           "zero 3 × tensor", "1f1b"]
+
+
+@pytest.mark.parametrize("layout", DROPPED)
+def test_every_layout_drops_the_same(layout: str) -> None:
+    """Also where layers are recomputed, several microbatches being in flight."""
+    parallel = LAYOUTS[layout] | ({"recompute": "full"} if layout == "1f1b" else {})
+    config = tiny_config(parallel=parallel, adapter=EVERYWHERE | {"dropout": 0.3}, model={"num_heads": 8})
+    want, without = reference(config, 3), reference(config.with_changes(adapter={"dropout": 0.0}), 3)
+    assert want.losses != without.losses
+    check(run_layout(config, 3), want)
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["k_proj", "up_proj"], ["down_proj"], ["o_proj", "lm_head"]],
                          ids=",".join)
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2, "recompute": "selective"}, {"data": 2, "zero": 3}],

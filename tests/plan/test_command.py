@@ -49,7 +49,7 @@ def test_alone_it_prints_the_summary(capsys: pytest.CaptureFixture[str]) -> None
                  "333,786 steps: 1.4T tokens, 21.4 for each parameter",
                  "3  30 to 39             1.89 GiB   3.77 GiB  361.93 MiB     3.08 GiB",
                  "7  70 to 79, output     1.95 GiB",
-                 "On 2,048 × a100-80g\n  fits: 12.8", " a step, ± 8%; ", "tokens a second, MFU 4",
+                 "On 2,048 × a100-80g\n  fits: 12.8", " a step, ± 6%; ", "tokens a second, MFU 4",
                  " days for 333,786 steps", "of a step: compute "):
         assert line in out, line
     assert max(map(len, out.partition("next:")[0].splitlines())) <= 110

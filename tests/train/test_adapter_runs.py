@@ -49,7 +49,8 @@ def adapter_run(place: Path, name: str, base: str = "base", **sections: Any) -> 
 @pytest.mark.parametrize("layout", ["single", "tensor × pipeline", "zero 3", "zb-v × zero 2"])
 def test_a_resumed_run_is_the_same_run(place: Path, layout: str) -> None:
     def run(name: str) -> Config:
-        return adapter_run(place, f"{name} {layout}", parallel=LAYOUTS[layout], precision={"compute": "bf16"})
+        return adapter_run(place, f"{name} {layout}", parallel=LAYOUTS[layout], precision={"compute": "bf16"},
+                           adapter=ADAPTER | {"dropout": 0.1})
 
     want = train(run("whole"))
     train(run("interrupted"), crash_after=3)

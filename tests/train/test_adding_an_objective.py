@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from engine.config import Config
+from engine.config.objectives import OBJECTIVES, Row
 from engine.distributed.mesh import single_mesh
 from engine.errors import ConfigError
 from engine.model.objective import NEXT_TOKEN
 from engine.train.corpora import Corpora
 from engine.train.loop import Trainer
-from engine.train.objectives import OBJECTIVES, objective_of
+from engine.train.objectives import objective_of
 from tests.kit.page import run_example
 from tests.kit.runs import metrics, run_config
 
@@ -23,9 +27,11 @@ def with_objective(config: Config, name: str) -> Config:
 
 
 def test_one_row_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = run_example("class Focal(Objective)")["Focal"]
-    monkeypatch.setitem(OBJECTIVES, "sft", lambda config: made())
-    config = with_objective(run_config(tmp_path, "run", steps=6, eval={"every": 3}), "sft")
+    module = types.ModuleType("focal")
+    vars(module).update(run_example("class Focal(Objective)"))
+    monkeypatch.setitem(sys.modules, "focal", module)
+    monkeypatch.setitem(OBJECTIVES, "focal", Row("focal:focal"))
+    config = with_objective(run_config(tmp_path, "run", steps=6, eval={"every": 3}), "focal")
     trainer = Trainer.start(config, single_mesh(), Corpora.open(config), lambda: False)
     try:
         assert trainer.run()
@@ -39,9 +45,19 @@ def test_one_row_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_without_the_row_nobody_knows_it(tmp_path: Path) -> None:
-    config = with_objective(run_config(tmp_path, "run"), "sft")
-    with pytest.raises(ConfigError, match=r"run.objective is sft, which this version cannot train; it has pretrain"):
-        objective_of(config)
+    config = run_config(tmp_path, "run")
+    with pytest.raises(ValidationError, match="there is no objective 'focal'; known: pretrain, sft"):
+        with_objective(config, "focal")
+    with pytest.raises(ValidationError, match="ppo is not available in this version: use one of pretrain, sft"):
+        with_objective(config, "ppo")
+
+
+@pytest.mark.parametrize(("name", "keys"), [(name, {}) for name in OBJECTIVES] + [("reward", {"loss": "kwise"})])
+def test_what_a_row_says_is_what_it_makes(tmp_path: Path, name: str, keys: dict[str, str]) -> None:
+    """Memory is worked out, and data is opened, before the objective itself is there."""
+    head = "score" if name == "reward" else "language_model"
+    config = with_objective(run_config(tmp_path, "run", model={"head": head}, reward=keys), name)
+    assert objective_of(config).rows_per_sample == config.rows_per_sample
 
 
 def test_a_model_with_another_head_is_refused(tmp_path: Path) -> None:

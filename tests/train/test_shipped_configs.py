@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from engine.config import load_config, resolve_layout
+from engine.config import Config, load_config, resolve_layout
+from engine.plan.stages import all_stages
+from tests.align.test_sft import write_chats
 from tests.kit.runs import metrics, saved_steps, train, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,20 +20,43 @@ SMALL = ["model.num_layers=4", "model.hidden_size=64", "model.num_heads=4", "mod
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
+def small_config(path: Path, overrides: list[str]) -> Config:
+    config = load_config(path, overrides)
+    return resolve_layout(config, config.parallel.world_size)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configuration_trains(path: Path, tmp_path: Path) -> None:
     """Every axis that it cuts is cut in two."""
-    asked = load_config(path).parallel
+    shipped = load_config(path)
+    asked = shipped.parallel
     degrees = {axis: min(2, getattr(asked, axis)) for axis in ("tensor", "context", "pipeline")}
     degrees["data"] = 2 if asked.data == "auto" else min(2, asked.data_size)
-    corpus = write_corpus(tmp_path / "corpus")
-    config = load_config(path, [*SMALL, f"run.dir={tmp_path}/run", f"data.train=[{{path: {corpus}}}]",
-                                f"data.valid=[{{path: {corpus}}}]",
-                                *(f"parallel.{axis}={degree}" for axis, degree in degrees.items())])
-    config = resolve_layout(config, config.parallel.world_size)
+    chats = shipped.run.objective == "sft"
+    corpus = str(write_chats(tmp_path / "chats.jsonl")) if chats else write_corpus(tmp_path / "corpus")
+    also = ["checkpoint.load=null", "data.template=plain"] if chats else []
+    overrides = [*SMALL, *also, f"data.train=[{{path: {corpus}}}]", f"data.valid=[{{path: {corpus}}}]",
+                 *(f"parallel.{axis}={degree}" for axis, degree in degrees.items())]
+    if shipped.adapter is not None:                                    # it is trained on top of a model
+        train(small_config(path, [*overrides, "adapter=null", f"run.dir={tmp_path}/base", "optim.lr=1e-8"]))
+        overrides.append(f"checkpoint.load={tmp_path}/base")
+    config = small_config(path, [*overrides, f"run.dir={tmp_path}/run"])
     train(config)
     first, second = metrics(config)
     assert 5 < first["loss"] < 6                                       # ln 257 = 5.55: it knows nothing yet
     assert 0 < second["grad_norm"] < 10 and second["skipped"] == 0
     assert abs(second["valid_loss"] - second["loss"]) < 0.5
     assert saved_steps(config) == [2]
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem.startswith("sft-")], ids=lambda path: path.stem)
+def test_first_lines_say_what_the_planner_counts(path: Path) -> None:
+    """`… on the fullest rank, 26.7 of 79.1 GiB: …`"""
+    config = load_config(path)
+    data = 1 if config.parallel.data == "auto" else config.parallel.data_size
+    config = resolve_layout(config, config.parallel.model_parallel_size * data)
+    head = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    found = re.search(r"on the fullest rank, ([\d.]+) of ([\d.]+) GiB", head)
+    assert found is not None
+    fullest = max(stage.total for stage in all_stages(config, on_gpu=True)) / 2**30
+    assert f"{fullest:.1f}" == found[1] and fullest < float(found[2])

@@ -85,6 +85,10 @@ class ComparisonSource(Source):
         first, *rest = (self._row(window, place, text, margin or 0.0, number) for place, text in enumerate(texts))
         return Sample(first.tokens, first.loss_mask, None, number, window, first.extra, tuple(rest))
 
+    def lengths(self, window: int) -> tuple[int, ...]:
+        found = [min(len(text.tokens), self.fit.seq_len) for text in self.corpus.texts(self.records[window])]
+        return (*found, *[0] * (self.answers - len(found)))
+
     def _row(self, window: int, place: int, text: ChatText | None, margin: float, number: int) -> Sample:
         seq_len, extra = self.fit.seq_len, dict[Field, np.ndarray](self.tags)
         tokens, learned = (np.zeros(0, np.int64), np.zeros(0, bool)) if text is None else text

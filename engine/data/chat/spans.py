@@ -103,15 +103,22 @@ class Renderer:
                 before = max((spans[-1][1] for spans in found[:number] if spans), default=0)
                 following = next((spans[0][0] for spans in found[number + 1:] if spans), len(text))
                 first, last = found[number][0][0], max(end for _, end in found[number])
-                yield self._begin(text, before, first), self._end(text, last, following)
+                asked = turns[number - 1].content if number and turns[number - 1].role == USER else None
+                yield self._begin(text[before:first], asked) + before, self._end(text, last, following)
 
-    def _begin(self, text: str, before: int, answer: int) -> int:
-        """Behind the lead-in, which stands between the text before and the answer; else with the answer's blanks."""
-        place = text.rfind(self._lead_in, before, answer) if self._lead_in else -1
-        if place >= 0:
-            return place + len(self._lead_in)
-        between = text[before:answer]
-        return before + len(between.rstrip())
+    def _begin(self, between: str, asked: str | None) -> int:
+        """Where an answer begins in what stands between the text before, of a user perhaps, and its own.
+
+        Behind the lead-in; where a template has another in this place, with the blanks before the answer.
+        """
+        if asked is not None and asked.strip():
+            for kept in (asked[len(asked.rstrip()):], ""):
+                if between.startswith(kept + self._lead_in[0]):
+                    return len(kept + self._lead_in[0])
+        for lead_in in self._lead_in if asked is not None else self._lead_in[1:]:
+            if lead_in and (place := between.rfind(lead_in)) >= 0:
+                return place + len(lead_in)
+        return len(between.rstrip())
 
     def _end(self, text: str, answer: int, following: int) -> int:
         """Behind the special token that ends an answer, or behind what the template puts there."""
@@ -125,11 +132,12 @@ class Renderer:
         return answer + place + len(ending) if place >= 0 else answer
 
     @cached_property
-    def _lead_in(self) -> str:
-        """What a template writes at the very end when it asks for an answer, and not otherwise; may be nothing."""
-        asking = [Turn(USER, "a").message()]
+    def _lead_in(self) -> tuple[str, str]:
+        """What a template writes behind a user's text when it asks for an answer; and what of it only then."""
+        mark = next(unused_characters([self.template.source]))
+        asking = [Turn(USER, mark).message()]
         without, with_it = self.template.render(asking)[0], self.template.render(asking, prompt=True)[0]
-        return with_it.removeprefix(without)
+        return with_it.rpartition(mark)[2], with_it.removeprefix(without)
 
     @cached_property
     def _ending(self) -> str:
@@ -162,12 +170,13 @@ class _Marks:
         for key in ("tool_calls", "reasoning_content"):
             if key in message:
                 message[key] = self._marked(number, message[key])
-        if turn.content.strip() or "tool_calls" not in message:
-            message["content"] = self._marked(number, turn.content)
+        message["content"] = self._marked(number, turn.content)
         return message
 
     def _marked(self, number: int, value: Any) -> Any:
-        """A nested value with every text in it marked, but for those that say of which kind it is."""
+        """A nested value with every text in it marked, but for blank ones and those that say of which kind it is."""
+        if isinstance(value, str) and not value.strip():
+            return value
         if isinstance(value, str):
             found, mark = EDGES.fullmatch(value), next(self._unused)
             assert found is not None

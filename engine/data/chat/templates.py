@@ -100,7 +100,6 @@ PLAIN = """\
 
 BUILT_IN: Mapping[str, str] = MappingProxyType(
     {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "alpaca": ALPACA, "plain": PLAIN})
-ENDS = MappingProxyType({"chatml": "<|im_end|>", "llama3": "<|eot_id|>"})      # what a tokenizer should have for them
 
 
 def open_template(spec: str, tokenizer: Tokenizer) -> Template:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.distributed.collectives import my_part
 from engine.distributed.mesh import Axis
 from engine.model.adapter import Adapter, Projection
 from engine.model.parameters import spec_of
@@ -34,6 +35,7 @@ class ParallelAdapter(Adapter):
         nn.Module.__init__(self)
         self.dim, self.size, self.projections = adapter.dim, adapter.size, adapter.projections
         self.config, self.active = adapter.config, adapter.active
+        self.key, self.noise = adapter.key, adapter.noise
         alone = replace(context, axis=Axis.single("tensor"), sequence=False, gemms=plain_gemms(context.operations))
         self.context, self.row = context, spec_of(adapter.a).rule.kind == "row"
         self.a_layer = ParallelLinear(adapter.a, None, "column", alone)
@@ -44,6 +46,12 @@ class ParallelAdapter(Adapter):
         layer = self.b_layers[projection.name]
         assert isinstance(layer, ParallelLinear)
         return layer.weight
+
+    def of_tokens(self, keys_SB: Tensor) -> Tensor:
+        return my_part(keys_SB, self.context.axis) if self.context.sequence and not self.row else keys_SB
+
+    def first_feature(self, x: Tensor) -> int:
+        return self.context.axis.index * x.shape[-1] if self.row else 0
 
     def inner(self, x: Tensor) -> Tensor:
         inner: Tensor = (_Leave if self.row else _Enter).apply(self.a_layer(x), self.context)

@@ -1,0 +1,54 @@
+"""What a run can be trained to do: the names of `run.objective`, a row each.
+
+A row says what makes the objective of a configuration, as `module:function`, and what its samples are made of: text, or
+the records of conversation files (a kind of `engine.data.chat.kinds`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from engine.config.fields import nearest
+
+PAIRS = "pairs"
+PLANNED = ("ppo", "grpo")                                    # refused by name until they are rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """An objective.
+
+    Attributes:
+        made_by: `module:function`, of the configuration.
+        records: the kind of conversation records it learns from; None: it learns from text.
+    """
+
+    made_by: str
+    records: str | None = None
+
+
+OBJECTIVES: dict[str, Row] = {
+    "pretrain": Row("engine.model.objective:next_token"),
+    "sft": Row("engine.align.sft:supervised", "conversations"),
+    "reward": Row("engine.align.reward:reward_model", PAIRS),
+    "dpo": Row("engine.align.preference:dpo", PAIRS),
+    "orpo": Row("engine.align.preference:orpo", PAIRS),
+}
+
+
+def _row_of(name: str) -> str:
+    if name in PLANNED:
+        raise ValueError(f"{name} is not available in this version: use one of {', '.join(OBJECTIVES)}")
+    if name not in OBJECTIVES:
+        raise ValueError(f"there is no objective {name!r}; {nearest(name, (*OBJECTIVES,))}")
+    return name
+
+
+def _enumerate(schema: dict[str, Any]) -> None:
+    schema.update(enum=[*OBJECTIVES])
+
+
+ObjectiveName = Annotated[str, AfterValidator(_row_of), Field(json_schema_extra=_enumerate)]
