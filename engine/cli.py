@@ -143,15 +143,14 @@ def _train(p: Parser) -> None:
 def _plan(p: Parser) -> None:
     p.add_argument("config", metavar="CONFIG.yaml", help=CONFIG)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as parallel.zero=3")
-    p.add_argument("--gpus", type=int, metavar="N", help="processes of the job (default: as parallel.data says, or one "
-                                                         "copy of the model where it is auto)")
-    p.add_argument("--gpu", metavar="NAME", help="device to plan for, such as a100-80g or h100-sxm (default: the one "
-                                                 "that the first lines of CONFIG name)")
+    p.add_argument("--gpus", metavar="N[,N…]", help="processes (default: of parallel.data, or one copy of the model)")
+    p.add_argument("--gpu", metavar="NAME", help="device, such as h100-sxm (default: of the first lines of CONFIG)")
+    p.add_argument("--search", action="store_true", help="find the fastest layouts that fit")
+    p.add_argument("--tokens", metavar="T", help="length of the run, such as 1.4T, instead of the configuration's")
+    p.add_argument("--svg", metavar="FILE", help="draw memory by stage and time by cause")
     p.add_argument("--json", action="store_true", help="print one object: memory by stage, whether it fits, step time")
-    p.add_argument("--explain-rank", type=int, metavar="R",
-                   help="what rank R holds, which ranks it works with and what it does in a step")
-    p.add_argument("--schedule-svg", metavar="FILE", help="draw the pipeline schedule, at costs that follow from the "
-                                                          "model")
+    p.add_argument("--explain-rank", type=int, metavar="R", help="what rank R holds, does, and whom it works with")
+    p.add_argument("--schedule-svg", metavar="FILE", help="draw the pipeline schedule, at costs as the model's")
 
 
 def _schedule(p: Parser) -> None:

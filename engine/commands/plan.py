@@ -8,11 +8,16 @@ from importlib import import_module
 from pathlib import Path
 
 from engine.config import Config, load_config, resolve_layout
+from engine.config.length import read_tokens
+from engine.errors import RequestError
 from engine.hints import hint
 from engine.parallel.pipeline.timeline import timeline
+from engine.plan import search as searching
 from engine.plan.devices import Device, device, device_named_in
 from engine.plan.job import Planned
+from engine.plan.scaling import scaling_table, search_table
 from engine.plan.summary import summary
+from engine.report.plan_picture import plan_svg
 from engine.report.schedule_picture import schedule_svg, title
 from engine.report.svg import standalone
 from engine.writing import write_picture
@@ -21,26 +26,31 @@ DEFAULT_DEVICE = "a100-80g"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Explain a rank, draw the schedule, or without either print the summary.
+    """Explain a rank, draw the schedule, search for a layout, or without any of it print the summary.
 
     Raises:
-        RequestError: there is no such rank or device, or the picture cannot be written.
+        RequestError: there is no such rank or device, nothing fits, or a picture cannot be written.
         ConfigError: the configuration is wrong, or impossible on so many processes.
     """
-    loaded = load_config(args.config, args.overrides)
-    config = resolved(loaded, args.gpus)
-    job = Planned(config, _device(args))
+    loaded = _lengthened(load_config(args.config, args.overrides), args.tokens)
+    sizes, on = _sizes(args.gpus), _device(args)
+    if args.search or len(sizes) > 1:
+        return _compare(args, loaded, sizes or [_default_size(loaded)], on)
+    config = resolved(loaded, sizes[0] if sizes else None)
+    job = Planned(config, on)
     if args.json:
         print(json.dumps(job.record(), indent=1))
         return 0
     if args.schedule_svg is not None:
         _draw(config, Path(args.schedule_svg))
+    if args.svg is not None:
+        _draw_plan(job, Path(args.svg))
     if args.explain_rank is not None:
         explanation = import_module("engine.plan.explain").explain(config, args.explain_rank)      # torch from here on
         print(import_module("engine.plan.words").in_words(explanation) + "\n")
-    if args.schedule_svg is None and args.explain_rank is None:
+    if args.schedule_svg is None and args.explain_rank is None and args.svg is None:
         print(summary(job) + "\n")
-        if loaded.parallel.data == "auto" and args.gpus is None:
+        if loaded.parallel.data == "auto" and not sizes:
             print("parallel.data is auto, so this is one copy of the model; --gpus N plans for more\n")
     print(hint(*_next(args, config)))
     return 0
@@ -48,10 +58,41 @@ def run(args: argparse.Namespace) -> int:
 
 def resolved(config: Config, num_gpus: int | None) -> Config:
     """On so many GPUs; by default on as many as the configuration names, or one copy of the model takes."""
+    return resolve_layout(config, _default_size(config) if num_gpus is None else num_gpus)
+
+
+def _default_size(config: Config) -> int:
     parallel = config.parallel
-    if num_gpus is None:
-        num_gpus = parallel.model_parallel_size * (parallel.data if isinstance(parallel.data, int) else 1)
-    return resolve_layout(config, num_gpus)
+    return parallel.model_parallel_size * (parallel.data if isinstance(parallel.data, int) else 1)
+
+
+def _sizes(asked: str | None) -> list[int]:
+    """`2048`, or `512,1024,2048`.
+
+    Raises:
+        RequestError: that is no list of numbers.
+    """
+    try:
+        return [] if asked is None else [int(each) for each in asked.split(",")]
+    except ValueError:
+        raise RequestError(f"--gpus {asked}: give a number, or several with commas between them: 512,1024,2048"
+                           ) from None
+
+
+def _lengthened(config: Config, tokens: str | None) -> Config:
+    """With as many steps as so many tokens take.
+
+    Raises:
+        RequestError: that is no number of tokens.
+    """
+    if tokens is None:
+        return config
+    try:
+        count = read_tokens(tokens)
+    except ValueError as error:
+        raise RequestError(f"--tokens {tokens}: {error}") from None
+    steps = max(1, round(count / (config.batch.global_ * config.data.seq_len)))
+    return config.model_copy(update={"steps": steps, "tokens": None})
 
 
 def _device(args: argparse.Namespace) -> Device:
@@ -59,10 +100,44 @@ def _device(args: argparse.Namespace) -> Device:
     return device(args.gpu or device_named_in(args.config) or DEFAULT_DEVICE)
 
 
+def _compare(args: argparse.Namespace, loaded: Config, sizes: list[int], on: Device) -> int:
+    """Several numbers of devices, or several layouts of one, or both."""
+    if not args.search:
+        jobs = [Planned(_on_so_many(loaded, size), on) for size in sizes]
+        print(json.dumps([job.record() for job in jobs], indent=1) if args.json else scaling_table(jobs))
+        return 0
+    found = {size: searching.search(loaded, size, on) for size in sizes}
+    if len(sizes) > 1:
+        jobs = [each.best[0] for each in found.values()]
+        print(json.dumps([job.record() for job in jobs], indent=1) if args.json else scaling_table(jobs))
+        return 0
+    [(size, result)] = found.items()
+    half = searching.at_half_the_memory(loaded, size, on)
+    print(json.dumps(searching.record(result, half), indent=1) if args.json else search_table(result, half))
+    if args.svg is not None:
+        _draw_plan(result.best[0], Path(args.svg))
+    return 0
+
+
+def _on_so_many(config: Config, num_gpus: int) -> Config:
+    """The configuration's own layout with more or fewer copies of the model."""
+    parallel = config.parallel.model_copy(update={"data": "auto"})
+    return resolve_layout(config.model_copy(update={"parallel": parallel}), num_gpus)
+
+
 def _draw(config: Config, path: Path) -> None:
     drawn = timeline(config)
     write_picture(path, standalone(schedule_svg(drawn)))
     print(f"{title(drawn)}, where 1 is the forward pass of the stage with the most work; drawn in {path}")
+
+
+def _draw_plan(job: Planned, path: Path) -> None:
+    state = ("parameters", "gradients", "optimizer", "activations", "workspace")
+    record = job.record()
+    memory = [{name: stage[name] for name in state} for stage in record["memory"]]
+    write_picture(path, standalone(plan_svg(searching.words(job.config), memory, job.device.memory,
+                                            record["breakdown"])))
+    print(f"memory by stage and time by cause, drawn in {path}")
 
 
 def _next(args: argparse.Namespace, config: Config) -> list[str]:

@@ -252,7 +252,7 @@ class _Mail:
                 self.outgoing += 1
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)
 def _lowered(schedule: str, stages: int, microbatches: int, chunks: int) -> tuple[Program, ...]:
     return lower(build_schedule(schedule, stages, microbatches, chunks)).programs
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 
-from engine.config import Config
+from engine.config import AdapterConfig, Config, ModelConfig
 from engine.model.inventory import Specs, end_specs, layer_specs
 from engine.model.projections import all_adapter_specs
 from engine.model.spec import ParamSpec
@@ -96,13 +97,17 @@ def shards_of(config: Config) -> int:
     return (parallel.zero_shard or parallel.data_size * parallel.context) if parallel.zero else 1
 
 
-def dealt_layers(config: Config) -> tuple[tuple[int, ...], list[range]]:
+def dealt_layers(config: Config) -> tuple[tuple[int, ...], tuple[range, ...]]:
     """Chunk → stage, and chunk → layers."""
     parallel = config.parallel
     placement = build_placement(parallel.schedule, parallel.pipeline, parallel.virtual_stages)
-    layer, embedding, output = layer_costs(config.model, config.data.seq_len)
-    return placement, deal_layers(config.model.num_layers, len(placement), layer=layer, embedding=embedding,
-                                  output=output)
+    return placement, _deal(config.model, config.data.seq_len, len(placement))
+
+
+@lru_cache(maxsize=256)
+def _deal(model: ModelConfig, seq_len: int, num_chunks: int) -> tuple[range, ...]:
+    layer, embedding, output = layer_costs(model, seq_len)
+    return tuple(deal_layers(model.num_layers, num_chunks, layer=layer, embedding=embedding, output=output))
 
 
 def stage_state(config: Config, stage: int) -> StageState:
@@ -126,29 +131,36 @@ def stage_state(config: Config, stage: int) -> StageState:
 
 def _units(config: Config, chunk: int, num_chunks: int, layers: Sequence[int]) -> Iterator[Unit]:
     """The chunk's units in forward order, their parameters cut for a tensor rank."""
-    def unit(what: str, specs: Specs) -> Unit:
-        parallel, own = config.parallel, list(specs.values())
-        if config.adapter is not None:
-            own = [replace(spec, trainable=name == SCORE) for name, spec in specs.items()]
-            own += all_adapter_specs(specs, config.adapter)
-        return Unit(what, chunk, tuple(spec.on_tensor_rank(parallel.tensor, 0, parallel.sequence) for spec in own))
-
-    ends = dict(end_specs(config.model))
-    embedding = {"embedding.weight": ends.pop("embedding.weight")}
+    specs = cut_specs(config.model, config.adapter, config.parallel.tensor, config.parallel.sequence)
     if chunk == 0:
-        yield unit("embedding", embedding)
-    layer = unit("layer", layer_specs(config.model, 0))
-    yield from [layer] * len(layers)
+        yield Unit("embedding", chunk, specs["embedding"])
+    yield from [Unit("layer", chunk, specs["layer"])] * len(layers)
     if chunk == num_chunks - 1:
-        yield unit("head", ends)
+        yield Unit("head", chunk, specs["head"])
+
+
+@lru_cache(maxsize=64)
+def cut_specs(model: ModelConfig, adapter: AdapterConfig | None, tensor: int,
+              sequence: bool) -> dict[str, tuple[ParamSpec, ...]]:
+    """The parameters of each kind of unit on a tensor rank, with those of adapters."""
+    def cut(specs: Specs) -> tuple[ParamSpec, ...]:
+        own = list(specs.values())
+        if adapter is not None:
+            own = [replace(spec, trainable=name == SCORE) for name, spec in specs.items()]
+            own += all_adapter_specs(specs, adapter)
+        return tuple(spec.on_tensor_rank(tensor, 0, sequence) for spec in own)
+
+    ends = dict(end_specs(model))
+    embedding = {"embedding.weight": ends.pop("embedding.weight")}
+    return {"embedding": cut(embedding), "layer": cut(layer_specs(model, 0)), "head": cut(ends)}
 
 
 def _own(unit: Unit, both: bool) -> list[ParamSpec]:
     """The unit's parameters for a bucket.  Where `both` ends of a tied embedding are here, the head, whose backward
     pass comes first, brings it along, and no other rank holds a copy."""
-    specs = [replace(spec, tied=spec.tied and not both) for spec in unit.specs]
-    tied = any(spec.tied for spec in unit.specs)
-    return [] if both and tied and unit.what == "embedding" else specs
+    if not both or not any(spec.tied for spec in unit.specs):
+        return list(unit.specs)
+    return [] if unit.what == "embedding" else [replace(spec, tied=False) for spec in unit.specs]
 
 
 def _bucket_sizes(specs: Iterable[ParamSpec], num_shards: int) -> Iterator[int]:

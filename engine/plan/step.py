@@ -18,7 +18,7 @@ from engine.model.flops import flops_per_token
 from engine.plan.cost import Clock, Group, Pass, UnitCost
 from engine.plan.devices import Device
 from engine.plan.practice import OCTANT, Practice
-from engine.plan.state import StageState, dealt_layers, shards_of, stage_state, width_of
+from engine.plan.state import StageState, cut_specs, dealt_layers, shards_of, stage_state, width_of
 from engine.schedules.action import Action, Kind
 from engine.schedules.simulate import Costs, simulate
 from engine.schedules.table import build_schedule
@@ -63,14 +63,18 @@ class _ChunkCost:
                 Kind.BW: self.backward.total + self.weight.total}[kind]
 
 
-def step_time(config: Config, device: Device, practice: Practice = OCTANT) -> StepTime:
-    """Of a step of the resolved `config` on so many of the device."""
+def step_time(config: Config, device: Device, practice: Practice = OCTANT, *, roughly: bool = False) -> StepTime:
+    """Of a step of the resolved `config` on so many of the device.
+
+    Args:
+        roughly: without walking through the schedule: the slowest stage, and a bubble by formula.
+    """
     clock, parallel = Clock(config, device, practice), config.parallel
     placement, _ = dealt_layers(config)
-    stages = [stage_state(config, stage) for stage in sorted({0, parallel.pipeline - 1})]
-    chunks = _chunk_costs(config, clock, stages)
-    work = [sum(chunks[chunk].of(Kind.F) + chunks[chunk].of(Kind.BW)
-                for chunk, owner in enumerate(placement) if owner == stage) for stage in range(parallel.pipeline)]
+    chunks = _chunk_costs(config, clock)
+    work = [0.0] * parallel.pipeline
+    for chunk, stage in enumerate(placement):
+        work[stage] += chunks[chunk].all.total
     slowest = max(range(parallel.pipeline), key=work.__getitem__)
     mine = [chunk for chunk, owner in enumerate(placement) if owner == slowest]
     near = parallel.tensor * parallel.context * parallel.data_size * 2 <= device.per_node
@@ -78,12 +82,13 @@ def step_time(config: Config, device: Device, practice: Practice = OCTANT) -> St
     message = clock.message(hidden, near) if parallel.pipeline > 1 else 0.0
     crossing = sum(2 for chunk in mine if chunk > 0 and placement[chunk - 1] != slowest)
     crossing += sum(2 for chunk in mine if chunk + 1 < len(placement) and placement[chunk + 1] != slowest)
-    pipeline = _elapsed(config, lambda action: chunks[action.chunk].of(action.kind) + _waits(
+    elapsed = _roughly if roughly else _elapsed
+    pipeline = elapsed(config, lambda action: chunks[action.chunk].of(action.kind) + _waits(
         action, placement, message, practice), 0.0 if not practice.data_hidden else message)
     count = config.num_microbatches
     total = sum((chunks[chunk].all for chunk in mine), Pass()) * count
     waiting = 0.0 if practice.data_hidden else message * crossing / 2 * count
-    after, update = _after(config, clock, stages[0], chunks[mine[0]])
+    after, update = _after(config, clock, stage_state(config, 0), chunks[mine[0]])
     seconds = pipeline + after + update
     breakdown = dict(zip(CAUSES, (total.compute, total.recompute, total.tensor_comm, waiting,
                                   max(pipeline - total.total - waiting, 0.0), after, update), strict=True))
@@ -96,23 +101,25 @@ def step_time(config: Config, device: Device, practice: Practice = OCTANT) -> St
     return StepTime(seconds, breakdown, mfu("causal"), mfu("full"), tokens)
 
 
-def _chunk_costs(config: Config, clock: Clock, stages: list[StageState]) -> list[_ChunkCost]:
-    units = {unit.what: unit for state in stages for unit in state.units}
-    plain = clock.layer(units["layer"].specs, "none")
-    again = clock.layer(units["layer"].specs, config.parallel.recompute)
-    ends = {"embedding": clock.embedding(), "head": clock.head(units["head"].specs)}
+def _chunk_costs(config: Config, clock: Clock) -> list[_ChunkCost]:
+    specs = cut_specs(config.model, config.adapter, config.parallel.tensor, config.parallel.sequence)
+    plain, again = (clock.layer(specs["layer"], recompute) for recompute in ("none", config.parallel.recompute))
+    ends = {"embedding": clock.embedding(), "head": clock.head(specs["head"])}
     placement, deal = dealt_layers(config)
     limit = config.parallel.recompute_layers
     left = {stage: limit[stage] if isinstance(limit, tuple) else config.model.num_layers if limit is None else limit
             for stage in range(config.parallel.pipeline)}
-    costs = []
+    costs, known = [], dict[tuple[int, int, bool, bool], _ChunkCost]()
     for chunk, stage in enumerate(placement):
         count = min(left[stage], len(deal[chunk]))
         left[stage] -= count
-        units_here: list[tuple[UnitCost, int]] = [(again, count), (plain, len(deal[chunk]) - count)]
-        units_here += [(ends["embedding"], 1)] * (chunk == 0) + [(ends["head"], 1)] * (chunk == len(placement) - 1)
-        costs.append(_ChunkCost(*(sum((getattr(unit, name) * times for unit, times in units_here), Pass())
-                                  for name in ("forward", "backward", "weight"))))
+        key = (count, len(deal[chunk]), chunk == 0, chunk == len(placement) - 1)
+        if key not in known:
+            here: list[tuple[UnitCost, int]] = [(again, count), (plain, len(deal[chunk]) - count)]
+            here += [(ends["embedding"], 1)] * key[2] + [(ends["head"], 1)] * key[3]
+            known[key] = _ChunkCost(*(sum((getattr(unit, name) * times for unit, times in here), Pass())
+                                      for name in ("forward", "backward", "weight")))
+        costs.append(known[key])
     return costs
 
 
@@ -141,6 +148,18 @@ def _elapsed(config: Config, takes: Callable[[Action], float], message: float) -
     periods, rest = divmod(count - some, stages)
     first = walked(some + rest)
     return first + periods * (walked(some + rest + stages) - first)
+
+
+def _roughly(config: Config, takes: Callable[[Action], float], message: float) -> float:
+    """As `_elapsed`: the pace of the slowest stage, and what of the others' passes a schedule does not hide."""
+    parallel, (placement, _) = config.parallel, dealt_layers(config)
+    work = [0.0] * parallel.pipeline
+    for chunk, stage in enumerate(placement):
+        work[stage] += takes(Action(Kind.F, 0, chunk)) + takes(Action(Kind.BW, 0, chunk))
+    slowest = max(work)
+    hidden = {"zb-h1": 3.0, "zb-h2": 20.0, "zb-v": 10.0}.get(parallel.schedule, float(parallel.virtual_stages))
+    fill = (sum(work) - slowest) / hidden + 2 * (parallel.pipeline - 1) * message
+    return config.num_microbatches * slowest + fill
 
 
 def _after(config: Config, clock: Clock, state: StageState, chunk: _ChunkCost) -> tuple[float, float]:

@@ -81,7 +81,38 @@ def test_shipped_configurations_fit_what_they_name(name: str, gpus: int, capsys:
     assert "\n  fits: " in capsys.readouterr().out
 
 
+def test_a_table_of_how_it_scales(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", CONFIG, "--gpus", "512,1024,2048", "--tokens", "1T"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[:2] == ["devices", "layout"] and len(rows) == 3
+    efficiency = [float(row.split()[-3].rstrip("%")) for row in rows]
+    assert efficiency[0] == 100 > efficiency[1] > efficiency[2] > 50
+    assert cli.run(["plan", CONFIG, "--gpus", "512,1024", "--json"]) == 0
+    assert [job["world"] for job in json.loads(capsys.readouterr().out)] == [512, 1024]
+
+
+def test_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "plan.svg"
+    small = ["batch.global=32", "--gpus", "8", "--search"]
+    assert cli.run(["plan", str(ROOT / "configs" / "llama-7b.yaml"), *small, "--svg", str(picture)]) == 0
+    out = capsys.readouterr().out
+    for words in ("layouts, the fastest that fit 79.10 GiB", "  1  ", "The second is ", "Faster, but too large:",
+                  "With half the memory: "):
+        assert words in out, words
+    drawn = picture.read_text()
+    assert drawn.startswith("<svg") and "activations: " in drawn and "data comm: " in drawn
+    assert cli.run(["plan", str(ROOT / "configs" / "llama-7b.yaml"), *small, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    seconds = [job["step_seconds"] for job in found["candidates"]]
+    assert seconds == sorted(seconds) and all(job["fits"] for job in found["candidates"])
+    assert all("needs" in each["why"] for each in found["excluded"])
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
+    (["--gpus", "8 or 16"], "--gpus 8 or 16: give a number, or several"),
+    (["--tokens", "many"], "--tokens many: "),
+    (["--gpus", "2047", "--search"], "the nearest numbers of devices that do are 1,024 and 2,048"),
+    (["--gpus", "1", "--search"], "nothing fits 1 × a100-80g: of "),
     (["--gpu", "h200-sxm"], "no figures for a device 'h200-sxm'; the nearest is h"),
     (["--explain-rank", "2048"], "there is no rank 2048"),
     (["--explain-rank", "0", "--gpus", "100"], "does not make world size 100"),
