@@ -32,6 +32,7 @@ from engine.config.fields import (
     Layers,
     NonNegative,
     Number,
+    Positive,
     Rate,
     RateOrZero,
     Section,
@@ -119,6 +120,17 @@ class PrecisionConfig(Section):
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
 
 
+class SquareRootRule(Section):
+    """Fine-tuning at the rate of pretraining, times the square root of how much smaller a batch is."""
+
+    labels: Positive                                         # of a batch: tokens that are learned
+    pretraining: Positive                                    # tokens of a batch in pretraining
+
+    @property
+    def factor(self) -> float:
+        return (self.labels / self.pretraining) ** 0.5
+
+
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
@@ -127,6 +139,7 @@ class OptimConfig(Section):
     warmup: Warmup | None = None                             # instead: 2000 (steps), 1% (of the run), 375M (tokens)
     decay: Decay = Cosine()                                  # a name of `engine.config.decay`, or {shape: NAME, …}
     min_lr: RateOrZero = Field(default_factory=lambda values: values["decay"].floor(values["lr"]))
+    square_root: SquareRootRule | None = None                # makes lr and min_lr, then of pretraining, smaller
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Rate = 1e-8
     weight_decay: RateOrZero = 0.1

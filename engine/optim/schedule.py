@@ -9,9 +9,10 @@ from engine.config import Config, OptimConfig
 
 def learning_rate(step: float, num_steps: float, config: OptimConfig) -> float:
     """Learning rate of `step` (counted from 1) in a run of `num_steps`."""
+    factor = 1.0 if config.square_root is None else config.square_root.factor
     if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    return config.decay.rate(step, num_steps, config)
+        return factor * config.lr * step / config.warmup_steps
+    return factor * config.decay.rate(step, num_steps, config)
 
 
 @dataclass(frozen=True)

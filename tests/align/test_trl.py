@@ -16,6 +16,7 @@ from checkpoints_tools.from_hf import convert_from_hf
 from corpus_tools.conversations.start import open_corpora
 from engine.config import Config
 from engine.data.chat.templates import BUILT_IN
+from tests.align.test_comparisons import write_pairs
 from tests.align.test_sft import chat_config, write_chats
 from tests.kit.chats import hf_tokenizer
 from tests.kit.hf_folders import save_hf
@@ -25,6 +26,10 @@ STEPS, BATCH = 20, 4
 RATE, BETAS, EPS, CLIP = 1e-3, (0.9, 0.95), 1e-8, 1.0
 SHAPE = {"num_layers": 2, "hidden_size": 48, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 80,
          "norm_eps": 1e-6, "max_seq_len": 128}
+
+# Answers end with their end token: TRL compares whatever stands behind the prompt, a line break after it too.
+TURNS = ("{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>{% endfor %}"
+         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 trl = pytest.importorskip("trl")
 
@@ -54,6 +59,45 @@ def their_losses(folder: Path, conversations: list[dict[str, Any]]) -> list[floa
                              processing_class=tokenizer)
     trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_twenty_losses_of_dpo_are_those_of_trl(tmp_path: Path) -> None:
+    """TRL renders prompt and answers by itself, and holds a second model as the reference."""
+    datasets, transformers = pytest.importorskip("datasets"), pytest.importorskip("transformers")
+    (tmp_path / "turns.jinja").write_text(TURNS)
+    hf_tokenizer(tmp_path / "tokenizer", vocab_size=600)
+    write_pairs(tmp_path / "pairs.jsonl", number=STEPS * BATCH, margins=False)
+    save_hf(tmp_path / "hf", "Llama", vocab_size=640, rms_norm_eps=1e-6)
+    convert_from_hf(tmp_path / "hf", tmp_path / "ours", check=False)
+    config = our_config(tmp_path, 640).with_changes(
+        run={"objective": "dpo"}, optim={"lr": 2e-3},
+        data={"train": [{"path": str(tmp_path / "pairs.jsonl")}], "template": str(tmp_path / "turns.jinja")})
+    [source] = (corpora := open_corpora(config, say=lambda line: None)).comparisons
+    order = [source.records[corpora.train.sample(index).window] for index in range(STEPS * BATCH)]
+    train(config)
+    records = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    asked = [{"prompt": [{"role": "user", "content": record["prompt"]}],
+              **{key: [{"role": "assistant", "content": record[key]}] for key in ("chosen", "rejected")}}
+             for record in (records[number] for number in order)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer.chat_template, tokenizer.pad_token = TURNS, "<s>"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="float32")
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path / "trl"), max_steps=STEPS, per_device_train_batch_size=BATCH, logging_steps=1,
+        learning_rate=2e-3, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1], adam_epsilon=EPS, max_grad_norm=CLIP, optim="adamw_torch", max_length=96, beta=0.1,
+        train_sampling_strategy="sequential", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
+        save_strategy="no", disable_tqdm=True)
+    trainer = trl.DPOTrainer(model, args=arguments, train_dataset=datasets.Dataset.from_list(asked),
+                             processing_class=tokenizer)
+    trainer.train()
+    theirs = [row for row in trainer.state.log_history if "loss" in row]
+    ours = metrics(config)
+    assert len(ours) == len(theirs) == STEPS and ours[-1]["loss"] < 0.4
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-5)
+        for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+            assert mine[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
 
 
 @pytest.mark.timeout(600)

@@ -118,3 +118,13 @@ def test_one_entry_adds_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValidationError, match="no such shape: 'power'"):
         whole("power")
     assert "power" not in json.dumps(Config.model_json_schema())
+
+
+def test_the_square_root_rule_makes_the_whole_curve_smaller() -> None:
+    """Two million labels in 350 steps, from a model that was pretrained in batches of four million tokens."""
+    rule = {"labels": 2e6 / 350, "pretraining": 4e6}
+    plain = OptimConfig(lr=5e-5, min_lr=5e-6, warmup_steps=10, decay="cosine")
+    scaled = OptimConfig(lr=5e-5, min_lr=5e-6, warmup_steps=10, decay="cosine", square_root=rule)
+    assert learning_rate(10, 350, scaled) == pytest.approx(1.88982e-6, rel=1e-5)
+    for step in (1, 5, 10, 100, 350):
+        assert learning_rate(step, 350, scaled) == pytest.approx(learning_rate(step, 350, plain) * 0.0377964, rel=1e-5)
