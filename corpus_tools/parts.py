@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corpus_tools.holdout import VALID, Holdout, divide
 from corpus_tools.outputs import commit
 from engine.data.indexed import IndexedDataset, IndexedWriter, merge
 from engine.data.sidecar import make_sidecar
@@ -31,7 +32,8 @@ from engine.errors import DataError, RequestError
 
 NUM_EXAMPLES = 10  # of unusable records, kept for the report
 MERGED = "merged"  # the passing name of the whole corpus
-OURS = re.compile(r"(part-\d{5}|merged)\.(tmp|(bin|idx|json|lengths)(\.partial)?)")
+HELD = MERGED + VALID  # and of what is held out
+OURS = re.compile(r"(part-\d{5}|merged(-valid)?)\.(tmp|(bin|idx|json|lengths)(\.partial)?)")
 
 
 @dataclass(frozen=True, order=True)
@@ -58,6 +60,7 @@ class Counts:
     skipped_records: int = 0
     skipped_examples: list[str] = field(default_factory=list)
     was_there: bool = False  # the corpus was made before, so nothing went through
+    held_out: int = 0  # documents, of those above
 
     def add(self, other: Counts) -> None:
         """Add another count to this one; of the examples the first few are kept."""
@@ -219,14 +222,31 @@ class Parts:
             total.add(part.counts)
         return total
 
-    def join(self, files: Sequence[Path], tokenizer: TokenizerInfo, made_from: str) -> None:
-        """All parts -> the `files_of` a corpus, renamed into place whole; then the folder is removed."""
-        merged = self._folder / MERGED
-        merge([self._path(index).with_suffix("") for index in range(len(self.finished))], merged)
-        total = self.total()
-        make_sidecar(merged, tokenizer, total.documents, total.tokens, self._dtype.name, made_from).write(merged)
+    def join(self, files: Sequence[Path], tokenizer: TokenizerInfo, made_from: str, holdout: Holdout | None = None,
+             held_files: Sequence[Path] = ()) -> int:
+        """All parts -> the `files_of` a corpus, renamed into place whole; then the folder is removed.
+
+        Args:
+            holdout: what of the documents goes to another corpus, of `held_files`, which is there first.
+
+        Returns:
+            Documents that were held out.
+        """
+        merged, held = self._folder / MERGED, self._folder / HELD
+        parts = [self._path(index).with_suffix("") for index in range(len(self.finished))]
+        total, documents, tokens = self.total(), 0, 0
+        if holdout is None:
+            merge(parts, merged)
+        else:
+            documents, tokens = divide(parts, holdout, merged, held)
+            make_sidecar(held, tokenizer, documents, tokens, self._dtype.name, made_from).write(held)
+        make_sidecar(merged, tokenizer, total.documents - documents, total.tokens - tokens, self._dtype.name,
+                     made_from).write(merged)
+        if holdout is not None:
+            commit(held, held_files)
         commit(merged, files)
         remove_parts(self._folder)
+        return documents
 
     def __enter__(self) -> Parts:
         return self

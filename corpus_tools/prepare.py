@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from corpus_tools.holdout import VALID, Holdout
 from corpus_tools.inputs import InputFile, bytes_before, expand_inputs
 from corpus_tools.ordered_map import ordered_map
 from corpus_tools.outputs import files_of, finish_commit, is_made, output_prefix, recipe
-from corpus_tools.parts import MERGED, NUM_EXAMPLES, Counts, Documents, Parts, Position, remove_parts
+from corpus_tools.parts import HELD, MERGED, NUM_EXAMPLES, Counts, Documents, Parts, Position, remove_parts
 from corpus_tools.readers import Block, read_blocks, records_of
 from corpus_tools.records import BadRecord
 from corpus_tools.shards import shard_of
@@ -112,6 +113,7 @@ def prepare(
     append_eod: bool = True,
     backend: str = "auto",
     shard: tuple[int, int] | None = None,
+    holdout: Holdout | None = None,
     overwrite: bool = False,
     part_seconds: float = PART_SECONDS,
     say: Callable[[str], None] = print,
@@ -124,6 +126,7 @@ def prepare(
         backend: `auto` uses gigatoken where it is installed and agrees (`fast_backend`), `reference` never does.
         shard: `(k, n)`: only the k-th of n runs of files, into `output`-0000k-of-0000n; merged in order (`shards`) they
             are what one run would have written.
+        holdout: documents that go to `output`-valid instead, chosen by content (`holdout`).
         overwrite: replace what is there under these names; else the same corpus is left as it is and any other refused.
 
     Raises:
@@ -140,13 +143,19 @@ def prepare(
     prefix = output_prefix(output, shard)
     if shard is not None:
         inputs = shard_of(inputs, *shard)
-    output_files = files_of(prefix, {Path(file.path).resolve() for file in inputs if file.path != "-"})
+    if holdout is not None and shard is not None and not holdout.is_share:
+        raise RequestError(f"--holdout {holdout.amount:g} with --shard: each would hold out as many; give a share")
+    read = {Path(file.path).resolve() for file in inputs if file.path != "-"}
+    output_files, held_files = files_of(prefix, read), files_of(held_prefix(output, shard), read)
     loaded = load_tokenizer(tokenizer)
     dtype = best_dtype(loaded.vocab_size)
     options = (VERSION, loaded.sha256, loaded.eod_id, text_field, on_error, append_eod)
-    made_from = recipe("prepare", options, [asdict(file) for file in inputs])
+    made_from = recipe("prepare", options, [asdict(file) for file in inputs], *([holdout.amount] if holdout else []))
     folder = Path(f"{prefix}.parts")
-    if finish_commit(folder / MERGED, output_files, made_from) or is_made(output_files, made_from, overwrite):
+    wanted = [(HELD, held_files)] * (holdout is not None) + [(MERGED, output_files)]
+    ready = [finish_commit(folder / staged, files, made_from) or is_made(files, made_from, overwrite)
+             for staged, files in wanted]
+    if all(ready):
         remove_parts(folder)
         say(f"nothing to do: {prefix} is there, made from these files with this tokenizer and these options")
         return _counts_of(prefix)
@@ -171,8 +180,14 @@ def prepare(
             parts.finish()  # also after an error: what came before it needn't be done again
         counts = parts.total()
         _require_documents(counts)
-        parts.join(output_files, loaded.info, made_from)
+        counts.held_out = parts.join(output_files, loaded.info, made_from, holdout, held_files)
         return counts
+
+
+def held_prefix(output: str | Path, shard: tuple[int, int] | None = None) -> Path:
+    """Where the documents that are held out go: `PREFIX-valid`, of a shard `PREFIX-valid-0000k-of-0000n`."""
+    whole = output_prefix(output)
+    return output_prefix(whole.with_name(whole.name + VALID), shard)
 
 
 def _counts_of(prefix: Path) -> Counts:

@@ -89,6 +89,8 @@ def _prepare(p: Parser) -> None:
     p.add_argument("--columns", nargs="+", default=[], metavar="KEY=NAME",
                    help="of conversations: other names of keys, such as prompt=question")
     p.add_argument("--shard", metavar="K/N", help="only the K-th of N runs of files, into PREFIX-0000K-of-0000N")
+    p.add_argument("--holdout", metavar="N", help="put so many documents, or such a share of them (0.01), into "
+                                                  "PREFIX-valid instead; chosen by content")
     _overwrite(p, "replace a corpus made from anything else that is there")
     p.add_argument("--backend", choices=("auto", "reference"), default="auto",
                    help="auto: gigatoken where it is installed and gives the same ids (default: %(default)s)")

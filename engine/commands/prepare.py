@@ -9,10 +9,11 @@ import time
 from corpus_tools.conversations.formats import require_columns
 from corpus_tools.conversations.prepare import Plan, Wanted, prepare_chats
 from corpus_tools.conversations.start import about
+from corpus_tools.holdout import Holdout
 from corpus_tools.inputs import expand_inputs
 from corpus_tools.outputs import output_prefix
 from corpus_tools.parts import Counts
-from corpus_tools.prepare import prepare
+from corpus_tools.prepare import held_prefix, prepare
 from engine.errors import RequestError
 from engine.hints import hint
 
@@ -42,16 +43,21 @@ def run(args: argparse.Namespace) -> int:
         append_eod=args.append_eod,
         backend=args.backend,
         shard=shard,
+        holdout=Holdout.of(args.holdout),
         overwrite=args.overwrite,
     )
     if not counts.was_there:
         _report(counts, time.monotonic() - start)
+    if counts.held_out:
+        print(f"{counts.held_out:,} of the documents are held out, in {held_prefix(args.output, shard)}")
     print(hint("data", "inspect", output_prefix(args.output, shard)))
     return 0
 
 
 def _chats(args: argparse.Namespace) -> int:
     """Conversations in tokens, for `data.train: [{path: PREFIX}]`."""
+    if args.holdout is not None:
+        raise RequestError("--holdout does not go with --chat: give other files and another --output")
     if args.shard is not None:
         raise RequestError("--shard does not go with --chat: give each part's files and another --output")
     columns = dict(pair.partition("=")[::2] for pair in args.columns)

@@ -197,6 +197,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = argparse.Namespace(
         files=[str(tmp_path / "a.jsonl")], tokenizer="bytes", output=str(tmp_path / "sub" / "out"), workers=None,
         field="text", on_error="skip", append_eod=True, backend="auto", shard=None, overwrite=False,
+            chat=False, holdout=None,
     )  # fmt: skip
     assert command.run(arguments) == 0
     printed = capsys.readouterr().out
