@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 import torch
 
+from corpus_tools.conversations.start import open_corpora
 from engine.checkpoint.staging import Staging
 from engine.checkpoint.write import CheckpointWriter
 from engine.config import Config
@@ -42,7 +43,6 @@ from engine.metrics.phases import Moment
 from engine.model.context import Batch
 from engine.parallel.parallelize import parallelize
 from engine.train.batches import HostBatch, HostStep, Loader
-from engine.train.corpora import Corpora
 from engine.train.loop import Trainer
 from engine.train.tally import LateRead
 from tests.kit.fake import fake_rank
@@ -190,7 +190,7 @@ def train(config: Config, rank: int, read: bool) -> dict[str, list[str]]:
             trainer.state.optimizer.num_steps()
 
     with one_rank(config, rank) as mesh, pretending():
-        trainer = Trainer.start(config, mesh, Corpora.open(config), lambda: False)
+        trainer = Trainer.start(config, mesh, open_corpora(config, say=lambda line: None), lambda: False)
         trainer.state.step = FIRST - 1
         trainer.phases.listeners.append(stop)
         try:

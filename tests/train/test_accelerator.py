@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from engine.data.indexed import IndexedWriter
-from tests.kit.runs import LAYOUTS, ROOT
+from tests.align.test_sft import write_chats
+from tests.kit.runs import LAYOUTS, ROOT, write_corpus
 
 CANNOT_RUN = 77                          # the exit code of a test program that needs something that is not there
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 2, "ffn_hidden_size": 32}
@@ -65,6 +66,23 @@ def test_a_run_waits_only_where_it_may(tmp_path: Path) -> None:
     *found, read = told([*cases, case({}, read=True)])
     require(cases, found, {"evaluation": ["[2]"]})
     assert "DataDependentOutputException" in read and "num_steps" in read
+
+
+def test_fine_tuning_waits_only_where_it_may(tmp_path: Path) -> None:
+    """Several conversations in a sequence, with and without pretraining data; each in a sequence of its own."""
+    chats, text = str(write_chats(tmp_path / "chats.jsonl")), write_corpus(tmp_path / "text")
+    data = {"tokenizer": "bytes", "template": "plain", "seq_len": 64, "train": [{"path": chats}],
+            "valid": [{"path": chats}]}
+    with_text = [{"path": chats}, {"path": text, "kind": "pretrain"}]
+    layouts: list[dict[str, Any]] = [{}, {"tensor": 2, "pipeline": 2}, {"context": 2, "data": 2, "zero": 3}]
+    cases = [case(parallel) | {"run": {"objective": "sft"}, "data": data} for parallel in layouts]
+    cases += [cases[0] | {"data": data | {"pack": False}},
+              cases[0] | {"data": data | {"train": with_text}, "sft": {"ptx_weight": 0.5}}]
+    model, saves = {"vocab_size": 257, "max_seq_len": 64}, {"every": 0, "resume": "never", "keep_best": False}
+    cases = [each | {"model": each["model"] | model, "checkpoint": saves} for each in cases]
+    *sums, with_ptx = told(cases)
+    require(cases[:-1], sums, {"evaluation": ["[2]"]})
+    assert with_ptx == {"evaluation": ["[6]"]}
 
 
 def test_a_model_in_use_waits_only_where_it_may() -> None:
