@@ -145,7 +145,7 @@ def _train(p: Parser) -> None:
 def _plan(p: Parser) -> None:
     p.add_argument("config", metavar="CONFIG.yaml", help=CONFIG)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as parallel.zero=3")
-    p.add_argument("--gpus", metavar="N[,N…]", help="processes (default: of parallel.data, or one copy of the model)")
+    p.add_argument("--gpus", metavar="N[,N…]", help="processes (default: as parallel.data says, or a node)")
     p.add_argument("--gpu", metavar="NAME", help="device, such as h100-sxm (default: of the first lines of CONFIG)")
     p.add_argument("--search", action="store_true", help="find the fastest layouts that fit")
     p.add_argument("--tokens", metavar="T", help="length of the run, such as 1.4T, instead of the configuration's")

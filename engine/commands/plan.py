@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     loaded = _lengthened(load_config(args.config, args.overrides), args.tokens)
     sizes, on = _sizes(args.gpus), _device(args)
     if args.search or len(sizes) > 1:
-        return _compare(args, loaded, sizes or [_default_size(loaded)], on)
-    config = resolved(loaded, sizes[0] if sizes else None)
+        return _compare(args, loaded, sizes or [_default_size(loaded, on)], on)
+    config = resolve_layout(loaded, sizes[0] if sizes else _default_size(loaded, on))
     job = Planned(config, on)
     if args.json:
         print(json.dumps(job.record(), indent=1))
@@ -51,19 +51,18 @@ def run(args: argparse.Namespace) -> int:
     if args.schedule_svg is None and args.explain_rank is None and args.svg is None:
         print(summary(job) + "\n")
         if loaded.parallel.data == "auto" and not sizes:
-            print("parallel.data is auto, so this is one copy of the model; --gpus N plans for more\n")
+            print(f"parallel.data is auto, so this is for {job.world} processes; --gpus N plans for more\n")
     print(hint(*_next(args, config)))
     return 0
 
 
-def resolved(config: Config, num_gpus: int | None) -> Config:
-    """On so many GPUs; by default on as many as the configuration names, or one copy of the model takes."""
-    return resolve_layout(config, _default_size(config) if num_gpus is None else num_gpus)
-
-
-def _default_size(config: Config) -> int:
-    parallel = config.parallel
-    return parallel.model_parallel_size * (parallel.data if isinstance(parallel.data, int) else 1)
+def _default_size(config: Config, on: Device) -> int:
+    """As many as the configuration names; where its data parallelism is open, the copies that fill a node."""
+    parallel, one_copy = config.parallel, config.parallel.model_parallel_size
+    if isinstance(parallel.data, int):
+        return one_copy * parallel.data
+    copies = max(1, on.per_node // one_copy) if on.name != "cpu" else 1
+    return one_copy * (copies if config.batch.global_ % (copies * config.batch.micro) == 0 else 1)
 
 
 def _sizes(asked: str | None) -> list[int]:
