@@ -31,15 +31,15 @@ def require_room(config: Config, ranks: Sequence[int], room: Room | None, *, on_
     """
     stages = stages_of(config, ranks, on_gpu)
     total, of_all = sum(each.total for each in stages), "" if len(stages) == 1 else f" of {len(stages)} processes"
-    what = f"memory: {gib(total)}{of_all} at the worst moment of a step, {_parts(stages)}"
-    if room is None:
-        return [what]
-    if total * (1 - SLACK) > room.available:
+    if room is not None and total * (1 - SLACK) > room.available:
         who = "this process" if len(stages) == 1 else f"the {len(stages)} processes on this machine"
         raise RequestError(f"this job does not fit: {who} would hold {gib(total)} ({_parts(stages)}), and "
                            f"{gib(room.available)} are {room.where}. The largest part is {largest(stages)}. "
                            + _remedy(config, ranks, room.available, on_gpu))
-    return [f"{what}; {gib(room.available)} {room.where}"]
+    state, step = _state_and_step(stages)
+    there = "" if room is None else f", and {gib(room.available)} {room.where}"
+    return [f"memory: at most {gib(total)}{of_all}{there}",
+            f"  state {gib(state)}, activations and workspace {gib(step)}"]
 
 
 def stages_of(config: Config, ranks: Sequence[int], on_gpu: bool) -> list[StageMemory]:
@@ -54,9 +54,13 @@ def largest(stages: Sequence[StageMemory]) -> str:
     return f"{name} ({gib(size)} of a process)"
 
 
+def _state_and_step(stages: Sequence[StageMemory]) -> tuple[float, float]:
+    """Bytes that are there all the time, and those that come and go within a step."""
+    return (sum(each.state.total for each in stages), sum(each.activations + each.workspace for each in stages))
+
+
 def _parts(stages: Sequence[StageMemory]) -> str:
-    state = sum(each.state.total for each in stages)
-    step = sum(each.activations + each.workspace for each in stages)
+    state, step = _state_and_step(stages)
     return f"{gib(state)} of weights, gradients and optimizer state and {gib(step)} of activations and workspace"
 
 

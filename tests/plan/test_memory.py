@@ -23,11 +23,12 @@ WIDE = {"hidden_size": 256, "ffn_hidden_size": 512, "num_layers": 8}
 
 
 def test_a_job_that_fits_says_what_is_left() -> None:
-    [line] = require_room(tiny_config(), [0], Room(10 * GIB, "free on cuda:0"), on_gpu=True)
-    assert line.startswith("memory: ") and line.endswith("; 10.0 GiB free on cuda:0")
-    assert " of weights, gradients and optimizer state and " in line
-    [line] = require_room(tiny_config(parallel={"data": 2}), [0, 1], None, on_gpu=False)
-    assert " of 2 processes at the worst moment of a step" in line
+    lines = require_room(tiny_config(), [0], Room(10 * GIB, "free on cuda:0"), on_gpu=True)
+    assert lines[0].startswith("memory: at most ") and lines[0].endswith(", and 10.0 GiB free on cuda:0")
+    assert lines[1].startswith("  state ") and ", activations and workspace " in lines[1]
+    assert max(map(len, lines)) <= 80
+    line, _ = require_room(tiny_config(parallel={"data": 2}), [0, 1], None, on_gpu=False)
+    assert line.endswith(" of 2 processes")
 
 
 def test_a_job_that_does_not_fit_is_refused_with_numbers_and_the_cheapest_remedy() -> None:
