@@ -70,11 +70,11 @@ class Console:
         if self._bar is not None:
             self._bar.reach(record["step"])
 
-    def evaluation(self, step: int, valid_loss: float) -> None:
-        """One line for an evaluation."""
-        perplexity = math.inf if valid_loss > 700 else math.exp(valid_loss)
-        self._print(f"{_position(step, self.total_steps)}  valid loss {_loss(valid_loss)}  perplexity {perplexity:.4g}",
-                    style="cyan")
+    def evaluation(self, step: int, valid_loss: float, accuracy: float | None = None) -> None:
+        """One line for an evaluation; `accuracy`: the loss is of comparisons, of which so many are in order."""
+        also = f"accuracy {accuracy:.1%}" if accuracy is not None else \
+            f"perplexity {math.inf if valid_loss > 700 else math.exp(valid_loss):.4g}"
+        self._print(f"{_position(step, self.total_steps)}  valid loss {_loss(valid_loss)}  {also}", style="cyan")
 
     def checkpoint(self, step: int, path: object, seconds: float | None = None) -> None:
         """One line for a checkpoint; `seconds` is how long training waited for it."""

@@ -16,6 +16,8 @@ from engine.metrics.console import Console
 from engine.metrics.events import append_event
 from engine.metrics.sinks import Sink
 
+ACCURACIES = ("accuracy", "rewards/accuracies")          # what objectives call the share of comparisons in order
+
 
 class Journal:
     """The console and the sinks of a run; None and nothing where others speak."""
@@ -49,7 +51,8 @@ class Journal:
         if "lr" in row:
             self.console.step(row)
         if "valid_loss" in row:
-            self.console.evaluation(row["step"], row["valid_loss"])
+            accuracy = next((row[f"valid_{name}"] for name in ACCURACIES if f"valid_{name}" in row), None)
+            self.console.evaluation(row["step"], row["valid_loss"], accuracy)
         for sink in self.sinks:
             try:
                 sink.log(row)

@@ -143,7 +143,9 @@ def _sign(mesh: Mesh, what: str) -> None:
 def _say_goodbye(journal: Journal, config: Config, finished: bool) -> None:
     directory, resume = config.run.dir, config.checkpoint.resume
     if finished:
-        if config.data.tokenizer is not None:
+        if config.model.head == "score":
+            journal.note(hint("score", directory, "--data", (*config.data.valid, *config.data.train)[0].path))
+        elif config.data.tokenizer is not None:
             journal.note(hint("generate", directory, "--prompt", "The"))
         journal.note(hint("report", directory))
     else:

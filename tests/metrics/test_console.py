@@ -126,6 +126,13 @@ def test_plain_lines_in_a_file() -> None:
     assert "\x1b" not in stream.getvalue()
 
 
+def test_a_loss_of_comparisons_has_no_perplexity() -> None:
+    stream = io.StringIO()
+    with Console(1000, stream) as console:
+        console.evaluation(120, 0.25, accuracy=0.975)
+    assert stream.getvalue() == "step  120  valid loss 0.2500  accuracy 97.5%\n"
+
+
 def test_terminal_has_a_live_bar_and_the_same_lines() -> None:
     stream = io.StringIO()
     with Console(1000, stream, is_terminal=True, first_step=100) as console:
