@@ -21,6 +21,7 @@ from engine.config import Config
 from engine.plan import practice
 from engine.plan.devices import device
 from engine.plan.stages import all_stages
+from engine.plan.state import stage_state
 from engine.plan.step import step_time
 
 ROWS = Path(__file__).with_name("planning") / "rows.csv"
@@ -28,6 +29,9 @@ PRACTICES = {each.name: each for each in vars(practice).values() if isinstance(e
 # What the constants were fitted to: of these sets the share of the rows in brackets.
 FITTED = {"vTrain, one node": "one row in seven", "vTrain, several nodes": "30 rows", "Korthikanti 2022": "all",
           "Narayanan 2021": "all", "NVIDIA H100, BF16": "all", "NVIDIA H100, FP8": "all", "SimuMax B200": "time"}
+STATE_BYTES = 18                           # of a parameter: bf16, fp32 gradient, master, two moments
+# GiB that cuBLAS and Transformer Engine hold all the time; cuBLAS takes 32 MiB from Hopper on, and 8 before.
+WORKSPACES = {"a100-80g": 0.075, "h100-sxm": 0.10, "b200": 0.10}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def config_of(row: Mapping[str, str]) -> Config:
         "model": {"num_layers": number["layers"], "hidden_size": number["hidden"], "num_heads": number["heads"],
                   "num_kv_heads": number["kv_heads"], "ffn_hidden_size": number["ffn"], "mlp": row["mlp"],
                   "vocab_size": number["vocab"], "max_seq_len": number["seq"],
-                  "tie_embeddings": row["mlp"] == "gelu"},
+                  "tie_embeddings": row["mlp"] == "gelu", "mlp_bias": row["bias"] == "1",
+                  "attention_bias": row["bias"] == "1"},
         "parallel": {"tensor": number["tensor"], "pipeline": number["pipeline"], "context": number["context"],
                      "data": number["data"], "sequence": bool(number["sequence"]), "zero": number["zero"],
                      "recompute": row["recompute"], "virtual_stages": chunks,
@@ -73,9 +78,20 @@ def compared(rows: Path) -> Iterator[Compared]:
             if row["step_seconds"]:
                 seconds = step_time(config, device(row["device"]), PRACTICES[row["practice"]]).seconds
                 yield Compared(f"time: {group}", name, float(row["step_seconds"]), seconds)
+            if row["steady_gib"]:              # of the last stage, which is what Megatron-LM's tests record
+                last = stage_state(config, parallel.pipeline - 1, even=True).bytes.total
+                positions = number_of_positions(row) * STATE_BYTES * (parallel.pipeline == 1)
+                steady = (last + positions) / 2**30 + WORKSPACES[row["device"]]
+                yield Compared(f"between steps: {group}", name, float(row["steady_gib"]), steady)
             if row["memory_gib"]:
-                gib = max(stage.total for stage in all_stages(config)) / 2**30
+                even = PRACTICES[row["practice"]].deals_evenly
+                gib = max(stage.total for stage in all_stages(config, even=even)) / 2**30
                 yield Compared(f"memory: {group}", name, float(row["memory_gib"]), gib)
+
+
+def number_of_positions(row: Mapping[str, str]) -> int:
+    """Elements of the learned positions, which Megatron-LM's GPT has and Octant does not."""
+    return int(row["seq"]) * int(row["hidden"])
 
 
 def table(results: Mapping[str, list[Compared]]) -> str:
@@ -84,7 +100,7 @@ def table(results: Mapping[str, list[Compared]]) -> str:
     for group, each in results.items():
         errors = [abs(one.error) for one in each]
         kind, _, name = group.partition(": ")
-        fitted = FITTED.get(name, "no") if kind == "time" else "no"
+        fitted = FITTED.get(name, "no") if kind == "time" else "workspaces" if kind == "between steps" else "no"
         lines.append(f"| {group} | {len(each)} | {mean(errors):.1%} | {max(errors):.1%} | {fitted} |")
     return "\n".join(lines)
 

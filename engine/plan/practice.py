@@ -24,6 +24,7 @@ class Practice:
         gradient_bytes: in which gradients travel.
         scatters: messages between stages carry a tensor rank's part also without sequence parallelism.
         score_bytes: bytes through memory for a score that is written out, forward: softmax, mask, dropout.
+        deals_evenly: every stage has as many layers, whatever else it does.
         selective: what selective recomputation does again: `attention` scores, or `norms` and activation.
     """
 
@@ -38,13 +39,14 @@ class Practice:
     gradient_bytes: int = 4
     scatters: bool = False
     score_bytes: float = 13.0
+    deals_evenly: bool = False
     selective: str = "norms"
 
 
 OCTANT = Practice("octant")
 MEGATRON_2021 = Practice("Megatron-LM 2021", fused_attention=False, dropout=True, hidden_passes=16, kernels=16,
-                         data_hidden=False, gradient_bytes=2, scatters=True, selective="attention")
+                         data_hidden=False, gradient_bytes=2, scatters=True, deals_evenly=True, selective="attention")
 MEGATRON_2022 = Practice("Megatron-LM 2022", fused_attention=False, dropout=True, hidden_passes=14, kernels=16,
-                         data_hidden=False, gradient_bytes=2, scatters=True, selective="attention")
-NEMO_2025 = Practice("NeMo 2025", hidden_passes=8, kernels=10, gathers_again=True, tensor_hidden=0.6)
+                         data_hidden=False, gradient_bytes=2, scatters=True, deals_evenly=True, selective="attention")
+NEMO_2025 = Practice("NeMo 2025", hidden_passes=8, kernels=10, gathers_again=True, tensor_hidden=0.6, deals_evenly=True)
 TORCHTITAN = Practice("torchtitan", hidden_passes=8, kernels=10)

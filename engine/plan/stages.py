@@ -65,14 +65,14 @@ class StageMemory:
         return max(everything.items(), key=lambda item: item[1])
 
 
-def stage_memory(config: Config, stage: int, *, on_gpu: bool = True) -> StageMemory:
-    """Of stage `stage` of a resolved configuration."""
-    return _Walk(config, stage_state(config, stage), stage, Sizes.of(config, on_gpu)).memory()
+def stage_memory(config: Config, stage: int, *, on_gpu: bool = True, even: bool = False) -> StageMemory:
+    """Of stage `stage` of a resolved configuration; `even` as of `dealt_layers`."""
+    return _Walk(config, stage_state(config, stage, even=even), stage, Sizes.of(config, on_gpu), even).memory()
 
 
-def all_stages(config: Config, *, on_gpu: bool = True) -> list[StageMemory]:
+def all_stages(config: Config, *, on_gpu: bool = True, even: bool = False) -> list[StageMemory]:
     """One for each pipeline stage."""
-    return [stage_memory(config, stage, on_gpu=on_gpu) for stage in range(config.parallel.pipeline)]
+    return [stage_memory(config, stage, on_gpu=on_gpu, even=even) for stage in range(config.parallel.pipeline)]
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ class _Chunk:
 class _Walk:
     """A stage's program with a counter."""
 
-    def __init__(self, config: Config, state: StageState, stage: int, sizes: Sizes) -> None:
+    def __init__(self, config: Config, state: StageState, stage: int, sizes: Sizes, even: bool) -> None:
         self.config, self.state, self.stage, self.sizes = config, state, stage, sizes
         split = recipe(config.parallel.schedule).splits_backward
         kinds: set[str] = {"none", config.parallel.recompute}
         self.layers = {kind: layer_bytes(sizes, kind, split=split) for kind in kinds}
         self.ends = {"embedding": embedding_bytes(sizes), "head": head_bytes(sizes, split=split)}
-        placement, deal = dealt_layers(config)
+        placement, deal = dealt_layers(config, even)
         self.num_chunks = len(placement)
         mine = [chunk for chunk, owner in enumerate(placement) if owner == stage]
         limit = config.parallel.recompute_layers

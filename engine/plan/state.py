@@ -97,22 +97,22 @@ def shards_of(config: Config) -> int:
     return (parallel.zero_shard or parallel.data_size * parallel.context) if parallel.zero else 1
 
 
-def dealt_layers(config: Config) -> tuple[tuple[int, ...], tuple[range, ...]]:
-    """Chunk → stage, and chunk → layers."""
+def dealt_layers(config: Config, even: bool = False) -> tuple[tuple[int, ...], tuple[range, ...]]:
+    """Chunk → stage, and chunk → layers; `even`: as many to each, whatever else it does (Megatron-LM)."""
     parallel = config.parallel
     placement = build_placement(parallel.schedule, parallel.pipeline, parallel.virtual_stages)
-    return placement, _deal(config.model, config.data.seq_len, len(placement))
+    return placement, _deal(config.model, config.data.seq_len, len(placement), even)
 
 
 @lru_cache(maxsize=256)
-def _deal(model: ModelConfig, seq_len: int, num_chunks: int) -> tuple[range, ...]:
-    layer, embedding, output = layer_costs(model, seq_len)
+def _deal(model: ModelConfig, seq_len: int, num_chunks: int, even: bool) -> tuple[range, ...]:
+    layer, embedding, output = (1.0, 0.0, 0.0) if even else layer_costs(model, seq_len)
     return tuple(deal_layers(model.num_layers, num_chunks, layer=layer, embedding=embedding, output=output))
 
 
-def stage_state(config: Config, stage: int) -> StageState:
+def stage_state(config: Config, stage: int, *, even: bool = False) -> StageState:
     """What stage `stage` holds, on its first tensor rank (the others differ in padding only)."""
-    placement, deal = dealt_layers(config)
+    placement, deal = dealt_layers(config, even)
     chunks = [chunk for chunk, owner in enumerate(placement) if owner == stage]
     by_chunk = {chunk: tuple(_units(config, chunk, len(placement), deal[chunk])) for chunk in chunks}
     sizes: list[int] = []

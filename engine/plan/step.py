@@ -70,7 +70,7 @@ def step_time(config: Config, device: Device, practice: Practice = OCTANT, *, ro
         roughly: without walking through the schedule: the slowest stage, and a bubble by formula.
     """
     clock, parallel = Clock(config, device, practice), config.parallel
-    placement, _ = dealt_layers(config)
+    placement, _ = dealt_layers(config, practice.deals_evenly)
     chunks = _chunk_costs(config, clock)
     work = [0.0] * parallel.pipeline
     for chunk, stage in enumerate(placement):
@@ -88,7 +88,7 @@ def step_time(config: Config, device: Device, practice: Practice = OCTANT, *, ro
     count = config.num_microbatches
     total = sum((chunks[chunk].all for chunk in mine), Pass()) * count
     waiting = 0.0 if practice.data_hidden else message * crossing / 2 * count
-    after, update = _after(config, clock, stage_state(config, 0), chunks[mine[0]])
+    after, update = _after(config, clock, stage_state(config, 0, even=practice.deals_evenly), chunks[mine[0]])
     seconds = pipeline + after + update
     breakdown = dict(zip(CAUSES, (total.compute, total.recompute, total.tensor_comm, waiting,
                                   max(pipeline - total.total - waiting, 0.0), after, update), strict=True))
@@ -105,7 +105,7 @@ def _chunk_costs(config: Config, clock: Clock) -> list[_ChunkCost]:
     specs = cut_specs(config.model, config.adapter, config.parallel.tensor, config.parallel.sequence)
     plain, again = (clock.layer(specs["layer"], recompute) for recompute in ("none", config.parallel.recompute))
     ends = {"embedding": clock.embedding(), "head": clock.head(specs["head"])}
-    placement, deal = dealt_layers(config)
+    placement, deal = dealt_layers(config, clock.practice.deals_evenly)
     limit = config.parallel.recompute_layers
     left = {stage: limit[stage] if isinstance(limit, tuple) else config.model.num_layers if limit is None else limit
             for stage in range(config.parallel.pipeline)}

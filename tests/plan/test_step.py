@@ -32,7 +32,7 @@ def test_published_runs(tmp_path: Path) -> None:
     for name, (average, worst) in ALLOWED.items():
         errors = [abs(one.error) for one in results[f"time: {name}"]]
         assert mean(errors) <= average and max(errors) <= worst, (name, mean(errors), max(errors))
-    assert table(results).count("\n") == 7
+    assert table(results).count("\n") == 8
 
 
 @pytest.mark.parametrize("parallel", [
