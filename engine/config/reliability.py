@@ -57,4 +57,5 @@ class ReliabilityConfig(Section):
     spike: SpikeConfig | None = SpikeConfig()                # null: nobody looks
     rewind: RewindConfig | None = RewindConfig()             # null: it gives up instead
     max_skips: NonNegative = 10                              # steps skipped in a row; more: rewind.  0: any number
+    max_restarts_without_progress: NonNegative = 3           # of a job, by launch/*.sh, without another checkpoint
     inject: tuple[FaultConfig, ...] | None = None            # faults, to see what happens; or OCTANT_INJECT

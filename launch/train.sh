@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Trains a configuration, under SLURM or on this machine, until it is done.  From the repository's root:
+#
+#     sbatch --nodes=16 launch/train.sh CONFIG [key=value …]
+#     GPUS_PER_NODE=2 sbatch --nodes=2 --gpus-per-node=0 launch/train.sh configs/tiny.yaml run.device=cpu
+#     bash launch/train.sh CONFIG [key=value …]
+#
+# From outside: sbatch's options; GPUS_PER_NODE; NODES, where fewer than the job has are to train and the others are
+# spare; LAUNCHER=srun|torchrun; MASTER_ADDR; whatever launch/common.sh exports.
+#
+#SBATCH --job-name=octant
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --no-kill
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}" # SLURM runs a copy of this file from elsewhere
+
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    export GPUS_PER_NODE="${GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE:-8}}"
+fi
+if [[ -f .venv/bin/activate ]]; then
+    # shellcheck source=/dev/null
+    source .venv/bin/activate
+fi
+# shellcheck source=launch/common.sh
+source launch/common.sh
+run "$@"
