@@ -23,6 +23,7 @@ import torch
 from engine.config import ModelConfig
 from engine.distributed.boxes import Box
 from engine.model.parameters import spec_of
+from engine.model.projections import Fused
 from engine.model.transformer import Transformer
 
 Shape = tuple[int, ...]
@@ -32,8 +33,7 @@ Shape = tuple[int, ...]
 class Row:
     """One kind of parameter under its three names; `{i}` is the layer.
 
-    Where Hugging Face has several names, ours is cut along `dim`: the others take one index each, from the end, and the
-    first takes what is left.  A feed-forward layer without a gate has one index there, and the last name.
+    Where Hugging Face has several names, ours is cut along `dim` as `engine.model.projections.Fused` says.
     """
 
     ours: str
@@ -116,10 +116,9 @@ def hf_parts(config: ModelConfig, names: Mapping[str, tuple[str, ...]] | None = 
     """
     parts = {}
     for ours, shape, row, layer in _rows(config):
-        hf = (names or {}).get(row.ours, row.hf)
-        hf = hf[-min(len(hf), shape[row.dim]):]
-        parts[ours] = [Part(ours, box, name.format(i=layer), _run_together(ours, box.size))
-                       for name, box in zip(hf, _cut(Box.whole(shape), row.dim, len(hf)), strict=True)]
+        fused, whole = Fused((names or {}).get(row.ours, row.hf), row.dim), Box.whole(shape)
+        cut = [(name, whole.narrow(row.dim, start, length)) for name, start, length in fused.rows(shape[row.dim])]
+        parts[ours] = [Part(ours, box, name.format(i=layer), _run_together(ours, box.size)) for name, box in cut]
     return parts
 
 
@@ -136,12 +135,6 @@ def _rows(config: ModelConfig) -> Iterator[tuple[str, Shape, Row, int | None]]:
             yield ours, shape, ROWS[ours], None
         else:
             yield ours, shape, ROWS["layers.{i}." + ours[layer.end():]], int(layer[1])
-
-
-def _cut(box: Box, dim: int, num_parts: int) -> list[Box]:
-    first = box.size[dim] - num_parts + 1 if num_parts > 1 else box.size[dim]
-    starts = [0, *range(first, box.size[dim])]
-    return [box.narrow(dim, start, first if start == 0 else 1) for start in starts]
 
 
 def _run_together(ours: str, size: Shape) -> Shape:
