@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from engine.config.fields import Positive, Sample, Section, Size, Words
+from engine.config.fields import NonNegative, Positive, Sample, Section, Size, Words
+
+Share = Annotated[float, Field(ge=0, le=1)]
+TokenName = NonNegative | Words                              # an id, or the text of a special token
 
 
 class SourceConfig(Section):
@@ -34,6 +37,9 @@ class DataConfig(Section):
     train: tuple[SourceConfig, ...] = ()
     valid: tuple[SourceConfig, ...] = ()
     document_mask: bool = False                              # attention does not cross documents
+    fim: Share = 0.0                                         # documents rearranged to fill in the middle
+    fim_spm: Share = 0.5                                     # of those: suffix first
+    fim_tokens: tuple[TokenName, TokenName, TokenName] | None = None         # null: as the tokenizer names them
     template: Words = "auto"                                 # of conversations; auto: the tokenizer's own
     pack: bool = True                                        # several conversations in a sequence, each for itself
     too_long: Literal["cut", "skip", "stop"] = "cut"         # a conversation longer than a sequence

@@ -285,6 +285,8 @@ class Config(Section):
     def _source_problems(self) -> Iterator[str]:
         """Kinds of data that the objective does not learn from."""
         objective = self.run.objective
+        if self.data.fim and objective != "pretrain":
+            yield f"data.fim rearranges texts, for run.objective pretrain, and it is {objective}: leave data.fim out"
         for source in (*self.data.train, *self.data.valid):
             if objective == "pretrain" and (source.kind == "chat" or source.columns):
                 yield f"{source.path} is of conversations, which run.objective pretrain does not read: set it to sft"

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.data.corpus import Corpus
+from engine.data.fim import FillInMiddle
 from engine.data.indexed import IndexedDataset, bin_path
 from engine.data.mixture import exact
 from engine.data.sample import Sample
@@ -86,6 +87,7 @@ class CorpusSource(Source):
     seq_len: int
     vocab_size: int
     masked: bool = False
+    fim: FillInMiddle | None = None
 
     @property
     def document_mask(self) -> bool:
@@ -117,7 +119,11 @@ class CorpusSource(Source):
             raw = np.pad(raw, (0, missing), mode="edge")
             loss_mask = np.ones(self.seq_len, bool) if loss_mask is None else loss_mask
             loss_mask[-missing:] = False
-        return Sample(raw.astype(np.int64), loss_mask, document_ids, number, window, self.tags)
+        tokens = raw.astype(np.int64)
+        if self.fim is not None:
+            starts = self.dataset.document_starts(start, min(stop, self.dataset.num_tokens)) - start
+            tokens = self.fim.applied(tokens, starts.tolist(), number, window)
+        return Sample(tokens, loss_mask, document_ids, number, window, self.tags)
 
     def _document_masks(self, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents numbered within the window, and no loss where the target belongs to the next one."""
@@ -142,7 +148,7 @@ class CorpusSource(Source):
             "sha256": self.sidecar.files[".bin"].sha256 if self.sidecar else None,
             "weight": str(self.weight),
             "max_samples": self.max_samples,
-        }
+        } | ({} if self.fim is None else {"fim": [self.fim.rate, self.fim.spm, *self.fim.sentinels]})
 
     def close(self) -> None:
         self.dataset.close()

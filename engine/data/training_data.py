@@ -18,7 +18,7 @@ sample exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -133,6 +133,22 @@ class TrainingData:
     def window(self, source: int, window: int) -> Sample:
         """One window of one source, read and checked."""
         return self.sources[source].window(window, source)
+
+    def by_source(self, num_samples: int) -> Iterator[tuple[str, Callable[[int], Sample], int]]:
+        """The first `num_samples` source by source: a name, samples by their place among the source's, how many.
+
+        The name is the last part of its path, or all of it where two would be called alike.
+        """
+        indices: dict[int, list[int]] = {}
+        for index in range(num_samples):
+            indices.setdefault(self.locate(index)[0], []).append(index)
+        names = self.source_names
+        for source, own in sorted(indices.items()):
+            name = names[source] if names.count(names[source]) == 1 else self.sources[source].path
+            yield name, partial(self._sample_of, own), len(own)
+
+    def _sample_of(self, indices: Sequence[int], place: int) -> Sample:
+        return self.sample(indices[place])
 
     def counts(self, num_samples: int) -> list[int]:
         """Samples per source among the first `num_samples`."""

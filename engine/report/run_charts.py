@@ -31,6 +31,9 @@ def _loss_chart(runs: Sequence[Run]) -> Chart:
     alone = len(runs) == 1
     validation = [Series("validation" if alone else "", run.points("valid_loss"), 1 if alone else index, "dashed")
                   for index, run in enumerate(runs) if run.values("valid_loss")]
+    keys = {key for record in runs[0].records for key in record if key.startswith("valid_loss/")} if alone else ()
+    validation += [Series(key.removeprefix("valid_loss/"), runs[0].points(key), index, "dashed")
+                   for index, key in enumerate(sorted(keys), 2)]
     skipped = [step for run in runs for step in run.skipped_at()]
     title = "Loss" if alone or not validation else "Loss (dashed: validation)"
     return Chart(title, [*training.series, *validation], clipped=True, marks=skipped,

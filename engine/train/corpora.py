@@ -14,6 +14,7 @@ from engine.config.objectives import OBJECTIVES
 from engine.data.chat.comparisons import ComparisonSource
 from engine.data.chat.corpus import ChatCorpus
 from engine.data.chat.rows import ConversationSource, Fit
+from engine.data.fim import FillInMiddle, sentinels_of
 from engine.data.sample import Sample
 from engine.data.sources import Source, check_tokenizer, mixed, no_sources, open_corpus
 from engine.data.tokenizer import Tokenizer, load_tokenizer
@@ -47,7 +48,9 @@ class Corpora:
             raise DataError(f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, the model's vocabulary "
                             f"{config.model.vocab_size}: raise model.vocab_size or use another tokenizer")
         opener = _Opener(config, None if tokenizer is None else tokenizer.info, _pad_id(tokenizer), prepared)
-        train = opener.open(data.train, skip=data.skip)
+        sentinels = sentinels_of(data.fim_tokens, tokenizer, config.model.vocab_size) if data.fim else (0, 0, 0)
+        fim = FillInMiddle(data.fim, data.fim_spm, sentinels, None, config.run.seed) if data.fim else None
+        train = replace(opener, fim=fim).open(data.train, skip=data.skip)
         needed, there = config.num_samples, train.num_samples
         if there is not None and there < needed:
             batches = "growing batches" if config.batch.ramp else f"{config.batch.global_} sequences"
@@ -97,6 +100,7 @@ class _Opener:
     tokenizer: TokenizerInfo | None
     pad_id: int
     prepared: Mapping[str, str]
+    fim: FillInMiddle | None = None
 
     def open(self, sources: Sequence[SourceConfig], skip: Sequence[tuple[int, int]] = (),
              shuffle: bool = True) -> TrainingData:
@@ -113,7 +117,8 @@ class _Opener:
         tags = {PTX: np.array(of_text)} if objective == "sft" and config.sft.ptx_weight > 0 else {}
         if of_text:
             corpus = open_corpus(source, data.seq_len, vocab_size, self.tokenizer, data.document_mask)
-            return replace(corpus, tags=tags)
+            by = corpus.made_by or self.tokenizer
+            return replace(corpus, tags=tags, fim=self.fim and replace(self.fim, end=by.eod_id if by else None))
         fit = Fit(data.seq_len, self.pad_id, data.pack, data.too_long, data.on_error)
         prefix = self.prepared.get(source.path, source.path)
         kind = config.records

@@ -20,8 +20,16 @@ Heard = Callable[[int, Tensor], None]                        # samples done, and
 
 
 def evaluate(model: ParallelModel, data: TrainingData, stop: int) -> dict[str, float]:
-    """The objective's numbers over the first `stop` samples."""
-    *totals, divisor = sums_over(model, data.sample, stop).tolist()
+    """The objective's numbers over the first `stop` samples; of several sources `loss/NAME`, each one's, as well."""
+    if data.num_sources == 1:
+        return _numbers(model, sums_over(model, data.sample, stop))
+    sums = {name: sums_over(model, samples, count) for name, samples, count in data.by_source(stop)}
+    return _numbers(model, torch.stack([*sums.values()]).sum(0)) | {
+        f"loss/{name}": _numbers(model, own)["loss"] for name, own in sums.items() if own[-1] > 0}
+
+
+def _numbers(model: ParallelModel, sums: Tensor) -> dict[str, float]:
+    *totals, divisor = sums.tolist()
     return model.objective.numbers(totals, divisor)
 
 
