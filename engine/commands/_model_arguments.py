@@ -29,7 +29,9 @@ def generate(p: Parser) -> None:
 
 def eval(p: Parser) -> None:
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder (its newest one)")
-    p.add_argument("--data", required=True, metavar="PREFIX", help="a corpus made by `octant prepare`")
+    p.add_argument("--data", metavar="PREFIX", help="a corpus made by `octant prepare`")
+    p.add_argument("--tasks", nargs="+", metavar="FILE", help="instead: questions with answers to choose from, as JSON")
+    p.add_argument("--bos", action="store_true", help="begin questions with the beginning-of-text id")
     p.add_argument("--seq-len", type=int, metavar="S", help="tokens per sequence (default: as in training)")
     p.add_argument("--batches", type=int, metavar="N", help="only the first N batches (default: the whole corpus)")
     p.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (default: %(default)s)")

@@ -152,3 +152,29 @@ class ScoreRequest:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise RequestError(f"--batch-size {self.batch_size}: at least 1")
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """Which questions to answer.
+
+    Attributes:
+        checkpoint: a checkpoint, or a run's folder.
+        tasks: files of questions.
+        begin: start every question with the tokenizer's beginning-of-text id.
+        batch_size: answers at a time.
+        tokenizer, dtype, device, as_json: as in `TextRequest`.
+    """
+
+    checkpoint: str
+    tasks: Sequence[str]
+    begin: bool = False
+    batch_size: int = 8
+    tokenizer: str | None = None
+    as_json: bool = False
+    dtype: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise RequestError(f"--batch-size {self.batch_size}: at least 1")

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,11 +29,13 @@ from engine.generate.load import Wanted, inference_config, load_model, load_toke
 from engine.generate.request import ScoreRequest
 from engine.model.context import Batch
 from engine.model.fields import END
-from engine.model.objective import Head
+from engine.model.objective import Head, Measure
 from engine.parallel.parallelize import ParallelModel
 from engine.progress import Progress
 
 Ids = Sequence[int]
+Row = TypeVar("Row")
+MakeBatch = Callable[[Sequence[Row], int, int, torch.device], Batch]         # rows, seq_len, width, device
 # A tokenizer and a template's name → the texts of every record, best first where there are several.
 Encode = Callable[[Tokenizer, str], list[list[Ids]]]
 
@@ -93,14 +95,20 @@ def scores_of(model: ParallelModel, texts: Sequence[Ids], shown: bool = False) -
         model: made without training, for sequences at least as long as the longest text.
         shown: this rank shows how far it has come.
     """
+    return each_row(model, texts, _batch, at_the_end, "scoring", shown)
+
+
+def each_row(model: ParallelModel, texts: Sequence[Row], make_batch: MakeBatch[Row], measure: Measure, doing: str,
+             shown: bool = False) -> list[float]:
+    """What `measure` says of every text, one number each, on every rank; arguments as of `scores_of`."""
     config, found = model.config, []
     rows, part = config.batch.micro, config.batch.micro * config.num_microbatches
-    with Progress("scoring", len(texts), "texts", shown) as progress:
+    with Progress(doing, len(texts), "texts", shown) as progress:
         for first in range(0, len(texts), part):
             now = list(texts[first : first + part])
-            batches = [_batch(now[i : i + rows], config.data.seq_len, rows, model.mesh.device)
+            batches = [make_batch(now[i : i + rows], config.data.seq_len, rows, model.mesh.device)
                        for i in range(0, len(now), rows)]
-            measured = model.evaluate(batches, at_the_end)
+            measured = model.evaluate(batches, measure)
             scores = torch.empty(len(batches), 1, rows, device=model.mesh.device) if measured is None else measured
             broadcast(scores, model.mesh.pipeline, model.mesh.pipeline.size - 1)
             found += scores.flatten().tolist()[: len(now)]
