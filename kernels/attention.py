@@ -1,23 +1,31 @@
 """Causal grouped-query attention through torch's scaled-dot-product kernels (flash, cuDNN or memory-efficient).
 
+Packed documents are attended to one by one, or all in one call of a kernel that takes their boundaries; a mask is for
+queries over cached keys only.
+
 Shapes: S queries, T keys, B batch, G key-value groups, Q query heads per group, D head dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.operation import Implementation, Operation, Place, anywhere, installed
+from engine.kernels.documents import Documents
+from engine.kernels.operation import Implementation, Operation, Place, Unavailable, anywhere, installed
 
 
-def attention_reference(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The definition, with the scores written out; `mask` as in `attention`, None for causal (S = T)."""
+def attention_reference(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
+                        documents: Documents | None = None) -> Tensor:
+    """The definition, with the scores written out; arguments as of `attention`."""
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_SBGQD, k_TBGD, v_TBGD))
     scores = torch.einsum("sbgqd,tbgd->bgqst", q, k) * q.shape[-1] ** -0.5
+    if documents is not None:
+        mask = documents.mask(scores.device)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
     scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
@@ -25,12 +33,16 @@ def attention_reference(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: T
     return out.flatten(2).to(q_SBGQD.dtype)
 
 
-def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
+              documents: Documents | None = None) -> Tensor:
     """Attention output [S, B, G·Q·D].
 
     Args:
         mask: bool [B or 1, 1, S, T], True where a query may see a key; None for the plain causal mask (S = T).
+        documents: queries see keys of their own document only, besides (S = T, no mask).
     """
+    if documents is not None:
+        return _one_by_one(q_SBGQD, k_TBGD, v_TBGD, documents)
     q = q_SBGQD.flatten(2, 3).permute(1, 2, 0, 3)
     k, v = k_TBGD.permute(1, 2, 0, 3), v_TBGD.permute(1, 2, 0, 3)
     grouped = q_SBGQD.shape[3] > 1
@@ -38,12 +50,57 @@ def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | No
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def _flash_attn(place: Place) -> Callable[..., Tensor]:
-    """The flash-attn package's kernel; it takes no masks, so packed documents and cached keys go to torch's."""
-    place.require(device="cuda", dtypes=(torch.bfloat16, torch.float16))
-    flash = installed("flash_attn", "flash_attn_func")
+def _one_by_one(q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, documents: Documents) -> Tensor:
+    """Each document by itself."""
+    rows = []
+    for row, qkv in enumerate(zip(*(x.split(1, dim=1) for x in (q_SBGQD, k_SBGD, v_SBGD)), strict=True)):
+        parts = zip(*(x.split(documents.lengths(row)) for x in qkv), strict=True)      # backward one concatenation
+        rows.append(torch.cat([attention(*part) for part in parts]))
+    return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
-    def flash_attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None) -> Tensor:
+
+def _in_one_call(q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, documents: Documents,
+                 run: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]) -> Tensor:
+    """By a kernel for tokens of documents one behind the other, [B·S, heads, D]; `run`: of q, k, v, bounds, longest."""
+    q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q_SBGQD.flatten(2, 3), k_SBGD, v_SBGD))
+    out = run(q, k, v, documents.cu_seqlens, documents.longest)
+    return out.flatten(1).unflatten(0, (len(documents.bounds), -1)).transpose(0, 1)
+
+
+def _varlen(place: Place) -> Callable[..., Tensor]:
+    """Torch's attention, and for documents its kernel for sequences of different lengths."""
+    place.require(device="cuda", dtypes=(torch.bfloat16, torch.float16))
+    varlen = installed("torch.nn.attention.varlen", "varlen_attn")
+    if missing := {"window_size", "enable_gqa"} - set(signature(varlen).parameters):
+        raise Unavailable(f"torch {torch.__version__} has it without {min(missing)}")
+    if place.deterministic:
+        raise Unavailable("its gradients depend on the order of additions")
+
+    def run(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        causal = (-1, 0)                                 # any number of keys before, none behind
+        return varlen(q, k, v, bounds, bounds, longest, longest, window_size=causal, enable_gqa=True)
+
+    def varlen_attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
+                         documents: Documents | None = None) -> Tensor:
+        if documents is None:
+            return attention(q_SBGQD, k_TBGD, v_TBGD, mask)
+        return _in_one_call(q_SBGQD, k_TBGD, v_TBGD, documents, run)
+
+    return varlen_attention
+
+
+def _flash_attn(place: Place) -> Callable[..., Tensor]:
+    """The flash-attn package's kernel; it takes no masks, so cached keys go to torch's."""
+    place.require(device="cuda", dtypes=(torch.bfloat16, torch.float16))
+    flash, packed = installed("flash_attn", "flash_attn_func"), installed("flash_attn", "flash_attn_varlen_func")
+
+    def run(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        return packed(q, k, v, bounds, bounds, longest, longest, causal=True, deterministic=place.deterministic)
+
+    def flash_attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
+                        documents: Documents | None = None) -> Tensor:
+        if documents is not None:
+            return _in_one_call(q_SBGQD, k_TBGD, v_TBGD, documents, run)
         if mask is not None:
             return attention(q_SBGQD, k_TBGD, v_TBGD, mask)
         q, k, v = (x.transpose(0, 1) for x in (q_SBGQD.flatten(2, 3), k_TBGD, v_TBGD))      # batch first
@@ -54,6 +111,7 @@ def _flash_attn(place: Place) -> Callable[..., Tensor]:
 
 
 ATTENTION = Operation("attention", "causal or masked grouped-query attention", (
+    Implementation("varlen", _varlen),
     Implementation("sdpa", anywhere(attention)),
     Implementation("flash-attn", _flash_attn),
     Implementation("reference", anywhere(attention_reference))))

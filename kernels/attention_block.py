@@ -24,13 +24,11 @@ from engine.kernels.operation import Implementation, Operation, Place, anywhere,
 class AttentionBlock(NamedTuple):
     """Both directions of one block.
 
-    forward(q, k, v, *, causal, mask=None) → output [B, H, S, D], log-sum-exp [B, H, S]
+    forward(q, k, v, *, causal) → output [B, H, S, D], log-sum-exp [B, H, S]
 
         causal: query i sees keys 0 … i (S = T).
-        mask: bool [B or 1, 1, S, T], True where a query sees a key, instead of `causal`; a query that sees nothing here
-            gets output 0 and log-sum-exp −∞.
 
-    backward(grad, q, k, v, out, lse, *, causal, mask=None) → gradients of the block's q, k, v, given the final output
+    backward(grad, q, k, v, out, lse, *, causal) → gradients of the block's q, k, v, given the final output
     and log-sum-exp of its queries.
     """
 
@@ -38,19 +36,18 @@ class AttentionBlock(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def block_forward_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool,
-                            mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def block_forward_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Plain torch, scores written out."""
-    scores = _scores(q, k, causal, mask)
+    scores = _scores(q, k, causal)
     lse = torch.logsumexp(scores, -1)
-    probabilities = (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
+    probabilities = (scores - lse.unsqueeze(-1)).exp()
     return (probabilities @ _expand(v, q)).to(q.dtype), lse
 
 
-def block_backward_reference(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool,
-                             mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def block_backward_reference(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
+                             causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Plain torch, scores written out."""
-    probabilities = (_scores(q, k, causal, mask) - lse.unsqueeze(-1)).exp()
+    probabilities = (_scores(q, k, causal) - lse.unsqueeze(-1)).exp()
     wide = _widen(grad)
     delta = (wide * _widen(out)).sum(-1, keepdim=True)
     grad_scores = probabilities * (wide @ _expand(v, q).transpose(-1, -2) - delta) * q.shape[-1] ** -0.5
@@ -65,11 +62,11 @@ def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     scores = _widen(q) @ _expand(k, q).transpose(-1, -2) * q.shape[-1] ** -0.5
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    if not causal:
+        return scores
+    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), float("-inf"))
 
 
 def _expand(x: Tensor, q: Tensor) -> Tensor:
@@ -81,47 +78,36 @@ REFERENCE_BLOCK = AttentionBlock(block_forward_reference, block_backward_referen
 
 
 def _flash_on_cpu(place: Place) -> AttentionBlock:
-    """Torch's flash attention for processors, which takes masks as a bias."""
+    """Torch's flash attention for processors."""
     place.require(device="cpu")
     run = torch_operator("aten", "_scaled_dot_product_flash_attention_for_cpu")
     run_backward = torch_operator("aten", "_scaled_dot_product_flash_attention_for_cpu_backward")
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        out, lse = run(q, k, v, 0.0, causal, attn_mask=_bias(mask, q.dtype))
-        return out, lse if mask is None else lse.masked_fill(~mask.any(-1), float("-inf"))
+    def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+        return run(q, k, v, 0.0, causal)
 
-    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool,
-                 mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        return run_backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=_bias(mask, q.dtype))
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
+                 causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return run_backward(grad, q, k, v, out, lse, 0.0, causal)
 
     return AttentionBlock(forward, backward)
 
 
 def _flash_on_cuda(place: Place) -> AttentionBlock:
-    """Torch's flash attention for GPUs.  It takes no masks: blocks cut by documents have their scores written out."""
+    """Torch's flash attention for GPUs."""
     place.require(device="cuda", dtypes=(torch.bfloat16, torch.float16))
     run = torch_operator("aten", "_scaled_dot_product_flash_attention")
     run_backward = torch_operator("aten", "_scaled_dot_product_flash_attention_backward")
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if mask is not None:
-            return block_forward_reference(q, k, v, causal=causal, mask=mask)
+    def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
         return run(q, k, v, 0.0, causal)[:2]
 
-    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool,
-                 mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        if mask is not None:
-            return block_backward_reference(grad, q, k, v, out, lse, causal=causal, mask=mask)
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
+                 causal: bool) -> tuple[Tensor, Tensor, Tensor]:
         empty = torch.empty(0, dtype=torch.int64, device=q.device)      # no dropout: no random state
         return run_backward(grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, empty, empty)
 
     return AttentionBlock(forward, backward)
-
-
-def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None:
-        return None
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 ATTENTION_BLOCK = Operation("attention_block", "a block of ring attention", (

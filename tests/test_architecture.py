@@ -66,7 +66,7 @@ RANK_CEILINGS = {
     "schedules": 430,
     "train": 1_360,       # and going back before spikes, what a reference says of every answer
 }
-RANK_CEILING = 11_500     # lower than the sum: who needs the whole of a room makes another smaller
+RANK_CEILING = 11_600     # lower than the sum: who needs the whole of a room makes another smaller
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)

@@ -47,4 +47,4 @@ class GroupedQueryAttention(Attention):
         q, k, v = self._split_and_rotate(qkv, *angles)
         if batch.cache is not None:
             k, v = batch.cache.append(self.index, k, v)
-        return self.linear_proj(self.core_attention(q, k, v, batch.attention_mask))
+        return self.linear_proj(self.core_attention(q, k, v, batch.attention_mask, batch.documents))

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
+from engine.kernels.documents import Documents
 from engine.model.fields import OWN, Field
 
 
@@ -34,7 +34,8 @@ class Batch:
         positions_SB: int64 [S, B] or [S, 1], position of each token for rotary embedding.
         labels_SB: int64 ids of the next tokens; None when generating.
         loss_mask_SB: bool, True where a label counts; None: everywhere.
-        attention_mask: bool [B or 1, 1, S, T], True where a query may look; None: causal.
+        attention_mask: bool [B or 1, 1, S, T], True where a query may look, over cached keys; None: causal.
+        documents: of the whole sequences, also where this rank has a part of them; None: each is one document.
         cache: keys and values of earlier tokens; None when training.
         extra: what the objective's samples add (`Objective.fields`).
     """
@@ -44,6 +45,7 @@ class Batch:
     labels_SB: Tensor | None = None
     loss_mask_SB: Tensor | None = None
     attention_mask: Tensor | None = None
+    documents: Documents | None = None
     cache: KeyValueCache | None = None
     extra: Mapping[Field, Tensor] = field(default_factory=dict)
 
@@ -55,22 +57,5 @@ class Batch:
     def rows(self, start: int, count: int) -> Batch:
         """Some of the rows; what has one row holds for all and stays."""
         whole = self.tokens_SB.shape[1]
-        return self.map(lambda f, x: x if x.shape[f.batch_dim] < whole else x.narrow(f.batch_dim, start, count))
-
-
-def document_mask(document_ids_BS: Tensor) -> Tensor:
-    """Causal mask that ends at document boundaries: [B, 1, S, S], True where query and key share a document."""
-    same = document_ids_BS.unsqueeze(2) == document_ids_BS.unsqueeze(1)
-    length = document_ids_BS.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids_BS.device).tril()
-    return (same & causal).unsqueeze(1)
-
-
-def document_positions(document_ids_BS: Tensor) -> Tensor:
-    """Positions that start again at 0 in every document: [S, B]."""
-    length = document_ids_BS.shape[1]
-    index = torch.arange(length, device=document_ids_BS.device).expand_as(document_ids_BS)
-    starts = torch.ones_like(document_ids_BS, dtype=torch.bool)
-    starts[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
-    first = torch.where(starts, index, 0).cummax(dim=1).values
-    return (index - first).T.contiguous()
+        cut = self.map(lambda f, x: x if x.shape[f.batch_dim] < whole else x.narrow(f.batch_dim, start, count))
+        return cut if self.documents is None else replace(cut, documents=self.documents.rows(start, count))

@@ -49,7 +49,7 @@ class Attention(Half):
     """A half in which tokens see each other.
 
     Attributes:
-        core_attention: queries [S, B, G, Q, D], keys and values [T, B, G, D], mask → [S, B, G·Q·D].  Context
+        core_attention: queries [S, B, G, Q, D], keys and values [T, B, G, D], mask, documents → [S, B, G·Q·D].  Context
             parallelism puts one in its place that reaches beyond this rank's tokens.
     """
 

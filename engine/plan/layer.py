@@ -25,8 +25,7 @@ ID = 8                                     # bytes of a token id
 # Names under which memory is held, where more than one function must know them.
 INPUT, BETWEEN_HALVES, GRADIENT = "layer inputs", "inputs between halves", "gradient"
 PROJECTIONS, ACTIVATION, SOFTMAX = "mlp: projections", "mlp: activation", "softmax of the logits"
-MASK = "attention: mask as a bias"         # what torch's kernel makes of a document mask, and keeps
-ATTENTION = (MASK, "attention: q, k, v", "attention: output", "attention: statistics",
+ATTENTION = ("attention: q, k, v", "attention: output", "attention: joined", "attention: statistics",
              "attention: keys and values in a ring")
 
 CHEAP = (ACTIVATION, "norms: first output", "norms: second output")
@@ -71,7 +70,7 @@ class Sizes:
     ring: int
     qk_norm: bool
     on_gpu: bool
-    mask: float
+    joins: bool
     tokens: float
 
     @staticmethod
@@ -84,7 +83,6 @@ class Sizes:
         kind = mlp_of(model)
         head = end_specs(model).get("output_layer.weight")
         columns = 0 if head is None else head.on_tensor_rank(tensor, 0, parallel.sequence).local_shape[0]
-        mask = config.batch.micro * config.data.seq_len ** 2 / parallel.context if config.data.document_mask else 0
         return Sizes(
             hidden=outside * model.hidden_size * width, full=inside * model.hidden_size * width,
             statistic=outside * FP32, statistics=inside * FP32,
@@ -95,7 +93,7 @@ class Sizes:
             padded=columns * tensor != model.vocab_size, width=width, heads=model.num_heads // tensor,
             gathers=parallel.sequence and tensor > 1, divided=tensor > 1,
             grouped=model.num_heads > model.num_kv_heads, ring=parallel.context, qk_norm=model.qk_norm, on_gpu=on_gpu,
-            mask=mask, tokens=inside)
+            joins=config.data.document_mask and not on_gpu, tokens=inside)
 
 
 @dataclass(frozen=True)
@@ -199,8 +197,9 @@ def _attention_forward(tape: Tape, sizes: Sizes) -> None:
     if sizes.grouped:                      # a key's query heads lie apart from the next key's: flattening copies them
         tape.take("attention: q, k, v", sizes.query)
     if sizes.ring == 1:
-        tape.take(MASK, sizes.mask * sizes.width)
         tape.take("attention: output", sizes.query)
+        if sizes.joins:                    # documents one by one, then joined; on a GPU one call writes all
+            tape.take("attention: joined", sizes.query)
         tape.take("attention: statistics", lse)
         return
     wide = sizes.query * FP32 / sizes.width

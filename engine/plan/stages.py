@@ -98,7 +98,7 @@ class _Chunk:
         self.bytes = [walk.bytes_of(unit, next(layers) if unit.what == "layer" else "none") for unit in self.units]
         self.walk = walk
         angles = walk.sizes.tokens / walk.config.batch.micro * walk.config.model.head_dim * walk.sizes.width
-        self.once = {"rotary angles": angles, "document mask": walk.sizes.mask}
+        self.once = {"rotary angles": angles}
         self.kept = sum(sum(each.kept.values()) for each in self.bytes) + sum(self.once.values())
 
     @cached_property

@@ -11,8 +11,9 @@ model replica reads its own copy: the corpora are memory-mapped, and reading cos
 Whether the divisor is known from shapes alone, or is a sum over ranks, all ranks must see alike, or some would wait for
 a sum that others never begin: they settle it in the first step, and a rank on which it changes later ends the run.
 
-*On the host* a step is token ids and a few masks, kilobytes per microbatch.  It is read while the step before it is
-computed, and the objective's count, by which the loss is divided, is known before the first forward pass begins.
+*On the host* a step is token ids, masks of labels and boundaries of documents, kilobytes per microbatch.  It is read
+while the step before it is computed, and the objective's count, by which the loss is divided, is known before the first
+forward pass begins.
 *On the device* a microbatch is there from its first forward pass on this rank to its last: among what follows from it
 is an attention mask of S × S, and a step has hundreds of microbatches.
 """
@@ -33,7 +34,8 @@ from engine.distributed.agree import maximum
 from engine.distributed.collectives import all_reduce
 from engine.distributed.mesh import Mesh
 from engine.errors import DataError
-from engine.model.context import Batch, document_mask, document_positions
+from engine.kernels.documents import Documents
+from engine.model.context import Batch
 from engine.model.dropout import token_keys
 from engine.model.fields import NOISE
 from engine.model.objective import Objective
@@ -47,19 +49,16 @@ class HostBatch:
     """One microbatch of whole sequences on the host.
 
     Attributes:
-        batch: as if there were no documents, in pinned memory where the device is a GPU.
-        document_ids_BS: what positions and attention mask follow from; None: no document mask.
+        batch: in pinned memory where the device is a GPU.
     """
 
     batch: Batch
-    document_ids_BS: Tensor | None
 
     def part(self, mesh: Mesh) -> Batch:
         """This rank's part of it, on its device."""
         batch = self.batch.map(lambda _, x: x.to(mesh.device, non_blocking=True))
-        if self.document_ids_BS is not None:
-            ids = self.document_ids_BS.to(mesh.device, non_blocking=True)
-            batch = replace(batch, positions_SB=document_positions(ids), attention_mask=document_mask(ids))
+        if batch.documents is not None:
+            batch = replace(batch, documents=batch.documents.to(mesh.device))
         return context_part(batch, mesh.context)
 
 
@@ -179,20 +178,22 @@ def collate(rows: Sequence[Sample], pinned: bool = False) -> HostBatch:
     """Samples → one microbatch, sequence first."""
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows], axis=1))
     length = tokens.shape[0] - 1
-    loss_mask = ids = None
+    loss_mask = documents = None
     if any(row.loss_mask is not None for row in rows):
         everywhere = np.ones(length, dtype=bool)
         loss_mask = torch.from_numpy(np.stack([everywhere if row.loss_mask is None else row.loss_mask for row in rows],
                                               axis=1))
     if any(row.document_ids is not None for row in rows):
         one = np.zeros(length, np.int32)                          # a row without ids is one document
-        ids = torch.from_numpy(np.stack([one if row.document_ids is None else row.document_ids for row in rows]))
+        ids = np.stack([one if row.document_ids is None else row.document_ids for row in rows])
+        documents = Documents.of(torch.from_numpy(ids))
     extra = {field: torch.from_numpy(np.stack([row.extra[field] for row in rows], axis=field.batch_dim))
              for field in rows[0].extra}
-    batch = Batch(tokens[:-1], torch.arange(length).unsqueeze(1), tokens[1:], loss_mask, extra=extra)
+    positions = torch.arange(length).unsqueeze(1) if documents is None else documents.positions()
+    batch = Batch(tokens[:-1], positions, tokens[1:], loss_mask, documents=documents, extra=extra)
     if pinned:
-        batch, ids = batch.map(lambda _, x: x.pin_memory()), None if ids is None else ids.pin_memory()
-    return HostBatch(batch, ids)
+        batch = replace(batch.map(lambda _, x: x.pin_memory()), documents=documents and documents.pinned())
+    return HostBatch(batch)
 
 
 def up_to(samples: Samples, stop: int) -> Samples:

@@ -21,7 +21,7 @@ from engine.align.sft import Supervised, SupervisedWithPretraining
 from engine.config import Config, SourceConfig
 from engine.data.chat.rows import ConversationSource, Fit
 from engine.data.sample import Sample
-from engine.model.context import Batch, document_mask, document_positions
+from engine.model.context import Batch
 from engine.model.fields import PTX
 from engine.model.parameters import initialise, spec_of
 from engine.model.transformer import Transformer
@@ -84,11 +84,7 @@ def opened(prefix: str, packed: bool) -> ConversationSource:
 
 def whole(samples: Sequence[Sample]) -> Batch:
     """Samples as one batch on one rank, with what follows from their documents."""
-    host = collate(samples)
-    if host.document_ids_BS is None:
-        return host.batch
-    ids = host.document_ids_BS
-    return replace(host.batch, positions_SB=document_positions(ids), attention_mask=document_mask(ids))
+    return collate(samples).batch
 
 
 def packed_batch(prefix: str, with_ptx: bool, config: Config, step: int) -> Batch:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.documents import Documents
 from tests.kit.compare import forward_backward, random
 
 LENGTH, BATCH, DIM = 40, 2, 16
@@ -54,26 +55,29 @@ def attention_cases() -> list[Case]:
         return [random(queries, BATCH, groups, heads, DIM, seed=1), random(keys, BATCH, groups, DIM, seed=2),
                 random(keys, BATCH, groups, DIM, seed=3)]
 
+    def with_documents(function: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+        documents = Documents.of(torch.tensor([[0] * 7 + [1] * 33, [0] * 20 + [1] + [2] * 19])).to(inputs[0].device)
+        return differentiated(documents=documents)(function, inputs)
+
     return [Case("causal", inputs(LENGTH, LENGTH, 2, 2), differentiated()),
             Case("causal, one group per head", inputs(LENGTH, LENGTH, 4, 1), differentiated()),
             Case("masked", inputs(LENGTH, LENGTH, 2, 2), differentiated(some_mask(LENGTH, LENGTH))),
-            Case("one query over a cache", inputs(1, LENGTH, 2, 2), differentiated(some_mask(1, LENGTH)))]
+            Case("one query over a cache", inputs(1, LENGTH, 2, 2), differentiated(some_mask(1, LENGTH))),
+            Case("documents", inputs(LENGTH, LENGTH, 2, 2), with_documents)]
 
 
 def attention_block_cases() -> list[Case]:
-    def run(causal: bool, mask: Tensor | None) -> Callable[[Any, Sequence[Tensor]], list[Tensor]]:
+    def run(causal: bool) -> Callable[[Any, Sequence[Tensor]], list[Tensor]]:
         def both(block: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
             q, k, v, grad = inputs
-            seen = {"causal": causal, "mask": None if mask is None else mask.to(q.device)}
-            out, lse = block.forward(q, k, v, **seen)
+            out, lse = block.forward(q, k, v, causal=causal)
             final = torch.logaddexp(lse, torch.zeros_like(lse))      # these queries see other keys too
             scaled = (wide(out) * (lse - final).exp().unsqueeze(-1)).to(out.dtype)
-            return [out, scaled, *block.backward(grad, q, k, v, scaled, final, **seen)]
+            return [out, scaled, *block.backward(grad, q, k, v, scaled, final, causal=causal)]
         return both
 
     inputs = [random(BATCH, heads, LENGTH, DIM, seed=seed) for seed, heads in enumerate((4, 2, 2, 4))]
-    return [Case("causal", inputs, run(True, None)), Case("all", inputs, run(False, None)),
-            Case("masked", inputs, run(False, some_mask(LENGTH, LENGTH)))]
+    return [Case("causal", inputs, run(True)), Case("all", inputs, run(False))]
 
 
 def rms_norm_cases() -> list[Case]:

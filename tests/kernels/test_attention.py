@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.kernels.attention import ATTENTION, attention, attention_reference
+from engine.kernels.documents import Documents
 from engine.kernels.operation import Place, Unavailable
-from engine.model.context import document_mask, document_positions
 from tests.kit.compare import DTYPES, TOLERANCE, assert_equal, random, relative_error
 
 HEADS = [(4, 1), (2, 3), (1, 4)]      # key-value groups, queries per group
@@ -58,7 +58,7 @@ def document_ids() -> Tensor:
 
 
 def test_positions_start_again_in_every_document() -> None:
-    assert document_positions(document_ids()).T.tolist() == [[*range(5), 0, *range(6)], [*range(4)] * 3]
+    assert Documents.of(document_ids()).positions().T.tolist() == [[*range(5), 0, *range(6)], [*range(4)] * 3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -66,7 +66,7 @@ def test_packed_documents_do_not_see_each_other(dtype: torch.dtype) -> None:
     """The output of a packed sequence is that of its documents, each run alone."""
     ids = document_ids()
     q, k, v = (x.to(dtype) for x in inputs(12, 12, 2, 2))
-    packed = attention(q, k, v, document_mask(ids))
+    packed = attention(q, k, v, documents=Documents.of(ids))
     for row, document in ((0, 0), (0, 1), (0, 2), (1, 7), (1, 8), (1, 9)):
         here = (ids[row] == document).nonzero().flatten()
         alone = attention(*(x[here, row : row + 1] for x in (q, k, v)))
@@ -81,12 +81,54 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, determinis
     return out.unflatten(-1, (q.shape[2], -1)).transpose(0, 1)
 
 
+def tokens_of_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, other: Tensor, *longest: int,
+                        **options: object) -> Tensor:
+    """Stands for kernels that take boundaries: [tokens, heads, D], every document by itself."""
+    lengths = bounds.diff().tolist()
+    assert bounds is other and max(lengths) == longest[0] == longest[1]
+    assert options in ({"causal": True, "deterministic": False}, {"window_size": (-1, 0), "enable_gqa": True})
+    groups = k.shape[1]
+    return torch.cat([attention_reference(a.unflatten(1, (groups, -1)).unsqueeze(1), b.unsqueeze(1), c.unsqueeze(1))
+                      .squeeze(1).unflatten(-1, (q.shape[1], -1))
+                      for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)])
+
+
+@pytest.mark.parametrize(("groups", "queries"), HEADS)
+@pytest.mark.parametrize("name", ["varlen", "flash-attn"])
+def test_kernels_that_take_boundaries_get_what_they_want(name: str, groups: int, queries: int, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, first: Tensor, second: Tensor, longest: int, other: int, *,
+                    window_size: tuple[int, int], enable_gqa: bool) -> Tensor:
+        return tokens_of_documents(q, k, v, first, second, longest, other, window_size=window_size,
+                                   enable_gqa=enable_gqa)
+
+    (tmp_path / "flash_attn.py").write_text("def flash_attn_func(): ...\ndef flash_attn_varlen_func(): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setattr("flash_attn.flash_attn_varlen_func", tokens_of_documents)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    entry = next(entry for entry in ATTENTION.implementations if entry.name == name)
+    found = entry.find(Place(torch.device("cuda"), torch.bfloat16))
+    documents = Documents.of(document_ids())
+    assert_equal(lambda q, k, v: found(q, k, v, documents=documents),
+                 lambda q, k, v: attention_reference(q, k, v, documents=documents), inputs(12, 12, groups, queries),
+                 torch.float64)
+    sys.modules.pop("flash_attn")
+
+
+def test_rows_of_a_batch_keep_their_documents() -> None:
+    documents = Documents.of(document_ids())
+    second = documents.rows(1, 1)
+    assert second.bounds == ((0, 4, 8, 12),) and second.cu_seqlens.tolist() == [0, 4, 8, 12] and second.longest == 4
+    assert torch.equal(documents.mask()[1:], second.mask()) and documents.rows(0, 2).bounds == documents.bounds
+
+
 @pytest.mark.parametrize(("groups", "queries"), HEADS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_flash_attn_gets_what_it_wants(groups: int, queries: int, masked: bool,
                                        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The package's layout, and torch's kernel where there is a mask."""
-    (tmp_path / "flash_attn.py").write_text("def flash_attn_func(): ...")
+    (tmp_path / "flash_attn.py").write_text("def flash_attn_func(): ...\ndef flash_attn_varlen_func(): ...")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     monkeypatch.setattr("flash_attn.flash_attn_func", flash_attn_func)

@@ -21,6 +21,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -119,9 +120,10 @@ def _without_values(mode: FakeTensorMode) -> Callable[[HostBatch, Mesh], Batch]:
     part = HostBatch.part
 
     def forgetful(batch: HostBatch, mesh: Mesh) -> Batch:
-        ids = batch.document_ids_BS
-        return part(HostBatch(batch.batch.map(lambda _, x: mode.from_tensor(x)),
-                              None if ids is None else mode.from_tensor(ids)), mesh)
+        own = batch.batch.map(lambda _, x: mode.from_tensor(x))
+        if own.documents is not None:
+            own = replace(own, documents=replace(own.documents, cu_seqlens=mode.from_tensor(own.documents.cu_seqlens)))
+        return part(HostBatch(own), mesh)
 
     return forgetful
 

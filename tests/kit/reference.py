@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import Config
+from engine.kernels.documents import Documents
 from engine.model.adapter import attach_adapters
-from engine.model.context import Batch, document_mask, document_positions
+from engine.model.context import Batch
 from engine.model.dropout import token_keys
 from engine.model.fields import NOISE
 from engine.model.objective import NEXT_TOKEN, Objective
@@ -43,16 +44,17 @@ def global_batch(config: Config, step: int) -> Batch:
     generator = torch.Generator().manual_seed(1000 + step)
     shape = (config.data.seq_len, config.batch.global_)
     tokens = torch.randint(0, config.model.vocab_size, (shape[0] + 1, shape[1]), generator=generator)
-    positions, attention_mask, loss_mask = torch.arange(shape[0]).unsqueeze(1), None, None
+    positions, documents, loss_mask = torch.arange(shape[0]).unsqueeze(1), None, None
     if config.data.document_mask:
         ids = (torch.rand(shape[1], shape[0], generator=generator) < 0.1).cumsum(1)
-        positions, attention_mask = document_positions(ids), document_mask(ids)
+        documents = Documents.of(ids)
+        positions = documents.positions()
         loss_mask = torch.rand(shape, generator=generator) < 0.8
     extra = {}
     if config.adapter is not None and config.adapter.dropout:
         keys = [token_keys(config.run.seed, 1000 * step + row, 0, shape[0]) for row in range(shape[1])]
         extra = {NOISE: torch.from_numpy(np.stack(keys, axis=1))}
-    return Batch(tokens[:-1], positions, tokens[1:], loss_mask, attention_mask, extra=extra)
+    return Batch(tokens[:-1], positions, tokens[1:], loss_mask, documents=documents, extra=extra)
 
 
 def num_tokens(batch: Batch) -> int:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.model.context import Batch, document_mask, document_positions
+from engine.kernels.documents import Documents
+from engine.model.context import Batch
 from engine.model.parameters import initialise, spec_of
 from engine.model.transformer import Transformer
 
@@ -34,7 +35,8 @@ def test_packed_is_one_by_one() -> None:
             parameter.mul_(5)                # attention far from uniform, so that positions and masks matter
     tokens, labels = torch.randint(0, 50, (2, 20, 2), generator=torch.Generator().manual_seed(2))
     ids = torch.stack([torch.arange(3).repeat_interleave(torch.tensor(row)) for row in LENGTHS])
-    together = summed_loss(model, Batch(tokens, document_positions(ids), labels, None, document_mask(ids)))
+    documents = Documents.of(ids)
+    together = summed_loss(model, Batch(tokens, documents.positions(), labels, documents=documents))
     together.backward()
     packed = gradients(model)
     alone = torch.zeros(())
@@ -44,7 +46,7 @@ def test_packed_is_one_by_one() -> None:
                 cut, positions = (part, slice(sequence, sequence + 1)), torch.arange(len(part)).unsqueeze(1)
                 alone = alone + summed_loss(model, Batch(tokens[cut], positions, labels[cut]))
     alone.backward()
-    unmasked = summed_loss(model, Batch(tokens, document_positions(ids), labels))
+    unmasked = summed_loss(model, Batch(tokens, documents.positions(), labels))
     assert unmasked.item() != pytest.approx(alone.item(), rel=1e-3), "this comparison would see a missing mask"
     assert together.item() == pytest.approx(alone.item(), rel=1e-6)
     for name, gradient in gradients(model).items():

@@ -18,9 +18,10 @@ from engine.data.training_data import Sample, TrainingData
 from engine.distributed.mesh import single_mesh
 from engine.distributed.topology import Topology
 from engine.errors import DataError
-from engine.model.context import Batch, document_mask, document_positions
+from engine.kernels.documents import Documents
+from engine.model.context import Batch
 from engine.model.objective import NEXT_TOKEN
-from engine.train.batches import HostBatch, Loader, Microbatches, Samples, up_to
+from engine.train.batches import HostBatch, Loader, Microbatches, Samples, collate, up_to
 from engine.train.corpora import Corpora
 from engine.train.loop import Trainer
 from tests.kit.distributed import mesh_for, run_distributed
@@ -41,7 +42,8 @@ def documents_config(folder: Path, steps: int = 3) -> Config:
 def same(a: Batch, b: Batch) -> bool:
     names = ("tokens_SB", "positions_SB", "labels_SB", "loss_mask_SB", "attention_mask")
     pairs = [(getattr(a, name), getattr(b, name)) for name in names]
-    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
+    bounds = [each.documents and each.documents.bounds for each in (a, b)]
+    return bounds[0] == bounds[1] and all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -112,9 +114,10 @@ def test_documents_become_positions_and_masks(tmp_path: Path) -> None:
     for m, batch in enumerate(Loader(data.sample, config, single_mesh(), NEXT_TOKEN).step(0).microbatches):
         want = data.sample(m)
         assert want.document_ids is not None and want.loss_mask is not None and batch.loss_mask_SB is not None
-        ids = torch.from_numpy(want.document_ids).unsqueeze(0)
-        assert torch.equal(batch.positions_SB, document_positions(ids))
-        assert batch.attention_mask is not None and torch.equal(batch.attention_mask, document_mask(ids))
+        documents = Documents.of(torch.from_numpy(want.document_ids).unsqueeze(0))
+        assert torch.equal(batch.positions_SB, documents.positions())
+        assert batch.documents is not None and batch.documents.bounds == documents.bounds
+        assert torch.equal(batch.documents.cu_seqlens, documents.cu_seqlens) and batch.attention_mask is None
         assert batch.loss_mask_SB[:, 0].tolist() == want.loss_mask.tolist()
 
 
@@ -128,7 +131,7 @@ def test_a_microbatch_is_on_the_device_from_its_first_use_to_its_last(uses: int)
             made.append(weakref.ref(batch.tokens_SB))
             return batch
 
-    host = [Counted(Batch(torch.full((2, 1), m), torch.zeros(2, 1)), None) for m in range(6)]
+    host = [Counted(Batch(torch.full((2, 1), m), torch.zeros(2, 1))) for m in range(6)]
     batches = Microbatches(host, single_mesh(), uses)
 
     def alive() -> int:
@@ -143,26 +146,25 @@ def test_a_microbatch_is_on_the_device_from_its_first_use_to_its_last(uses: int)
     assert len(made) == 6
 
 
-def test_a_step_never_holds_more_masks_than_microbatches_in_flight(tmp_path: Path,
+def test_a_step_never_holds_more_microbatches_than_are_in_flight(tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """1f1b on one stage: one microbatch at a time, however many a step has."""
     config = documents_config(tmp_path, steps=2)
-    masks: list[weakref.ref[torch.Tensor]] = []
+    there: list[weakref.ref[Batch]] = []
     part, most = HostBatch.part, [0]
 
     def counted(self: HostBatch, mesh: object) -> Batch:
         gc.collect()
         batch = part(self, mesh)                                                      # type: ignore[arg-type]
-        assert batch.attention_mask is not None
-        masks.append(weakref.ref(batch.attention_mask))
-        most[0] = max(most[0], sum(mask() is not None for mask in masks))
+        there.append(weakref.ref(batch))
+        most[0] = max(most[0], sum(each() is not None for each in there))
         return batch
 
     monkeypatch.setattr(HostBatch, "part", counted)
     trainer = Trainer.start(config, single_mesh(), Corpora.open(config), lambda: False)
     trainer.run()
     trainer.close()
-    assert len(masks) == 8 and most[0] <= 2                  # the one before is let go when its backward pass has ended
+    assert len(there) == 8 and most[0] <= 2                  # the one before is let go when its backward pass has ended
 
 
 def test_samples_that_fill_a_step_count_nothing(tmp_path: Path) -> None:
@@ -205,3 +207,19 @@ def test_masks_that_come_later_are_refused() -> None:
     assert loader.step(0).divisor == 64
     with pytest.raises(DataError, match="rank 0: a sample says which of its labels count, and none did in the first"):
         loader.step(4)
+
+
+def test_boundaries_of_long_sequences_are_kilobytes() -> None:
+    """16 microbatches of 32,768 tokens; as masks they were 16 GiB."""
+    length = 32768
+    lengths = np.random.default_rng(7).integers(1, 2000, 400)
+    ids = np.repeat(np.arange(400), lengths).astype(np.int32)
+    step = [collate([Sample(np.zeros(length + 1, np.int64), None, ids[m * 500 : m * 500 + length], 0, 0)])
+            for m in range(16)]
+    documents = [each.batch.documents for each in step]
+    assert all(each is not None and len(each.bounds[0]) > 20 for each in documents)
+    nbytes = sum(each.cu_seqlens.nbytes for each in documents if each is not None)
+    print(f"{nbytes / 1024:.1f} KiB in 16 microbatches, where masks had {16 * length**2 / 2**30:.0f} GiB")
+    assert nbytes < 4096
+    whole = sum(x.nbytes for x in (step[0].batch.tokens_SB, step[0].batch.positions_SB, step[0].batch.labels_SB))
+    assert whole <= 3 * 8 * length, "and what else follows from documents grows with the sequence, not with its square"
