@@ -67,7 +67,7 @@ def test_mistakes_get_a_hint(arguments: list[str], expected: str, capsys: pytest
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     ("plan --gpus 8 a.yaml parallel.zero=3 --explain-rank 7 steps=1",
-     {"gpus": 8, "explain_rank": 7, "config": "a.yaml", "overrides": ["parallel.zero=3", "steps=1"]}),
+     {"gpus": "8", "explain_rank": 7, "config": "a.yaml", "overrides": ["parallel.zero=3", "steps=1"]}),
     ("prepare --workers 2 a.txt --tokenizer bytes b.txt --output=x", {"workers": 2, "files": ["a.txt", "b.txt"]}),
     ("data clean --decontaminate e.jsonl f.jsonl --output o a.txt", {"decontaminate": ["e.jsonl", "f.jsonl"],
                                                                      "files": ["a.txt"]}),

@@ -189,7 +189,7 @@ def test_runs_survive_any_order_of_files() -> None:
         holder = random.integers(0, 7, len(ranges)) if random.random() < 0.5 else np.arange(len(ranges)) * 3 % 7
         held = [(0, np.where((holder == file)[:, None], ranges, 0)) for file in range(7)]
         ledger = Ledger.of(lists, held)
-        files = tuple(StoredFile(f"f{i}.safetensors", 1, "0" * 64) for i in range(7))
+        files = tuple(StoredFile(f"f{i}.safetensors", 1 << 20, "0" * 64) for i in range(7))
         read = decode_manifest(encode_manifest(Manifest(0, {}, files, ledger)), Path("x")).ledger
         assert columns(read)[:5] == columns(ledger)[:5]
         assert read.holders.tolist() == ledger.holders.tolist()

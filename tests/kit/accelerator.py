@@ -32,7 +32,7 @@ from corpus_tools.conversations.start import open_corpora
 from engine.checkpoint.staging import Staging
 from engine.checkpoint.write import CheckpointWriter
 from engine.config import Config
-from engine.data.training_data import TrainingData
+from engine.data.sources import open_corpus
 from engine.distributed.agree import maximum
 from engine.distributed.mesh import Mesh, single_mesh
 from engine.distributed.pieces import Piece
@@ -215,7 +215,7 @@ def use(config: Config, rank: int) -> dict[str, list[str]]:
     [source] = config.data.valid
     with one_rank(config, rank) as mesh, pretending():
         model = parallelize(config, mesh, training=False)
-        data = TrainingData.open([source], config.data.seq_len, 0, config.model.vocab_size, shuffle=False)
+        data = open_corpus(source, config.data.seq_len, config.model.vocab_size, None, config.data.document_mask)
         found = {}
         with host_reads() as reads:
             sum_of_losses(model, data, config.batch.global_ + 1)                 # the second step is not full

@@ -46,7 +46,7 @@ def test_nothing_of_it_imports_torch(tmp_path: Path) -> None:
             "train._introduce(config, train._refuse_early(config))\nassert 'torch' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "about 0.7 MiB of weights, gradients and optimizer state per process"
+    assert done.stdout.splitlines()[-1].startswith("corpus train: 3.00 k tokens")
 
 
 def test_three_digits() -> None:

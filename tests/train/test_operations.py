@@ -35,7 +35,7 @@ def test_the_run_says_what_it_computes_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kernels", "message"), [
-    ({"attention": "fastest"}, "kernels.attention: there is no implementation 'fastest'; there are auto, sdpa"),
+    ({"attention": "fastest"}, "kernels.attention: there is no implementation 'fastest'; there are auto, varlen, sdpa"),
     ({"rms_norm": "torch-fused"}, r"kernels.rms_norm: torch-fused cannot be used on cpu in fp32 \(for cuda only\)"),
 ])
 def test_what_cannot_be_had_is_refused(kernels: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -63,9 +63,9 @@ def test_a_run_that_goes_on_draws_no_initial_weights(tmp_path: Path, monkeypatch
     drawn: list[int] = []
 
     def counted(initialise: Callable[..., None]) -> Callable[..., None]:
-        def counting(model: ParallelModel, seed: int) -> None:
+        def counting(model: ParallelModel, seed: int, **keys: bool) -> None:
             drawn.append(seed)
-            initialise(model, seed)
+            initialise(model, seed, **keys)
         return counting
 
     monkeypatch.setattr(ParallelModel, "initialise", counted(ParallelModel.initialise))
