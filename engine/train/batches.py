@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from engine.config import Config
+from engine.config.length import Ramp, Stage
 from engine.data.sample import Sample
 from engine.distributed.agree import maximum
 from engine.distributed.collectives import all_reduce
@@ -119,12 +120,14 @@ class Loader:
         samples: asked from another thread.
         uses: as of `Microbatches`.
         ahead: read the step after the one that is asked for.
+        sizes: of the steps; None: each has `batch.global` samples, as evaluations have while a run's batch grows.
     """
 
     def __init__(self, samples: Samples, config: Config, mesh: Mesh, objective: Objective, *, uses: int = 1,
-                 ahead: bool = False) -> None:
+                 ahead: bool = False, sizes: Ramp | None = None) -> None:
         self._samples, self._config, self._mesh, self._objective = samples, config, mesh, objective
-        self._uses, self._ramp, self._stop = uses, config.ramp, config.num_samples
+        self._uses, self._stop = uses, config.num_samples
+        self._sizes = sizes or Ramp((Stage(0, config.batch.global_),))
         self._reader = ThreadPoolExecutor(1, "read-ahead", _use_device, (mesh.device,)) if ahead else None
         self._next: tuple[int, Future[HostStep]] | None = None
         self._by_shape: bool | None = None                   # None: not settled yet
@@ -136,7 +139,7 @@ class Loader:
             DataError: a sample cannot be read, or is the first one of the run whose labels do not all count.
         """
         host = self._next[1].result() if self._next is not None and self._next[0] == first else self._read(first)
-        num_samples = self._ramp.size(first)
+        num_samples = self._sizes.size(first)
         following = first + num_samples
         self._next = None
         if self._reader is not None and following < self._stop:
@@ -151,7 +154,7 @@ class Loader:
 
     def _read(self, first: int) -> HostStep:
         config, pinned = self._config, self._mesh.device.type == "cuda"
-        num_microbatches = self._ramp.size(first) // (config.batch.micro * config.parallel.data_size)
+        num_microbatches = self._sizes.size(first) // (config.batch.micro * config.parallel.data_size)
         samples = [[self._samples(i) for i in sample_indices(first, m, config, self._mesh.data.index)]
                    for m in range(num_microbatches)]
         microbatches = [collate([row for sample in each for row in (sample, *sample.rest)], pinned) for each in samples]

@@ -34,6 +34,17 @@ def test_it_is_small_batches_and_then_large_ones(tmp_path: Path) -> None:
     assert [row["loss"] for row in metrics(config)] == [row["loss"] for row in metrics(large)]
 
 
+def test_evaluations_do_not_grow(tmp_path: Path) -> None:
+    """They see all of their samples, in batches of the final size, also while the run's are small."""
+    same = {"steps": 1, "eval": {"every": 1, "batches": 2}, "optim": {**CONSTANT, "lr": 1e-9}}
+    losses = []
+    for batch in ({"global": 8, "ramp": [[0, 2], [16 * 5, 8]]}, {"global": 8}):
+        config = run_config(tmp_path, f"run{len(batch)}", batch=batch, **same)
+        train(config)
+        losses.append(metrics(config)[-1]["valid_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["zero 1", "zero 3", "interleaved", "tensor × pipeline", "zb-v × zero 2", "context"])
 def test_every_layout(tmp_path: Path, layout: str) -> None:
     single, cut = ramped(tmp_path, "single"), ramped(tmp_path, "cut", parallel=LAYOUTS[layout])
