@@ -25,6 +25,7 @@ from engine.errors import RequestError
 from engine.metrics.events import EVENTS_FILE
 from engine.metrics.sinks import METRICS_FILE
 from engine.reliability.rewind import REWINDS_FILE
+from engine.reliability.wishes import DONE_FILE
 
 CONFIG_FILE, DOCTOR_FILE, LOCK_FILE = "config.yaml", "doctor.txt", ".lock"
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)        # some network file systems
@@ -109,7 +110,8 @@ def begin_another_line(run_dir: Path, after_step: int | None) -> Path | None:
     Raises:
         RequestError: something cannot be moved.
     """
-    folders, files = (run_dir / CHECKPOINTS, run_dir / BEST), (run_dir / METRICS_FILE, run_dir / REWINDS_FILE)
+    folders, files = (run_dir / CHECKPOINTS, run_dir / BEST), (
+        run_dir / METRICS_FILE, run_dir / REWINDS_FILE, run_dir / DONE_FILE)
     if after_step is None:
         later = [path for path in (*folders, *files) if path.exists()]
     else:

@@ -98,13 +98,12 @@ class _RingAttention(torch.autograd.Function):
         axis: Axis = ctx.axis
         grad, length = grads[0].contiguous(), q.shape[2]
         grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        visiting, grad_kv = kv, torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
+        visiting = kv
         travelling: RingShift | None = None
         for step in range(axis.size):
             source = (axis.index - step) % axis.size
             arriving = start_ring_shift(visiting, axis) if step + 1 < axis.size else None
-            if travelling is not None:
-                grad_kv = travelling.wait()
+            grad_kv = torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
             for rows, queries, keys, causal in visits(axis.index, source, length, axis.size, ctx.documents):
                 pieces_of = ctx.block.backward(grad[rows, :, queries], q[rows, :, queries],
                                                *visiting[:, rows, :, keys].unbind(0), out[rows, :, queries],
@@ -112,6 +111,8 @@ class _RingAttention(torch.autograd.Function):
                 grad_q[rows, :, queries] += pieces_of[0]
                 grad_kv[0, rows, :, keys] += pieces_of[1]
                 grad_kv[1, rows, :, keys] += pieces_of[2]
+            if travelling is not None:
+                grad_kv += travelling.wait()                         # what others found has come under the block
             travelling = start_ring_shift(grad_kv, axis, tag=1)      # after the last step this brings them home
             if arriving is not None:
                 visiting = arriving.wait()
