@@ -139,13 +139,12 @@ class Loader:
             DataError: a sample cannot be read, or is the first one of the run whose labels do not all count.
         """
         host = self._next[1].result() if self._next is not None and self._next[0] == first else self._read(first)
-        num_samples = self._sizes.size(first)
-        following = first + num_samples
+        following = first + self._sizes.size(first)
         self._next = None
         if self._reader is not None and following < self._stop:
             self._next = following, self._reader.submit(self._read, following)
         microbatches = Microbatches(host.microbatches, self._mesh, self._uses)
-        return StepBatches(microbatches, self._count(host.count), num_samples)
+        return StepBatches(microbatches, self._count(host.count), following - first)
 
     def close(self) -> None:
         """Reads no further."""

@@ -161,8 +161,7 @@ class Trainer:
         drops = config.adapter is not None and config.adapter.dropout > 0
         samples = noisy(corpora.train.sample, config.run.seed) if drops else corpora.train.sample
         loader = Loader(samples, config, mesh, model.objective, uses=len(model.chunks) * passes(model),
-                        ahead=True,
-                        sizes=config.ramp)
+                        ahead=True, sizes=config.ramp)
         return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, spikes, phases,
                        profiler, Wishes(directory), LearningRates.of(config),
                        BestWeights(directory, group) if keeps_best(config) and corpora.valid else None,
