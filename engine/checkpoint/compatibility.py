@@ -20,6 +20,7 @@ from typing import Any
 from engine.config import ModelConfig
 from engine.data.tokenizer_identity import END_OF_DOCUMENT, TOKENIZER
 from engine.errors import CheckpointError
+from engine.reading import shown
 
 HARMLESS = frozenset({"model.max_seq_len"})
 # What a run that takes the weights and nothing else may change.
@@ -43,7 +44,7 @@ class Difference:
     refused: bool
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.saved!r} in the checkpoint, {self.current!r} now"
+        return f"{self.key}: {shown(self.saved)} in the checkpoint, {shown(self.current)} now"
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any], weights_only: bool = False) -> list[Difference]:

@@ -47,15 +47,17 @@ def num_left(skip: Ranges, stream_length: int) -> int:
     return stream_length - sum(max(0, min(stop, stream_length) - start) for start, stop in skip)
 
 
-def require_same_past(saved: Iterable[Sequence[int]], current: Iterable[Sequence[int]], consumed_samples: int) -> None:
-    """
+def require_same_past(saved: Iterable[Sequence[int]], current: Iterable[Sequence[int]], consumed_samples: int,
+                      where: str = "") -> None:
+    """Refuses lists that leave out different samples up to here; `where` begins the message.
+
     Raises:
         DataError: the lists leave out different samples up to here.
     """
     before, now = merge_ranges(saved), merge_ranges(current)
     if _passed(before, consumed_samples) != _passed(now, consumed_samples):
         raise DataError(
-            f"data.skip was {[list(r) for r in before]} and is {[list(r) for r in now]}, which differ among the "
+            f"{where}data.skip was {[list(r) for r in before]} and is {[list(r) for r in now]}, which differ among the "
             f"{consumed_samples} samples already consumed. Ranges may be added ahead only: to leave those out, "
             "resume from a checkpoint saved before them."
         )

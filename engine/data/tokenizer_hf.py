@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from engine.data.tokenizer_base import Cut, Span, Tokenizer
 from engine.errors import DataError
-from engine.reading import read_bytes, read_object, shown
+from engine.reading import read_bytes, read_object, said, shown
 
 MOST_IDS = 2**31 - 1  # what a corpus of int32 can hold
 END_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|im_end|>")  # where no config names one
@@ -58,7 +58,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library's, such as an unknown token that isn't in the vocabulary
-            raise DataError(f"{self.path} cannot cut the text starting {text[:40]!r}: {error}") from error
+            raise DataError(f"{self.path} cannot cut the text starting {text[:40]!r}: {said(error)}") from error
 
     @property
     def specials(self) -> Mapping[str, int]:
@@ -86,7 +86,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             found = backend.encode(text, add_special_tokens=False)
         except Exception as error:  # the library's, as in `encode`
-            raise DataError(f"{self.path} cannot cut the text starting {text[:40]!r}: {error}") from error
+            raise DataError(f"{self.path} cannot cut the text starting {text[:40]!r}: {said(error)}") from error
         ends = [end for _, end in found.offsets]
         for i in range(len(ends) - 2, -1, -1):
             if found.offsets[i][0] == ends[i]:  # put in front of what follows, as SentencePiece's ▁ is
@@ -114,7 +114,7 @@ class HuggingFaceTokenizer(Tokenizer):
             if token_id is not None:
                 return token_id
         raise DataError(
-            f"{self.path} has no end-of-document token (looked for {', '.join(names)}); "
+            f"{self.path} has no end-of-document token (looked for {', '.join(map(shown, names))}); "
             f"name it as eos_token in {self.path.parent / 'tokenizer_config.json'}"
         )
 
@@ -131,7 +131,7 @@ def _backend(data: bytes, path: Path) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # Exception for every kind of broken file; a panic of its Rust is not even one
-        raise DataError(f"{path} is not a tokenizer.json this version of `tokenizers` reads: {error}") from error
+        raise DataError(f"{path} is not a tokenizer.json this version of `tokenizers` reads: {said(error)}") from error
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
@@ -150,7 +150,12 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             token = token.get("content") if isinstance(token, dict) else token
             if token is None:
                 continue
-            if not isinstance(token, str):
+            if not isinstance(token, str) or not is_text(token):
                 raise DataError(f"{folder / file}: {key} is {shown(token)}, not the text of a token")
             found.setdefault(key, token)
     return found
+
+
+def is_text(token: str) -> bool:
+    """Whether it can be written as UTF-8: JSON can also name half of a character."""
+    return not any("\ud800" <= character <= "\udfff" for character in token)

@@ -121,7 +121,7 @@ def load_tokenizer_of(reader: CheckpointReader, spec: str | None = None) -> Toke
     try:
         tokenizer = load_tokenizer(spec)
     except DataError as error:
-        raise DataError(f"{error}; --tokenizer T says where the model's tokenizer is now") from None
+        raise DataError(f"{error}; {reader.path} was trained with it. --tokenizer T says where it is now") from None
     trained_with = recorded_tokenizer(metadata.get("data") or {})
     if trained_with is not None and (difference := tokenizer.info.difference(trained_with)):
         raise DataError(f"{spec} is not the tokenizer this model was trained with ({difference}): its ids mean "

@@ -24,6 +24,7 @@ from engine.config import Config
 from engine.data.skipping import require_same_past
 from engine.distributed.agree import Group, rank_in
 from engine.errors import CheckpointError, ConfigError
+from engine.reading import shown
 from engine.reliability.spikes import SPIKES, SpikeMonitor
 from engine.train.corpora import Corpora
 from engine.train.run_folder import begin_another_line
@@ -81,7 +82,8 @@ def _resume(state: TrainState, config: Config, corpora: Corpora, reader: Checkpo
     _require_same_windows(reader, config)
     saved_skip = reader.metadata.get("data", {}).get("skip")
     if saved_skip is not None:
-        require_same_past(saved_skip, corpora.train.skip, reader.metadata["state"]["consumed_samples"])
+        consumed = reader.metadata["state"]["consumed_samples"]
+        require_same_past(saved_skip, corpora.train.skip, consumed, f"{reader.path}: ")
     if below is not None:
         state.load_base(below.open(None if config.checkpoint.load is None else Path(config.checkpoint.load), group))
     state.load(reader)
@@ -104,9 +106,9 @@ def _require_same_windows(reader: CheckpointReader, config: Config) -> None:
     before = reader.metadata.get("config", {}).get("data", {}).get("seq_len", config.data.seq_len)
     if before != config.data.seq_len:
         raise CheckpointError(
-            f"{reader.path} was trained with data.seq_len {before}, now it is {config.data.seq_len}. Samples are "
-            f"windows of that length, so the data would begin anew in another order and `tokens` would be wrong: go on "
-            f"with {before}, or begin another run with these weights (checkpoint.load, another run.dir)")
+            f"{reader.path} was trained with data.seq_len {shown(before)}, now it is {config.data.seq_len}. Samples "
+            f"are windows of that length, so the data would begin anew in another order and `tokens` would be wrong: "
+            f"go on with {shown(before)}, or begin another run with these weights (checkpoint.load, another run.dir)")
 
 
 def _load_weights(state: TrainState, config: Config, corpora: Corpora, reader: CheckpointReader) -> list[str]:
