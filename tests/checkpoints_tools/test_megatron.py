@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -28,39 +27,32 @@ ROOT = Path(__file__).resolve().parents[2]
 needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 
-def megatron(action: str, folder: Path, world_size: int) -> list[dict[str, Any]]:
-    """Runs an action of `megatron_cpu` on so many ranks; the results by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                           "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-m", "tests.kit.megatron_cpu", action,
-                               str(folder)], env=common | {"RANK": str(rank)}, cwd=ROOT, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(world_size)]
-    try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
-    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(world_size)]
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each action of `megatron_cpu` found, by rank."""
+    folder = tmp_path_factory.mktemp("megatron")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.kit.megatron_cpu", str(folder)], cwd=ROOT,
+                          env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}, text=True, timeout=240,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return {action.name: [json.loads(result.read_text()) for result in sorted(action.glob("result-*.json"))]
+            for action in folder.iterdir()}
 
 
 @needs_megatron
-def test_megatron_core_loads_what_we_write_and_gives_our_logits(tmp_path: Path) -> None:
+def test_megatron_core_loads_what_we_write_and_gives_our_logits(megatron: dict[str, list[dict[str, Any]]]) -> None:
     """And of what it wrote in bf16 with fp32 masters, the masters are taken."""
-    [found] = megatron("alone", tmp_path, 1)
+    [found] = megatron["alone"]
     assert found["differences"].keys() == MEGATRON_KINDS.keys()
     assert max(found["differences"].values()) <= 1e-5, found
     assert len(found["masters"]) == 6 and all(found["masters"].values()), found
 
 
 @needs_megatron
-def test_theirs_to_ours_and_back_is_the_same_bits(tmp_path: Path) -> None:
+def test_theirs_to_ours_and_back_is_the_same_bits(megatron: dict[str, list[dict[str, Any]]]) -> None:
     """Saved by megatron-core on four ranks, and loaded by it on four."""
-    results = megatron("there_and_back", tmp_path, 4)
-    assert all(len(equal) >= 14 for equal in results)
+    results = megatron["there_and_back"]
+    assert len(results) == 4 and all(len(equal) >= 14 for equal in results)
     assert not [(rank, name) for rank, equal in enumerate(results) for name, same in equal.items() if not same]
 
 

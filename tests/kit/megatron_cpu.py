@@ -1,6 +1,8 @@
-"""megatron-core on the CPU, for `test_megatron.py`: one process per rank, started as a script.
+"""megatron-core on the CPU, for `test_megatron.py`: a program of its own.
 
-    python -m tests.kit.megatron_cpu ACTION FOLDER     with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
+    python -m tests.kit.megatron_cpu FOLDER     every action, in a folder of its name: result-RANK.json
+
+Importing megatron-core takes ten seconds: it is done once, and the ranks of each action are forked from there.
 
 megatron-core means CUDA wherever it needs a device; the few functions that insist on it are replaced here.
 """
@@ -9,7 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ from engine.checkpoint.read import CheckpointReader
 from engine.config import ModelConfig
 from tests.kit.checkpoints import MEGATRON_KINDS, model, write_random
 
+FORK = multiprocessing.get_context("fork")
 TOKENS = torch.randint(0, 250, (2, 48), generator=torch.Generator().manual_seed(0))
 
 
@@ -43,6 +49,7 @@ def pretend_cuda() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda *_: None
     filesystem_async._process_memory = lambda: 0
+    filesystem_async._results_queue = FORK.Manager().Queue()    # theirs is spawned, which imports all again
     dot_product_attention.tensor_parallel.get_cuda_rng_tracker = NoRandomness
 
 
@@ -157,17 +164,40 @@ def there_and_back(folder: Path) -> dict[str, bool]:
             for name, parameter in made.named_parameters()}
 
 
-def main() -> None:
-    action, folder = sys.argv[1], Path(sys.argv[2])
+@dataclass(frozen=True)
+class Action:
+    run: Callable[[Path], dict[str, Any]]
+    tensor: int = 1
+    pipeline: int = 1
+
+
+ACTIONS = {"alone": Action(alone), "there_and_back": Action(there_and_back, tensor=2, pipeline=2)}
+
+
+def run_rank(name: str, folder: Path, rank: int, store: str) -> None:
+    action = ACTIONS[name]
     torch.set_num_threads(1)
     pretend_cuda()
-    dist.init_process_group("gloo")
-    size = 2 if dist.get_world_size() == 4 else 1
-    parallel_state.initialize_model_parallel(size, size)
-    result = {"alone": alone, "there_and_back": there_and_back}[action](folder)
-    (folder / f"result-{dist.get_rank()}.json").write_text(json.dumps(result))
+    size = action.tensor * action.pipeline
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    parallel_state.initialize_model_parallel(action.tensor, action.pipeline)
+    (folder / f"result-{rank}.json").write_text(json.dumps(action.run(folder)))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def main() -> None:
+    for name, action in ACTIONS.items():
+        folder = Path(sys.argv[1]) / name
+        folder.mkdir()
+        ranks = [FORK.Process(target=run_rank, args=(name, folder, rank, f"{folder}/store"))
+                 for rank in range(action.tensor * action.pipeline)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        if any(process.exitcode for process in ranks):
+            sys.exit(f"{name} failed: exit codes {[process.exitcode for process in ranks]}")
 
 
 if __name__ == "__main__":
