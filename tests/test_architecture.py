@@ -53,7 +53,7 @@ RANK_CEILINGS = {
     "": 350,              # errors, reading, writing, hints, progress
     "align": 600,         # objectives besides pretraining
     "checkpoint": 1_600,  # formats 1 and 2, resuming, adapters apart
-    "config": 1_500,      # and the sections of alignment, roles and reliability; keys are most of it
+    "config": 1_800,      # and the sections of alignment, reliability, and roles with their placement; keys are most
     "data": 2_060,        # corpora, conversations and comparisons, tokenizers of three kinds
     "distributed": 1_000,     # and moving live weights between roles
     "kernels": 1_000,     # and implementations for a GPU of each operation
@@ -66,7 +66,7 @@ RANK_CEILINGS = {
     "schedules": 430,
     "train": 1_420,       # and going back before spikes, what a reference says of every answer
 }
-RANK_CEILING = 11_600     # lower than the sum: who needs the whole of a room makes another smaller
+RANK_CEILING = 12_200     # lower than the sum: who needs the whole of a room makes another smaller
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)

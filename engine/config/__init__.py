@@ -14,23 +14,37 @@ from engine.config.layout import resolve_layout
 from engine.config.length import BatchConfig
 from engine.config.load import config_names, load_config, preset_names
 from engine.config.model import ModelConfig, RopeScalingConfig
+from engine.config.parallel import ParallelConfig
 from engine.config.reliability import FaultConfig, ReliabilityConfig, RewindConfig, SpikeConfig, WatchdogConfig
+from engine.config.rl import (
+    ActorConfig,
+    CorrectionConfig,
+    CriticConfig,
+    GRPOConfig,
+    OverlongConfig,
+    Place,
+    PPOConfig,
+    RewardSource,
+    RoleConfig,
+    RolesConfig,
+    RolloutConfig,
+)
 from engine.config.schema import (
     CheckpointConfig,
     Config,
     EvalConfig,
     LogConfig,
     OptimConfig,
-    ParallelConfig,
     PrecisionConfig,
     ProfileConfig,
     RunConfig,
 )
 
 __all__ = [
-    "AdapterConfig", "BatchConfig", "CheckpointConfig", "Config", "DPOConfig", "DataConfig", "EvalConfig",
-    "FaultConfig", "LogConfig", "ModelConfig", "ORPOConfig", "OptimConfig", "ParallelConfig", "PrecisionConfig",
-    "ProfileConfig", "ReliabilityConfig", "RewardConfig", "RewindConfig", "RopeScalingConfig", "RunConfig",
-    "SFTConfig", "SourceConfig", "SpikeConfig", "WatchdogConfig", "config_names", "load_config", "preset_names",
-    "resolve_layout",
+    "ActorConfig", "AdapterConfig", "BatchConfig", "CheckpointConfig", "Config", "CorrectionConfig", "CriticConfig",
+    "DPOConfig", "DataConfig", "EvalConfig", "FaultConfig", "GRPOConfig", "LogConfig", "ModelConfig", "ORPOConfig",
+    "OptimConfig", "OverlongConfig", "PPOConfig", "ParallelConfig", "Place", "PrecisionConfig", "ProfileConfig",
+    "ReliabilityConfig", "RewardConfig", "RewardSource", "RewindConfig", "RoleConfig", "RolesConfig", "RolloutConfig",
+    "RopeScalingConfig", "RunConfig", "SFTConfig", "SourceConfig", "SpikeConfig", "WatchdogConfig", "config_names",
+    "load_config", "preset_names", "resolve_layout",
 ]

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.config.placement import (
+    as_role,
+    learns_from_own_texts,
+    overall_problems,
+    placed,
+    processes_needed,
+    roles_asked,
+)
 from engine.config.problems import listed
 from engine.config.schema import Config
 from engine.config.support import unsupported
@@ -19,6 +27,8 @@ def resolve_layout(config: Config, world_size: int) -> Config:
     Raises:
         ConfigError: with every equation that does not hold, one per line.
     """
+    if learns_from_own_texts(config):
+        return _resolve_roles(config, world_size)
     parallel = config.parallel
     problems: list[str] = []
     data = parallel.data if isinstance(parallel.data, int) else world_size // parallel.model_parallel_size
@@ -35,6 +45,37 @@ def resolve_layout(config: Config, world_size: int) -> Config:
     if any(found.values()):
         raise ConfigError("\n".join(f"{title}\n{listed(lines)}" for title, lines in found.items() if lines))
     return config
+
+
+def world_size_of(config: Config) -> int:
+    """The processes of a job whose layout is resolved."""
+    needed = processes_needed(config) if learns_from_own_texts(config) else None
+    return needed or config.parallel.world_size
+
+
+def role_configs(config: Config, world_size: int) -> dict[str, tuple[range, Config]]:
+    """Every role's ranks, and the run's configuration as it sees it, by name; the actor is the first.
+
+    Raises:
+        ConfigError: a placement is impossible; with every equation that does not hold, one per line.
+    """
+    asked = roles_asked(config, world_size)
+    problems = [*overall_problems(config, asked, world_size)]
+    found: dict[str, tuple[range, Config]] = {}
+    for role in asked:
+        try:
+            found[role.name] = role.ranks, resolve_layout(as_role(config, role), len(role.ranks))
+        except ConfigError as error:
+            problems += [f"{role.where}: {line.strip().removeprefix('- ')}" for line in str(error).splitlines()[1:]]
+    if problems:
+        raise ConfigError(f"this placement cannot work:\n{listed(problems)}")
+    return found
+
+
+def _resolve_roles(config: Config, world_size: int) -> Config:
+    """The same for a run with roles: everyone's ranks and layout are written out."""
+    layouts = {name: own.parallel for name, (_, own) in role_configs(config, world_size).items()}
+    return placed(config, layouts, roles_asked(config, world_size))
 
 
 def _world_remedy(config: Config, world_size: int) -> str:

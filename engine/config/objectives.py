@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from engine.config.fields import nearest
 
 PAIRS = "pairs"
-PLANNED = ("ppo", "grpo")                                    # refused by name until they are rows
+PLANNED = ("ppo", "grpo", "rloo")                                    # refused by name until they are rows
 
 
 @dataclass(frozen=True)

@@ -11,25 +11,16 @@ Two YAML keys are reserved words in Python; their attributes carry an underscore
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from engine.config.alignment import HEAD, AdapterConfig, DPOConfig, ORPOConfig, RewardConfig, SFTConfig
 from engine.config.data import DataConfig
 from engine.config.decay import Cosine, Decay
 from engine.config.fields import (
     Count,
-    Degree,
-    DegreeOrAuto,
     Fraction,
-    Layers,
     NonNegative,
     Number,
     Positive,
@@ -38,27 +29,23 @@ from engine.config.fields import (
     Section,
     Seed,
     Words,
-    ZeroLevel,
 )
 from engine.config.length import BatchConfig, Ramp, Tokens, Warmup, read_tokens
 from engine.config.model import ModelConfig
 from engine.config.objectives import OBJECTIVES, PAIRS, ObjectiveName
+from engine.config.parallel import ParallelConfig
 from engine.config.reliability import ReliabilityConfig
+from engine.config.rl import (
+    GROUP_OBJECTIVES,
+    RL_OBJECTIVES,
+    GRPOConfig,
+    PPOConfig,
+    RolesConfig,
+    RolloutConfig,
+    merged_optim,
+    texts_of_a_step,
+)
 from engine.config.yaml_values import dump_yaml
-from engine.errors import ConfigError
-from engine.schedules.table import recipe, schedule_names
-
-
-def _known_schedule(value: str) -> str:
-    try:
-        recipe(value)
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
-    return value
-
-
-ScheduleName = Annotated[str, AfterValidator(_known_schedule),
-                         Field(json_schema_extra=lambda schema: schema.update(enum=[*schedule_names()]))]
 
 
 def _without_default(schema: dict[str, Any]) -> None:
@@ -73,43 +60,6 @@ class RunConfig(Section):
     objective: ObjectiveName = "pretrain"                    # a row of engine.config.objectives
     name: Words | None = None                                # a label for logs and reports; default: the folder's name
     device: Literal["auto", "cpu", "cuda"] = "auto"          # auto: cuda where there is one
-
-
-class ParallelConfig(Section):
-    """How the job is cut.  tensor × context × pipeline × data = number of processes."""
-
-    tensor: Degree = 1
-    pipeline: Degree = 1
-    context: Degree = 1
-    data: DegreeOrAuto = "auto"                              # auto: what processes are left
-    sequence: bool = True                                    # sequence parallelism wherever tensor > 1
-    schedule: ScheduleName = "1f1b"                          # a row of engine.schedules.table
-    virtual_stages: Layers = 1                               # model chunks per pipeline stage
-    zero: ZeroLevel = 1
-    zero_shard: NonNegative = 0                              # ranks that share one copy of the ZeRO state; 0: all
-    recompute: Literal["none", "selective", "full"] = "none"
-    # how many layers recompute, of each stage the first: one number for all stages, or one each; null: all layers
-    recompute_layers: NonNegative | tuple[NonNegative, ...] | None = None
-    check_replicas_every: NonNegative = 0                    # steps between comparisons of what must be equal; 0: never
-    debug_collectives: bool = False                          # compare shapes and types over the ranks before each one
-    reproducible: bool = False                               # one order of summation for every data-parallel size
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Processes that together hold one copy of the model."""
-        return self.tensor * self.context * self.pipeline
-
-    @property
-    def data_size(self) -> int:
-        """`data` as a number; an error where the world size is not known yet."""
-        if isinstance(self.data, int):
-            return self.data
-        raise ConfigError("parallel.data is `auto`: the layout is known once the number of processes is "
-                          "(resolve_layout)")
-
-    @property
-    def world_size(self) -> int:
-        return self.model_parallel_size * self.data_size
 
 
 class PrecisionConfig(Section):
@@ -227,7 +177,24 @@ class Config(Section):
     dpo: DPOConfig = DPOConfig()
     orpo: ORPOConfig = ORPOConfig()
     sft: SFTConfig = SFTConfig()
+    roles: RolesConfig = RolesConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    ppo: PPOConfig = PPOConfig()
+    grpo: GRPOConfig = GRPOConfig()
     profile: ProfileConfig = ProfileConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_step_is_its_texts(cls, values: Any) -> Any:
+        """`batch.global` of a run that learns from its own texts is how many it makes in a step."""
+        if not isinstance(values, dict):
+            return values
+        run, batch = values.get("run"), values.get("batch", {})
+        objective = run.get("objective") if isinstance(run, dict) else getattr(run, "objective", None)
+        texts = texts_of_a_step(objective, values.get("rollout", {}), values.get("grpo", {}))
+        if texts is None or not isinstance(batch, dict) or "global" in batch:
+            return values
+        return values | {"batch": batch | {"global": texts}}
 
     @field_validator("steps", mode="before")
     @classmethod
@@ -255,6 +222,7 @@ class Config(Section):
             problems += self.optim.decay.problems(round(self.num_batches), self.rates)
         problems += self._adapter_problems()
         problems += self._source_problems()
+        problems += self._role_problems() if self.run.objective in RL_OBJECTIVES else ()
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -295,6 +263,59 @@ class Config(Section):
                        "would be learned from it: give it a weight")
             if objective not in ("pretrain", "sft") and source.kind == "pretrain":
                 yield f"{source.path} is pretraining data (kind: pretrain), from which {objective} does not learn"
+
+    def _role_problems(self) -> Iterator[str]:
+        """What a run that learns from its own texts lacks, or says twice."""
+        objective, rollout, learning = self.run.objective, self.rollout, self.learning
+        if (texts := self.texts_per_step) != self.batch.global_:
+            yield (f"batch.global({self.batch.global_}) is not the {texts} texts of a step (rollout.prompts × samples "
+                   "of each): leave batch.global out")
+        if objective in GROUP_OBJECTIVES and rollout.samples not in (1, self.grpo.group):
+            yield (f"rollout.samples({rollout.samples}) and grpo.group({self.grpo.group}) are the same number for "
+                   f"{objective}: leave one of them out")
+        if texts % learning.minibatch:
+            yield (f"{self.learning_section}.minibatch({learning.minibatch}) does not divide the {texts} texts of a "
+                   "step (rollout.prompts × samples of each)")
+        if rollout.max_new_tokens >= self.data.seq_len:
+            yield (f"rollout.max_new_tokens({rollout.max_new_tokens}) leaves no room for a prompt in data.seq_len("
+                   f"{self.data.seq_len})")
+        if not self.roles.reward:
+            yield (f"{objective} needs something that scores its texts: roles.reward, as {{load: RUN}} of a reward "
+                   "model, or {function: NAME}")
+        if self.model.head != "language_model":
+            yield f"model.head is {self.model.head}; the actor of {objective} writes texts: set it to language_model"
+        try:
+            _ = self.critic_optim
+        except ValidationError as error:
+            yield f"roles.critic.optim: {error.errors()[0]['msg']}"
+        except ValueError as error:
+            yield f"roles.critic.optim: {error}"
+
+    @property
+    def learning_section(self) -> str:
+        """Where a run that learns from its own texts says how."""
+        return "grpo" if self.run.objective in GROUP_OBJECTIVES else "ppo"
+
+    @property
+    def learning(self) -> PPOConfig | GRPOConfig:
+        """That section."""
+        return self.grpo if self.run.objective in GROUP_OBJECTIVES else self.ppo
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """Texts that are made of one prompt."""
+        return self.grpo.group if self.run.objective in GROUP_OBJECTIVES else self.rollout.samples
+
+    @property
+    def texts_per_step(self) -> int:
+        """Texts that a step makes and learns from."""
+        return self.rollout.prompts * self.samples_per_prompt
+
+    @property
+    def critic_optim(self) -> OptimConfig:
+        """The critic's optimizer settings: the run's, as `roles.critic.optim` changes them."""
+        return OptimConfig.model_validate(merged_optim(self.optim.model_dump(mode="json", by_alias=True),
+                                                       self.roles.critic.optim, [*OptimConfig.model_fields]))
 
     @property
     def records(self) -> str | None:
