@@ -120,14 +120,20 @@ class PromptSource(Protocol):
 
 
 class Maker(Protocol):
-    """Makes texts with the actor's weights as they are; every rank of the job calls it alike."""
+    """Makes texts with the actor's weights as they were when it last took them over.
+
+    Every rank of the job calls it alike; where the role `rollout` does not live, it has nothing to do.
+    """
 
     def take_over(self) -> int:
         """Brings the weights that generate up to date with the actor's; the bytes that this rank received for it."""
         ...
 
-    def make(self, step: int, prompts: Sequence[Prompt], samples: int) -> list[Response]:
-        """`samples` texts of each prompt, by row, on every rank."""
+    def make(self, step: int, prompts: Sequence[Prompt], samples: int) -> Mapping[int, Response]:
+        """`samples` texts of each prompt, by row: those that this rank answers for.  Each row is on one rank.
+
+        It talks to ranks of the role `rollout` only, so that others may do something else meanwhile.
+        """
         ...
 
 
