@@ -24,10 +24,14 @@ class Row:
     Attributes:
         made_by: `module:function`, of the configuration.
         records: the kind of conversation records it learns from; None: it learns from text.
+        begun_by: `module:function`, of the configuration, a question whether to stop and whether lines are stamped; it
+            opens what the run learns from and returns what makes the run of the job and its phases.  None: the run
+            learns from corpora (`engine.train.loop.Trainer`).
     """
 
     made_by: str
     records: str | None = None
+    begun_by: str | None = None
 
 
 OBJECTIVES: dict[str, Row] = {

@@ -7,8 +7,8 @@ A step is: load this rank's microbatches; run the schedule; sum loss and gradien
 publish the new weights; hear what became of it.  The host reads nothing of it back from the device except on steps that
 are logged; a request to stop is read one step late, when its value has long arrived (`engine.train.tally`).
 
-What else there is to do is a table of hooks (`engine.train.hooks`), and every part of a step and every hook runs as a
-phase with a name (`engine.metrics.phases`).
+What else there is to do, and when the run is saved and ends, is the same for every run (`engine.train.running`).  Every
+part of a step runs as a phase with a name (`engine.metrics.phases`).
 
 A step that cannot be taken, because its gradient is not finite or because not one label counts in it, is *skipped*: it
 uses up its samples and changes nothing else; so is a spike, where the configuration says so
@@ -19,8 +19,8 @@ uses up its samples and changes nothing else; so is a spike, where the configura
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,83 +28,56 @@ import torch
 
 from engine.align.reward import MEAN, STD
 from engine.checkpoint.best import BestWeights, keeps_best
-from engine.checkpoint.folder import CHECKPOINTS
 from engine.checkpoint.metadata import SCALE
-from engine.checkpoint.write import CheckpointWriter, SaveReport
 from engine.config import Config
 from engine.distributed.mesh import Mesh
 from engine.errors import DataError, WorkerError
-from engine.metrics.console import Console
+from engine.kernels.table import Operations
 from engine.metrics.peaks import peak_tflops
 from engine.metrics.phases import Phases, Taken
-from engine.metrics.sinks import open_sinks
 from engine.metrics.throughput import throughput
 from engine.model.flops import flops_per_token
 from engine.optim.gradients import clip_divisor, sum_over_world
 from engine.optim.schedule import LearningRates
 from engine.parallel.replicas import check_replicas
-from engine.reliability.inject import Injector
 from engine.reliability.spikes import SPIKES, SpikeMonitor
-from engine.reliability.wishes import Wishes
 from engine.train.batches import Loader, noisy
 from engine.train.corpora import Corpora
 from engine.train.evaluation import evaluate
 from engine.train.hooks import Hook
-from engine.train.journal import Journal, peak_memory_bytes
+from engine.train.journal import peak_memory_bytes
 from engine.train.objectives import objective_of
-from engine.train.profile import StepProfiler
 from engine.train.reference import informed, passes, with_reference
 from engine.train.rewinding import GoBack, plan_rewind
 from engine.train.role import Role, RoleState
-from engine.train.run_folder import writing
+from engine.train.running import Running, Tools
 from engine.train.start import take_over
 from engine.train.state import TrainState
-from engine.train.tally import SAVE, STOP, UNLOGGED, Line, Tally, Verdict
+from engine.train.tally import UNLOGGED, Line, Tally, Verdict
 
 IN_STEP = ("load", "forward_backward", "reduce", "update", "publish", "read")          # the phases of every step
 BESIDES = ("check_replicas", "evaluate", "save")                                       # of hooks, those that take time
 
 
-@dataclass
-class Trainer:
-    """A run in progress on this rank.
+@dataclass(kw_only=True)
+class Trainer(Running):
+    """A run that learns from a corpus.
 
     Attributes:
-        journal: where progress goes; mute but on rank 0.
-        stop_requested: asked in every step; when any rank says yes, all save and stop.
-        hooks: what is due after steps, in order.
         best: keeps the weights of the lowest held-out loss.
-        wishes: what people ask for by files; on rank 0.
-        asked_to_save: they ask for a save now, as all ranks have heard.
         spiked: the step of a spike that the run is to go back for.
         logged_samples: how many were consumed when the last line was logged.
-        row: the record of the step just done, as far as it is known.
-        verdict: what is known of the latest steps, the same on all ranks.
     """
 
-    config: Config
-    mesh: Mesh
     corpora: Corpora
-    state: TrainState
-    writer: CheckpointWriter
-    journal: Journal
-    stop_requested: Callable[[], bool]
     loader: Loader
     tally: Tally
     spikes: SpikeMonitor
-    phases: Phases
-    profiler: StepProfiler
-    wishes: Wishes
     learning_rates: LearningRates
     best: BestWeights | None = None
-    saved_step: int = -1
     evaluated: tuple[int, dict[str, float]] = (-1, {})           # the latest evaluation: its step, its numbers
-    asked_to_save: bool = False
     spiked: int | None = None
     logged_samples: int = 0
-    verdict: Verdict = field(default_factory=Verdict)
-    row: dict[str, Any] = field(default_factory=dict)
-    hooks: tuple[Hook, ...] = ()
 
     def __post_init__(self) -> None:
         config = self.config
@@ -113,9 +86,7 @@ class Trainer:
             Hook("evaluate", self._evaluate, every=config.eval.every if self.corpora.valid else 0),
             Hook("log", self._log, when=lambda _: bool(self.row)),
             Hook("anomaly", self._go_back, when=lambda _: self._anomaly() is not None),
-            Hook("save", self._save, every=config.checkpoint.every,
-                 when=lambda step: self.asked_to_save or step % (config.checkpoint.keep_every or math.inf) == 0),
-            Hook("save", lambda: self._report_saves(self.writer.poll()), every=1),
+            *self._saving_hooks(),
         )
 
     @staticmethod
@@ -141,54 +112,20 @@ class Trainer:
         corpora = with_reference(state, config, corpora, group, said.append)
         notes = said + take_over(state, tally, spikes, config, corpora, group)
         state.end_ids = tuple(sorted({*state.end_ids, *corpora.end_ids}))
-        faults = config.reliability.inject or ()
-        injector = Injector(faults, mesh.rank, directory, model.buckets)
-        writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_,
-                                  group, milestones=config.checkpoint.keep_every, on_point=injector.at_point)
-        journal = Journal()
-        if mesh.rank == 0:
-            with writing(directory):
-                sinks = open_sinks(config, directory, state.step)
-            journal = Journal(Console(config.steps, first_step=state.step, stamped=stamped), sinks, directory)
-            for note in notes:
-                journal.note(note)
-        profiler = StepProfiler(config.profile, directory, mesh.device, mesh.rank, journal.note)
-        if faults:
-            journal.warning(f"FAULTS WILL BE INJECTED: {'; '.join(map(str, faults))}")
-            phases.listeners.append(injector)
-        if config.profile.steps and mesh.rank in config.profile.ranks:
-            phases.listeners.append(profiler)
+        tools = Tools.of(config, mesh, state.step, model.buckets, phases, stamped, notes)
         drops = config.adapter is not None and config.adapter.dropout > 0
         samples = noisy(corpora.train.sample, config.run.seed) if drops else corpora.train.sample
         loader = Loader(samples, config, mesh, model.objective, uses=len(model.chunks) * passes(model),
                         ahead=True, sizes=config.ramp)
-        return Trainer(config, mesh, corpora, state, writer, journal, stop_requested, loader, tally, spikes, phases,
-                       profiler, Wishes(directory), LearningRates.of(config),
-                       BestWeights(directory, group) if keeps_best(config) and corpora.valid else None,
+        return Trainer(config=config, mesh=mesh, corpora=corpora, state=state, tools=tools, phases=phases,
+                       loader=loader, stop_requested=stop_requested, tally=tally, spikes=spikes,
+                       learning_rates=LearningRates.of(config),
+                       best=BestWeights(directory, group) if keeps_best(config) and corpora.valid else None,
                        saved_step=state.step if state.step else -1, logged_samples=state.consumed_samples)
 
-    def run(self) -> bool:
-        """Trains to `config.steps`; False when it stopped earlier because it was asked to.
-
-        The state at the end, whichever it is, has been saved.
-
-        Raises:
-            GoBack: because of an anomaly the run is to go on from an earlier step.
-            WorkerError: too many steps in a row were skipped; on rank 0: the state could not be saved.
-            DataError: the same, because not one label counted in them.
-        """
-        if self.state.step >= self.config.steps:
-            self.journal.note(f"nothing to do: step {self.state.step} of {self.config.steps} is done; raise `steps`")
-        while self.state.step < self.config.steps and not self.verdict.stop:
-            with self.phases.step(self.state.step + 1):
-                self._step()
-            for hook in self.hooks:
-                if hook.due(self.state.step):
-                    with self.phases(hook.phase):
-                        hook.run()
-        with self.phases("save"):
-            self._finish()
-        return self.state.step >= self.config.steps
+    @property
+    def operations(self) -> Operations:
+        return self.state.model.operations
 
     def _step(self) -> None:
         """One step, and what the host hears of it."""
@@ -233,17 +170,8 @@ class Trainer:
             self.verdict = self.tally.late()
         self._tell(before, self.verdict)
 
-    def _flag(self) -> float:
-        """What this rank tells all others in a step."""
-        if self.mesh.rank == 0:
-            self.wishes.look()
-        return STOP * (self.stop_requested() or self.wishes.stop) + SAVE * self.wishes.save
-
     def _tell(self, before: Verdict, now: Verdict) -> None:
-        """Notes what has happened between two verdicts."""
-        self.asked_to_save = now.saves > before.saves
-        if now.skips > before.skips:
-            self.journal.incident("skip", now.step, {"steps": now.skips - before.skips, "in_a_row": now.skips_in_a_row})
+        super()._tell(before, now)
         if now.spikes > before.spikes:
             step, limit = now.step - now.spike_age, self.config.reliability.spike
             assert limit is not None
@@ -257,13 +185,11 @@ class Trainer:
         if self.state.step >= self.config.steps and self.state.optimizer.num_steps() == 0:
             self.verdict = self.tally.read()[1]
             self._give_up(self.verdict.skips_in_a_row)
-        if self.saved_step != self.state.step:
-            scores = self.state.model.objective.head == "score" and self.corpora.valid and self.config.eval.every
-            if scores and self.evaluated[0] != self.state.step:
-                self._evaluate()
-                self._log()
-            self._save()
-        self._report_saves(self.writer.wait(), last=True)
+        scores = self.state.model.objective.head == "score" and self.corpora.valid and self.config.eval.every
+        if self.saved_step != self.state.step and scores and self.evaluated[0] != self.state.step:
+            self._evaluate()
+            self._log()
+        super()._finish()
 
     def _record(self, line: Line, lr: float) -> dict[str, Any]:
         """The metrics of the step just done, but for those of time."""
@@ -273,13 +199,6 @@ class Trainer:
                 "tokens": state.consumed_samples * self.config.data.seq_len,
                 "consumed_samples": state.consumed_samples, "memory_bytes": peak_memory_bytes(self.mesh.device),
                 "skipped": state.step - state.optimizer.num_steps()}
-
-    def _log(self) -> None:
-        """Completes the record and hands it out."""
-        if "lr" in self.row:                             # of a step, not of an evaluation alone
-            self.row |= self._speed(self.phases.taken())
-        self.journal.log(self.row)
-        self.row = {}
 
     def _speed(self, taken: Taken) -> dict[str, Any]:
         """The metrics that follow from the time since the last line: means of a step, and sums of what came besides."""
@@ -306,24 +225,15 @@ class Trainer:
             metadata = self.state.metadata(self.config, self.corpora.fingerprint()) | self._scale()
             self._report_saves(self.best.offer(self.state.step, numbers["loss"], self.state.model_pieces(), metadata))
 
-    def _save(self) -> None:
-        metadata = self.state.metadata(self.config, self.corpora.fingerprint()) | {
+    def _metadata(self) -> dict[str, Any]:
+        return self.state.metadata(self.config, self.corpora.fingerprint()) | {
             UNLOGGED: self.tally.state(), SPIKES: self.spikes.state(), **self._scale()}
-        self.wishes.saving()
-        self.writer.save(self.state.step, self.state.pieces(), metadata)
-        self.saved_step = self.state.step
 
     def _scale(self) -> dict[str, Any]:
         """What the scores of a reward model are on held-out samples, where that is known of these very weights."""
         step, numbers = self.evaluated
         return {SCALE: {"mean": numbers[MEAN], "std": numbers[STD]}} if MEAN in numbers and step == self.state.step \
             else {}
-
-    def _report_saves(self, reports: Sequence[SaveReport], last: bool = False) -> None:
-        for report in reports:
-            if last and report.error is not None and report.step == self.state.step and self.mesh.rank == 0:
-                raise WorkerError(f"step {report.step}, the last one, was not saved: {report.error}")
-            self.journal.save(report)
 
     def _anomaly(self) -> int | None:
         """The step since which things have gone wrong; None: they have not, or not for long enough."""
@@ -366,5 +276,4 @@ class Trainer:
     def close(self) -> None:
         """Closes what reads and writes files."""
         self.loader.close()
-        self.profiler.close()
-        self.journal.close()
+        super().close()

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from types import MappingProxyType
 
 import torch
 
 from engine.config import Config
+from engine.config.objectives import OBJECTIVES
 from engine.distributed.arithmetic import arithmetic
 from engine.distributed.environment import LaunchEnvironment
-from engine.distributed.mesh import Mesh
-from engine.distributed.process import joined_mesh
+from engine.distributed.mesh import Job, Mesh
+from engine.distributed.process import joined
 from engine.distributed.topology import Topology
 from engine.hints import hint
 from engine.kernels.table import describe
@@ -27,7 +30,11 @@ from engine.train.journal import Journal
 from engine.train.loop import Trainer
 from engine.train.rewinding import GoBack, Plan, go_back
 from engine.train.run_folder import CONFIG_FILE, DOCTOR_FILE, locked, writing
+from engine.train.running import Running
 from engine.writing import write_whole
+
+# From a job that has come together to a run that can go: what listens to its phases is there already.
+Begin = Callable[[Job, Phases], Running]
 
 
 def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | None, doctor_report: str,
@@ -36,6 +43,7 @@ def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | N
     """Trains; False when it was stopped by a request, after saving.
 
     Args:
+        topology: of the whole job.
         doctor_report: for the run's folder; rank 0's counts, as do its notes.
         notes: what else a person should know at the start.
         prepared: as `Corpora.open` takes it.
@@ -45,15 +53,20 @@ def run_rank(config: Config, topology: Topology, launched: LaunchEnvironment | N
     """
     directory = Path(config.run.dir)
     first = launched is None or launched.rank == 0
+    stamped = launched is not None and launched.launcher != "octant"
     with locked(directory) if first else nullcontext(True) as exclusive:
-        corpora = Corpora.open(config, prepared)
+        begin = OBJECTIVES[config.run.objective].begun_by
+        start: Begin | None = None if begin is None else resolve_name(begin)(config, stop_requested, stamped)
+        corpora = Corpora.open(config, prepared) if start is None else None
         said = [*notes, *([] if exclusive else [f"warning: the file system of {directory} has no locks: see to it that "
                                                 "no other run uses it"])]
         with arithmetic(deterministic=config.parallel.reproducible), \
-                joined_mesh(launched, topology, config.run.device, checked=config.parallel.debug_collectives) as mesh:
-            stamped = launched is not None and launched.launcher != "octant"
-            return keep_training(config, mesh, corpora, stop_requested, stamped, doctor_report, said,
-                                 prepared)
+                joined(launched, config.run.device, checked=config.parallel.debug_collectives) as job:
+            if corpora is not None:
+                return keep_training(config, job.mesh(topology), corpora, stop_requested, stamped, doctor_report, said,
+                                     prepared)
+            assert start is not None
+            return _train(config, job.mesh(topology), partial(start, job), stamped, doctor_report, said)
 
 
 def keep_training(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: Callable[[], bool],
@@ -65,25 +78,25 @@ def keep_training(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: 
         stamped: lines carry the time of day.
     """
     while True:
+        start = partial(Trainer.start, config, mesh, corpora, stop_requested, stamped)
         try:
-            return _train(config, mesh, corpora, stop_requested, stamped, doctor_report, notes)
+            return _train(config, mesh, start, stamped, doctor_report, notes)
         except GoBack as back:
             plan = back.plan                                 # and no more: the traceback holds the whole model
         config, notes = go_back(config, plan, mesh.world.group), _say_back(plan)
         corpora = Corpora.open(config, prepared)
 
 
-def _train(config: Config, mesh: Mesh, corpora: Corpora, stop_requested: Callable[[], bool], stamped: bool,
-           doctor_report: str, notes: Sequence[str]) -> bool:
+def _train(config: Config, mesh: Mesh, start: Callable[[Phases], Running], stamped: bool, doctor_report: str,
+           notes: Sequence[str]) -> bool:
     """From a checkpoint, or the beginning, to the end."""
     directory = Path(config.run.dir)
     phases = Phases(mesh.device)
     with watched(config.reliability.watchdog, phases, mesh.rank, mesh.world.size, directory):
-        trainer = Trainer.start(config, mesh, corpora, stop_requested, stamped, phases)
-        return _run(trainer, directory, stamped, doctor_report, notes)
+        return _run(start(phases), directory, stamped, doctor_report, notes)
 
 
-def _run(trainer: Trainer, directory: Path, stamped: bool, doctor_report: str, notes: Sequence[str]) -> bool:
+def _run(trainer: Running, directory: Path, stamped: bool, doctor_report: str, notes: Sequence[str]) -> bool:
     config, mesh = trainer.config, trainer.mesh
     try:
         if mesh.rank == 0:
@@ -106,10 +119,10 @@ def _run(trainer: Trainer, directory: Path, stamped: bool, doctor_report: str, n
     return finished
 
 
-def _write_about(trainer: Trainer, directory: Path, doctor_report: str) -> None:
+def _write_about(trainer: Running, directory: Path, doctor_report: str) -> None:
     """What a run's folder says of this start."""
     with writing(directory):
-        report = [doctor_report, "\nOperations of this run", *describe(trainer.state.model.operations)]
+        report = [doctor_report, "\nOperations of this run", *describe(trainer.operations)]
         write_whole(directory / DOCTOR_FILE, "\n".join(report) + "\n")           # first: the sign of a run
         write_whole(directory / CONFIG_FILE, trainer.config.dump())
         if trainer.state.step < trainer.config.steps:

@@ -40,6 +40,7 @@ class TrainState:
         consumed_samples: samples they took.
         end_ids: `CheckpointReader.end_ids` of where the weights came from.
         base: the model under the first role's adapter; None: it has no adapter.
+        updates: of the first role, where that may not live on this rank; None: its optimizer is here, and says it.
     """
 
     roles: tuple[RoleState, ...]
@@ -47,6 +48,7 @@ class TrainState:
     consumed_samples: int = 0
     end_ids: tuple[int, ...] = ()
     base: Base | None = None
+    updates: int | None = None
 
     @property
     def model(self) -> ParallelModel:
@@ -73,11 +75,16 @@ class TrainState:
                 *(piece for state in others if state.role.trainable for piece in _pieces_of(state))]
 
     def metadata(self, config: Config, data_fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-        """What is saved beside the tensors; the first role must live on this rank."""
+        """What is saved beside the tensors."""
         below = {} if self.base is None else {BASE: self.base.metadata()}
         return {"config": config.to_dict(), "data": dict(data_fingerprint), "end_ids": self.end_ids,
                 "state": {"step": self.step, "consumed_samples": self.consumed_samples,
-                          "optimizer_step": self.optimizer.num_steps()}, **below}
+                          "optimizer_step": self.num_updates}, **below}
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of the first role so far."""
+        return self.optimizer.num_steps() if self.updates is None else self.updates
 
     def load(self, reader: CheckpointReader) -> None:
         """Takes over everything from a checkpoint, whatever layout wrote it."""
@@ -88,6 +95,7 @@ class TrainState:
         first, *others = self.roles
         if first.optimizer is not None:
             first.optimizer.set_num_steps(numbers["optimizer_step"])
+        self.updates = None if self.updates is None else numbers["optimizer_step"]
         for state in others:
             if state.optimizer is not None:
                 state.optimizer.set_num_steps(state.optimizer.num_steps())
