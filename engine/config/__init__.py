@@ -10,7 +10,7 @@ Keys, defaults and units are in `schema`; the equations a layout must satisfy in
 
 from engine.config.alignment import AdapterConfig, DPOConfig, ORPOConfig, RewardConfig, SFTConfig
 from engine.config.data import DataConfig, SourceConfig
-from engine.config.layout import resolve_layout
+from engine.config.layout import resolve_layout, role_configs, world_size_of
 from engine.config.length import BatchConfig
 from engine.config.load import config_names, load_config, preset_names
 from engine.config.model import ModelConfig, RopeScalingConfig
@@ -46,5 +46,5 @@ __all__ = [
     "OptimConfig", "OverlongConfig", "PPOConfig", "ParallelConfig", "Place", "PrecisionConfig", "ProfileConfig",
     "ReliabilityConfig", "RewardConfig", "RewardSource", "RewindConfig", "RoleConfig", "RolesConfig", "RolloutConfig",
     "RopeScalingConfig", "RunConfig", "SFTConfig", "SourceConfig", "SpikeConfig", "WatchdogConfig", "config_names",
-    "load_config", "preset_names", "resolve_layout",
+    "load_config", "preset_names", "resolve_layout", "role_configs", "world_size_of",
 ]

@@ -13,8 +13,7 @@ from pydantic import AfterValidator, Field
 
 from engine.config.fields import nearest
 
-PAIRS = "pairs"
-PLANNED = ("ppo", "grpo", "rloo")                                    # refused by name until they are rows
+PAIRS, PROMPTS = "pairs", "prompts"
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,13 @@ OBJECTIVES: dict[str, Row] = {
     "reward": Row("engine.align.reward:reward_model", PAIRS),
     "dpo": Row("engine.align.preference:dpo", PAIRS),
     "orpo": Row("engine.align.preference:orpo", PAIRS),
+    "ppo": Row("engine.rl.objectives:policy", PROMPTS, "engine.rl.start:begin"),
+    "grpo": Row("engine.rl.objectives:policy", PROMPTS, "engine.rl.start:begin"),
+    "rloo": Row("engine.rl.objectives:policy", PROMPTS, "engine.rl.start:begin"),
 }
 
 
 def _row_of(name: str) -> str:
-    if name in PLANNED:
-        raise ValueError(f"{name} is not available in this version: use one of {', '.join(OBJECTIVES)}")
     if name not in OBJECTIVES:
         raise ValueError(f"there is no objective {name!r}; {nearest(name, (*OBJECTIVES,))}")
     return name

@@ -114,6 +114,10 @@ class PromptSource(Protocol):
         """
         ...
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """A response as people and reward functions read it, without special tokens."""
+        ...
+
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the prompts and their order, for checkpoints, as JSON."""
         ...

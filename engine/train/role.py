@@ -125,11 +125,16 @@ class RoleState:
                               num_sums=len(self.role.objective.sums), flag=flag,
                               reproducible=self.model.config.parallel.reproducible)
 
-    def update(self, lr: float, totals: StepSums | None) -> None:
-        """Clips by the norm in `totals` and updates the masters; a step whose norm is not finite changes nothing."""
+    def update(self, lr: float, totals: StepSums | None, counts: Tensor | None = None) -> None:
+        """Clips by the norm in `totals` and updates the masters; a step whose norm is not finite changes nothing.
+
+        Args:
+            counts: the objective's count of the global batch; where it is 0, the step changes nothing either.
+        """
         if self.model is not None and self.optimizer is not None and totals is not None:
-            skipped = totals.grad_norm.isfinite().logical_not().float()
-            self.optimizer.step(lr, clip_divisor(totals.grad_norm, self.model.config.optim.grad_clip), skipped)
+            skipped = totals.grad_norm.isfinite().logical_not()
+            skipped = skipped if counts is None else skipped | (counts == 0)
+            self.optimizer.step(lr, clip_divisor(totals.grad_norm, self.model.config.optim.grad_clip), skipped.float())
 
     def publish(self) -> None:
         """Makes the masters the weights that the layers use."""

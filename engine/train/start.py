@@ -44,14 +44,8 @@ def take_over(state: TrainState, tally: Tally, spikes: SpikeMonitor, config: Con
         ConfigError: there is an adapter, and nothing under it.
         DataError: `data.skip` changed among the samples already consumed.
     """
-    asked, run_dir = config.checkpoint, Path(config.run.dir)
-    notes: list[str] = []
-    reader: CheckpointReader | None = None
-    if asked.resume == "auto":
-        reader, skipped = find_latest(run_dir / CHECKPOINTS, group)
-        notes += [f"checkpoint of {entry}" for entry in skipped]
-    elif asked.resume != "never":
-        reader = open_checkpoint(Path(asked.resume), group=group)
+    asked = config.checkpoint
+    reader, notes = find_start(config, group)
     if reader is not None:
         notes += _resume(state, config, corpora, reader, group)
         _restore(tally, spikes, reader)
@@ -62,11 +56,30 @@ def take_over(state: TrainState, tally: Tally, spikes: SpikeMonitor, config: Con
         if asked.load is not None:
             notes += _load_weights(state, config, corpora, open_model(Path(asked.load), group))
     tally.step = state.step
-    if asked.resume != "auto" and rank_in(group) == 0:
-        own = reader is not None and reader.path.resolve().parent == (run_dir / CHECKPOINTS).resolve()
-        earlier = begin_another_line(run_dir, state.step if own else None)
-        notes += [] if earlier is None else [f"what {run_dir} held of an earlier run is in {earlier} now"]
-    return notes
+    return notes + leave_other_line(config, state, reader, group)
+
+
+def find_start(config: Config, group: Group) -> tuple[CheckpointReader | None, list[str]]:
+    """The checkpoint that `checkpoint.resume` asks for, if there is one, and what a person should know of it.
+
+    Raises:
+        CheckpointError: one was asked for, or is there, and none can be used.
+    """
+    asked = config.checkpoint.resume
+    if asked == "auto":
+        reader, skipped = find_latest(Path(config.run.dir) / CHECKPOINTS, group)
+        return reader, [f"checkpoint of {entry}" for entry in skipped]
+    return None if asked == "never" else open_checkpoint(Path(asked), group=group), []
+
+
+def leave_other_line(config: Config, state: TrainState, reader: CheckpointReader | None, group: Group) -> list[str]:
+    """Puts aside what the run's folder holds of steps that this run does not go on from; what there is to say of it."""
+    run_dir = Path(config.run.dir)
+    if config.checkpoint.resume == "auto" or rank_in(group) != 0:
+        return []
+    own = reader is not None and reader.path.resolve().parent == (run_dir / CHECKPOINTS).resolve()
+    earlier = begin_another_line(run_dir, state.step if own else None)
+    return [] if earlier is None else [f"what {run_dir} held of an earlier run is in {earlier} now"]
 
 
 def _resume(state: TrainState, config: Config, corpora: Corpora, reader: CheckpointReader, group: Group) -> list[str]:
@@ -79,7 +92,7 @@ def _resume(state: TrainState, config: Config, corpora: Corpora, reader: Checkpo
         raise CheckpointError(f"{reader.path} holds {there}, and {here}: begin another run from it with "
                               "checkpoint.load and another run.dir")
     differing = require_compatible(reader.metadata, state.metadata(config, corpora.fingerprint()), reader.path)
-    _require_same_windows(reader, config)
+    require_same_windows(reader, config)
     saved_skip = reader.metadata.get("data", {}).get("skip")
     if saved_skip is not None:
         consumed = reader.metadata["state"]["consumed_samples"]
@@ -101,7 +114,7 @@ def _restore(tally: Tally, spikes: SpikeMonitor, reader: CheckpointReader) -> No
         raise CheckpointError(f"{reader.path}: {error}") from None
 
 
-def _require_same_windows(reader: CheckpointReader, config: Config) -> None:
+def require_same_windows(reader: CheckpointReader, config: Config) -> None:
     """Samples are numbered in windows of `seq_len`: with another one the position in the data means something else."""
     before = reader.metadata.get("config", {}).get("data", {}).get("seq_len", config.data.seq_len)
     if before != config.data.seq_len:

@@ -1,0 +1,243 @@
+"""The loop of PPO, GRPO and RLOO: the same on every rank, whoever lives there.
+
+    reshard         the actor's weights go where texts are made
+    gen, reward     texts, and what is said of them                               engine.rl.texts
+    old_log_prob    the actor, the reference and the critic say what they think of each token; the numbers move to
+    ref, values     the ranks that learn from them                                engine.rl.passes
+    adv             rewards, advantages, returns                                  engine.rl.experience
+    update_critic   epochs × minibatches                                          engine.rl.updates
+    update_actor    the same, until the policy has moved too far
+
+A role's part of a phase does nothing where it does not live, so roles on the same ranks work one after the other, and
+roles on disjoint ranks at the same time.  Everything that decides what comes next is a number that all have alike: sums
+over all ranks of the job, or over all of a role.
+
+Saved is what lies between two steps: the roles that learn, the number of the next prompt, the price of divergence, the
+scale of the scores.  A step that was interrupted, in whichever phase, is done again from there; as all of its random
+numbers are named, it is the same step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+
+from engine.config.placement import ACTOR, CRITIC, REFERENCE
+from engine.config.rl import CRITIC_OBJECTIVES
+from engine.distributed.mesh import Axis
+from engine.errors import WorkerError
+from engine.kernels.table import Operations
+from engine.metrics.phases import Taken
+from engine.optim.schedule import LearningRates
+from engine.rl import objectives
+from engine.rl.cast import Cast
+from engine.rl.coefficients import KLCoefficient, RunningMoments
+from engine.rl.experience import LOG_PROBS, VALUES, Experience, gather
+from engine.rl.experience import REFERENCE as REFERENCE_NUMBERS
+from engine.rl.metrics import of_texts, of_updates, over_job, record
+from engine.rl.passes import Ways, measured_tokens
+from engine.rl.rollouts import Maker, Rollouts
+from engine.rl.scores import shaped
+from engine.rl.texts import Made, Texts
+from engine.rl.updates import Update, minibatches, order_of, update
+from engine.train.hooks import Hook
+from engine.train.journal import peak_memory_bytes
+from engine.train.running import Running
+from engine.train.tally import Verdict
+
+IN_STEP = ("reshard", "gen", "reward", "old_log_prob", "ref", "values", "adv", "update_critic", "update_actor", "read")
+BESIDES = ("save",)
+KL_SUM = objectives.Policy.sums.index("ppo_kl")
+MOST_KL = 1.5                                                # times `target_kl`: no further update
+RL = "rl"                                                    # where a checkpoint's metadata keep what is carried
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What goes from step to step besides the roles.
+
+    Attributes:
+        next_prompt: number of the first prompt that no step has taken.
+        contents: hashes of what the roles' weights were read from at the start of the run.
+    """
+
+    coefficient: KLCoefficient
+    scores: RunningMoments = field(default_factory=RunningMoments)
+    next_prompt: int = 0
+    contents: dict[str, str] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"kl_coef": self.coefficient.value, "scores": self.scores.state(), "next_prompt": self.next_prompt,
+                "contents": self.contents, "phase": "between steps"}
+
+    def restored(self, state: dict[str, Any]) -> Carried:
+        """As it was when `state` was saved; target and horizon of the coefficient are those of now."""
+        now = self.coefficient
+        value = float(state["kl_coef"]) if now.target is not None else now.value
+        return Carried(KLCoefficient(value, now.target, now.horizon), RunningMoments.of(state["scores"]),
+                       int(state["next_prompt"]), self.contents)
+
+
+@dataclass(kw_only=True)
+class Learner(Running):
+    """A run that learns from its own texts.
+
+    Attributes:
+        told: hears of every step's texts and their scores, on rank 0.
+    """
+
+    cast: Cast
+    texts: Texts
+    maker: Maker
+    carried: Carried
+    fingerprint: dict[str, Any]
+    told: Callable[[Rollouts], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        self.hooks = (Hook("log", self._log, when=lambda _: bool(self.row)),
+                      Hook("anomaly", self._give_up, when=lambda _: self._hopeless()),
+                      *self._saving_hooks())
+        self.rates = {name: LearningRates.of(self.cast[name].config) for name in (ACTOR, CRITIC) if name in self.cast}
+
+    @property
+    def operations(self) -> Operations:
+        return next(member.state.model.operations for member in self.cast.members.values()
+                    if member.state.model is not None)
+
+    @property
+    def world(self) -> Axis:
+        return self.mesh.world
+
+    def _step(self) -> None:
+        step, phase, before = self.state.step + 1, self.phases, self.verdict
+        with phase("reshard"):
+            received = self.maker.take_over()
+        made = self.texts.make(step, self.carried.next_prompt)
+        rollouts, config = made.rollouts, self.config
+        scores, moments = shaped(rollouts.scores, rollouts.ended, rollouts.lengths, config.rollout.max_new_tokens,
+                                 config.learning, self.carried.scores)
+        order = order_of(config.run.seed, step, 0, rollouts.num_rows)
+        ways = Ways(self.cast, rollouts, order, config.run.seed, config.learning.epochs, self.world)
+        tables = self._tables(rollouts, order, ways)
+        coefficient = self.carried.coefficient
+        with phase("adv"):
+            experience = gather(rollouts, scores, tables, ways.home, coefficient.value, config, self.world)
+        told = self._learn(step, rollouts, experience)
+        with phase("read"):
+            job = self._hear(step, experience, told, received)
+        kl = job["kl"] / rollouts.num_rows
+        self.carried = Carried(coefficient.after(kl, rollouts.num_rows), moments, made.next_prompt,
+                               self.carried.contents)
+        self.state.step, self.state.consumed_samples = step, made.next_prompt
+        self.state.updates = self.state.num_updates + round(job["actor/updates"])
+        if step in (1, config.steps) or step % config.log.every == 0:
+            self.row = self._record(made, scores, job, coefficient.value)
+        if self.mesh.rank == 0:
+            self.told(rollouts)
+        self._tell(before, self.verdict)
+
+    def _tables(self, rollouts: Rollouts, order: Sequence[int], ways: Ways) -> dict[str, dict[int, torch.Tensor]]:
+        """What actor, reference and critic think of each token, on the ranks that learn from it."""
+        log_probs = objectives.log_probs_at(self.config.rollout.temperature)
+        found: dict[str, dict[int, torch.Tensor]] = {}
+        for phase, name, role, measure in (("old_log_prob", LOG_PROBS, ACTOR, log_probs),
+                                           ("ref", REFERENCE_NUMBERS, REFERENCE, log_probs),
+                                           ("values", VALUES, CRITIC, objectives.values)):
+            with self.phases(phase):
+                if role in self.cast:
+                    found[name] = measured_tokens(self.cast[role], rollouts, order, measure)
+        with self.phases("adv"):
+            roles = {LOG_PROBS: ACTOR, REFERENCE_NUMBERS: REFERENCE, VALUES: CRITIC}
+            return {name: ways(self.cast[roles[name]], table) for name, table in found.items()}
+
+    def _learn(self, step: int, rollouts: Rollouts, experience: Experience) -> dict[str, tuple[list[Update], int]]:
+        """All updates of a step; by role, what became of them, and how many changed the weights."""
+        config, learning = self.config, self.config.learning
+        seq_len, warm = config.data.seq_len, config.ppo.critic_warmup_steps
+        found: dict[str, tuple[list[Update], int]] = {}
+        for name in (CRITIC, ACTOR):
+            with self.phases(f"update_{name}"):
+                done: list[Update] = []
+                changed, frozen = 0, name == ACTOR and config.run.objective in CRITIC_OBJECTIVES and step <= warm
+                batches = minibatches(config.run.seed, step, learning.epochs, learning.minibatch, rollouts.num_rows)
+                for rows in batches if name in self.cast and not frozen else ():
+                    result = update(self.cast[name], rows,
+                                    lambda row: experience.sample(rollouts, row, seq_len), self._rate(name, step),
+                                    self._near if name == ACTOR else lambda _: True)
+                    if result is None:
+                        break
+                    done.append(result[0])
+                    changed += result[1]
+                    if not result[1]:
+                        break
+                found[name] = done, changed
+        return found
+
+    def _rate(self, name: str, step: int) -> float:
+        return self.rates[name](step, 0)
+
+    def _near(self, done: Update) -> bool:
+        """Whether the policy is near enough to the old one to go on, by what all its ranks have alike."""
+        target = self.config.learning.target_kl
+        if target is None:
+            return True
+        return float(done.totals.sums[KL_SUM] / done.divisor.clamp(min=1)) <= MOST_KL * target
+
+    def _hear(self, step: int, experience: Experience, told: dict[str, tuple[list[Update], int]],
+              received: int) -> dict[str, float]:
+        """Sums over the job, and the verdict that follows."""
+        rank = self.mesh.rank
+        sums = dict(experience.sums) | {"flag": self._flag(), "reshard_bytes": float(received)}
+        sums.setdefault("probs_diff", 0.0)
+        for name, (updates, changed) in told.items():
+            if name in self.cast:
+                sums |= of_updates(self.cast[name], updates, changed, rank, f"{name}/")
+        known = float("probs_diff" in experience.sums)
+        job = over_job(sums, {"probs_diff_max": experience.largest, "probs_known": known}, self.world)
+        frozen = self.config.run.objective in CRITIC_OBJECTIVES and step <= self.config.ppo.critic_warmup_steps
+        skipped = not frozen and job["actor/updates"] == 0 and job["actor/made"] == 0
+        before, flag = self.verdict, job["flag"]
+        self.verdict = Verdict(step, math.floor(flag) > 0, (before.skips_in_a_row + 1) if skipped else 0,
+                               job["learned"] > 0, before.skips + skipped, 0,
+                               before.saves + (round((flag % 1) * 2) > 0))
+        return job
+
+    def _record(self, made: Made, scores: Any, job: dict[str, float], coef: float) -> dict[str, Any]:
+        """The metrics of the step just done, but for those of time."""
+        rollouts, step = made.rollouts, self.state.step
+        texts = of_texts(made, scores, self.config.rollout.max_new_tokens)
+        means = record(job, rollouts.num_rows, self.config, CRITIC in self.cast, coef)
+        rates = {"lr": self._rate(ACTOR, step)} | (
+            {"critic/lr": self._rate(CRITIC, step)} if CRITIC in self.cast else {})
+        self._tokens = sum(rollouts.lengths) + sum(len(rollouts.prompt_of(row).tokens)
+                                                   for row in range(rollouts.num_rows))
+        return {"step": step, "loss": means["actor/loss"], **texts, **means, "grad_norm": means["actor/grad_norm"],
+                **rates, "consumed_samples": self.state.consumed_samples, "reshard_bytes": job["reshard_bytes"],
+                "memory_bytes": peak_memory_bytes(self.mesh.device), "skipped": self.verdict.skips}
+
+    def _speed(self, taken: Taken) -> dict[str, Any]:
+        seconds = taken.in_steps / taken.steps
+        split = {f"timing_s/{phase}": taken.by_phase.get(phase, 0.0) / (taken.steps if phase in IN_STEP else 1)
+                 for phase in (*IN_STEP, *BESIDES)}
+        return {"step_seconds": seconds, "timing_s/step": seconds, "tokens_per_second": self._tokens / seconds, **split}
+
+    def _metadata(self) -> dict[str, Any]:
+        return self.state.metadata(self.config, self.fingerprint) | {RL: self.carried.state()}
+
+    def _hopeless(self) -> bool:
+        limits = self.config.reliability
+        most = 1 if limits.on_nonfinite == "stop" else limits.max_skips
+        return 0 < most <= self.verdict.skips_in_a_row
+
+    def _give_up(self) -> NoReturn:
+        """Ends the run on every rank, with weights and checkpoints as they are."""
+        self._report_saves(self.writer.wait())
+        why = "a gradient that is not finite" if self.verdict.counts else "not one token to learn from"
+        raise WorkerError(f"gave up after step {self.state.step}: {self.verdict.skips_in_a_row} steps in a row had "
+                          f"{why} and changed nothing (reliability.max_skips: {self.config.reliability.max_skips}); "
+                          "look at rollouts.jsonl, lower optim.lr, or see that some texts come to an end")

@@ -1,0 +1,83 @@
+"""Where a run that learns from its own texts starts from: its newest checkpoint, or what its roles begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from engine.checkpoint.compatibility import require_compatible
+from engine.config import Config
+from engine.config.rl import CRITIC_OBJECTIVES
+from engine.distributed.agree import Group
+from engine.distributed.mesh import Job
+from engine.distributed.topology import Topology
+from engine.errors import CheckpointError
+from engine.metrics.phases import Phases
+from engine.rl.cast import Cast, require_no_adapter
+from engine.rl.coefficients import KLCoefficient
+from engine.rl.loop import RL, Carried, Learner
+from engine.rl.making import RoleMaker
+from engine.rl.rollouts import PromptSource, Rollouts, Scorer
+from engine.rl.texts import Texts
+from engine.train.running import Tools
+from engine.train.start import find_start, leave_other_line, require_same_windows
+from engine.train.state import TrainState
+
+
+def start(config: Config, job: Job, source: PromptSource, scorers: Sequence[Scorer], num_ids: int,
+          stop_ids: Collection[int], stop_requested: Callable[[], bool], stamped: bool = False,
+          phases: Phases | None = None, told: Callable[[Rollouts], None] = lambda _: None) -> Learner:
+    """Builds this rank's part of the run and takes over the checkpoint it goes on from; every rank must call this.
+
+    Args:
+        config: resolved.
+        num_ids, stop_ids: of the tokenizer: how many ids it has, and which end a text.
+        told: hears of every step's texts, on rank 0.
+
+    Raises:
+        RequestError: the run's folder cannot be written, or a place for metrics cannot be used.
+        CheckpointError: a checkpoint was asked for, or is there, and none can be used; or a role's weights cannot be.
+        ConfigError: a placement is impossible.
+    """
+    require_no_adapter(config)
+    phases = phases or Phases(job.device)
+    world = job.mesh(Topology(data=job.size))
+    cast = Cast.build(config, job)
+    fingerprint = source.fingerprint()
+    notes, contents = cast.begin(config, fingerprint, world.world.group)
+    state = TrainState(cast.trained, end_ids=tuple(sorted(stop_ids)), updates=0)
+    carried = Carried(_coefficient(config), contents=contents)
+    more, carried = _take_over(state, carried, cast, config, fingerprint, world.world.group)
+    maker = RoleMaker(cast, config, job, num_ids, stop_ids)
+    buckets = [bucket for role in cast.trained if role.model is not None for bucket in role.model.buckets]
+    tools = Tools.of(config, world, state.step, buckets, phases, stamped, [*notes, *more])
+    return Learner(config=config, mesh=world, state=state, tools=tools, stop_requested=stop_requested, phases=phases,
+                   cast=cast, texts=Texts(config, cast, source, maker, scorers, world.world, phases), maker=maker,
+                   carried=carried, fingerprint=fingerprint, told=told,
+                   saved_step=state.step if state.step else -1)
+
+
+def _coefficient(config: Config) -> KLCoefficient:
+    if config.run.objective in CRITIC_OBJECTIVES:
+        return KLCoefficient(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
+    return KLCoefficient(config.grpo.kl_coef)
+
+
+def _take_over(state: TrainState, carried: Carried, cast: Cast, config: Config, fingerprint: dict[str, object],
+               group: Group) -> tuple[list[str], Carried]:
+    """What `checkpoint.resume` asks for, over the weights that the roles began with."""
+    reader, notes = find_start(config, group)
+    if reader is not None:
+        saved = reader.metadata
+        if "state" not in saved or RL not in saved:
+            raise CheckpointError(f"{reader.path} is not of a run of {config.run.objective}: start a run from it with "
+                                  "roles.actor.load")
+        differing = require_compatible(saved, state.metadata(config, fingerprint), reader.path)
+        require_same_windows(reader, config)
+        cast.require_same(saved[RL].get("contents", {}), carried.contents, Path(reader.path))
+        state.load(reader)
+        carried = carried.restored(saved[RL])
+        notes = [*notes, *(f"changed since the checkpoint: {difference}" for difference in differing),
+                 f"resumed from {reader.path} (step {state.step}, {carried.next_prompt} prompts consumed)"]
+    return [*notes, *leave_other_line(config, state, reader, group)], replace(carried)
