@@ -87,12 +87,12 @@ def _gsm8k(record: Record) -> list[list[Turn]]:
 
 
 def _pair(record: Record) -> list[list[Turn]]:
-    prompt = _prompt(record)
+    prompt = prompt_of(record)
     return [_alternative(record[key], key, prompt) for key in ("chosen", "rejected")]
 
 
-def _prompt(record: Record) -> list[Turn]:
-    """What both answers of a pair answer, as far as the record says it beside them."""
+def prompt_of(record: Record) -> list[Turn]:
+    """What both answers of a pair answer, as far as the record says it beside them; or what is to be answered."""
     for key in ("conversations", "messages"):
         if record.get(key) is not None:
             turns = with_system(turns_of(record[key], key), text_in(record, "system", ""))
@@ -122,7 +122,7 @@ def _as_turns(value: Any, key: str, role: str) -> list[Turn]:
 
 
 def _ranked(record: Record) -> list[list[Turn]]:
-    responses, prompt = record["responses"], _prompt(record)
+    responses, prompt = record["responses"], prompt_of(record)
     if not isinstance(responses, list) or len(responses) < 2:
         raise ValueError(f"responses is {shown(responses)}, not a list of two or more")
     if not prompt:

@@ -6,6 +6,7 @@
     unlogged     sums since the last line of the log
     base         the model under an adapter: its path, and the hash of its manifest
     end_ids      ids at which texts end besides the tokenizer's own
+    rl           price of divergence, scale of scores and next prompt of a run that learns from its own texts
     score_scale  mean and standard deviation of a reward model's scores on samples held back
     base         where the checkpoint is whose model lies under this one's adapter, and the hash of its manifest
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from engine.reading import shown
 
-SCALE = "score_scale"
+SCALE, CARRIED = "score_scale", "rl"
 SECTIONS = ("model", "data", "run", "precision")             # of `config`, those that are looked into by name
 NUMBERS = ("step", "consumed_samples", "optimizer_step")
 LARGEST = 1 << 62
@@ -48,6 +49,7 @@ def check_metadata(metadata: Mapping[str, Any], step: int) -> None:
         raise ValueError(f"data names the tokenizer {shown(data.get('tokenizer'))} and the end of a document "
                          f"{shown(data.get('end_of_document'))}")
     _check_position(metadata, step)
+    _check_carried(metadata)
     for start, stop in _list_of(data, "skip", 2):
         if not (_is_size(start) and _is_size(stop) and start < stop):
             raise ValueError(f"data.skip leaves out [{shown(start)}, {shown(stop)}]")
@@ -61,12 +63,25 @@ def check_metadata(metadata: Mapping[str, Any], step: int) -> None:
         raise ValueError(f"end_ids is {shown(metadata['end_ids'])}, not a list of ids")
 
 
+def _check_carried(metadata: Mapping[str, Any]) -> None:
+    """What a run that learns from its own texts carries from step to step, where it is one."""
+    carried = _section(metadata, CARRIED, "metadata")
+    if not carried:
+        return
+    scores, numbers = carried.get("scores"), (int, float)
+    if (type(carried.get("kl_coef")) not in numbers or not abs(carried["kl_coef"]) < LARGEST
+            or not _is_size(carried.get("next_prompt")) or not isinstance(scores, list) or len(scores) != 3
+            or not all(type(number) in numbers and abs(number) < LARGEST for number in scores)
+            or not all(type(value) is str for value in _section(carried, "contents", CARRIED).values())):
+        raise ValueError(f"{CARRIED} is {shown(carried)}")
+
+
 def _check_position(metadata: Mapping[str, Any], step: int) -> None:
     if "state" in metadata:
         state = _section(metadata, "state", "metadata")
         if not all(_is_size(state.get(key)) for key in NUMBERS):
             raise ValueError(f"state is {shown(state)}, not {', '.join(NUMBERS)}")
-        if state["step"] != step or state["optimizer_step"] > step:
+        if state["step"] != step or (state["optimizer_step"] > step and CARRIED not in metadata):
             raise ValueError(f"state is {shown(state)} in a checkpoint of step {step}")
     sums = _list_of(metadata, "unlogged")
     if not all(type(number) in (int, float) and abs(number) < LARGEST for number in sums):

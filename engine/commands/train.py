@@ -10,7 +10,8 @@ from pathlib import Path
 from corpus_tools.conversations.start import open_corpora, prepared
 from engine.checkpoint.folder import checkpoints_at, no_checkpoint
 from engine.commands._layout import start_ranks
-from engine.config import Config, load_config, resolve_layout
+from engine.config import Config, ParallelConfig, load_config, resolve_layout, world_size_of
+from engine.config.placement import learns_from_own_texts, processes_needed
 from engine.distributed.environment import LaunchEnvironment, injected_faults, launch_environment, tune_gpu
 from engine.distributed.host_memory import host_memory
 from engine.distributed.topology import Topology
@@ -21,7 +22,7 @@ from engine.plan.memory import require_room
 from engine.reliability.rewind import with_rewinds
 from engine.reliability.wishes import STOP_FILE
 from engine.train.corpora import Corpora
-from engine.train.introduction import introduction
+from engine.train.introduction import introduction, introduction_of_roles
 from engine.train.run_folder import locked, require_at_home
 from engine.train.stop import StopRequest
 
@@ -61,52 +62,72 @@ def _load(args: argparse.Namespace) -> Config:
 def _run_launched(config: Config, launched: LaunchEnvironment, stop: StopRequest) -> int:
     """One rank of several; of local ones the parent has introduced the job."""
     if launched.rank == 0 and launched.launcher != "octant":
-        _introduce(config, open_corpora(config), stamped=True)
+        _introduce(config, _opened(config), stamped=True)
     return _run_rank(config, launched, stop)
 
 
 def _start_plainly(args: argparse.Namespace, config: Config) -> int:
     """Find problems now, then run here (one process) or start the others."""
-    parallel = config.parallel
-    if parallel.data == "auto":
-        resolve_layout(config, parallel.model_parallel_size)       # what no number of replicas mends: before torch
-    data = parallel.data if isinstance(parallel.data, int) else _local_replicas(config)
-    config = resolve_layout(config, data * parallel.model_parallel_size)
+    config = resolve_layout(config, _processes(config))
     _introduce(config, _refuse_early(config))
-    if config.parallel.world_size == 1:
+    if (size := world_size_of(config)) == 1:
         return _run_rank(config, None, StopRequest())
     with locked(Path(config.run.dir)):
         pass                                                       # rank 0 takes the lock; this tells at once
-    return start_ranks(args, config.parallel.world_size, Path(config.run.dir), graceful=True)
+    return start_ranks(args, size, Path(config.run.dir), graceful=True)
 
 
-def _introduce(config: Config, corpora: Corpora, stamped: bool = False) -> None:
+def _processes(config: Config) -> int:
+    """How many processes a plain start takes.
+
+    Raises:
+        ConfigError: the layout is one that no number of replicas mends; before torch is there.
+    """
+    if learns_from_own_texts(config):
+        needed = processes_needed(config)
+        actor = config.roles.actor.parallel or config.parallel
+        return needed or actor.model_parallel_size * _local_replicas(config, actor)
+    parallel = config.parallel
+    if parallel.data == "auto":
+        resolve_layout(config, parallel.model_parallel_size)
+    data = parallel.data if isinstance(parallel.data, int) else _local_replicas(config, parallel)
+    return data * parallel.model_parallel_size
+
+
+def _opened(config: Config) -> Corpora | None:
+    """The corpora of a run that learns from such."""
+    return None if learns_from_own_texts(config) else open_corpora(config)
+
+
+def _introduce(config: Config, corpora: Corpora | None, stamped: bool = False) -> None:
     console = Console(config.steps, is_terminal=False, stamped=stamped)
-    for line in introduction(config, corpora):
+    for line in introduction(config, corpora) if corpora is not None else introduction_of_roles(config):
         console.note(line)
 
 
-def _refuse_early(config: Config) -> Corpora:
+def _refuse_early(config: Config) -> Corpora | None:
     """What can be seen without torch, before any process is started; the corpora, where they are all right.
 
     Raises:
         RequestError: data, checkpoints or packages that the configuration names cannot be used, or the memory of this
             machine does not suffice.
     """
-    for path in (config.checkpoint.load, config.checkpoint.resume):
+    roles = config.roles
+    named = [role.load for role in (roles.actor, roles.critic, roles.reference, *roles.reward)]
+    for path in (config.checkpoint.load, config.checkpoint.resume, *named):
         if path not in (None, "auto", "never") and not any(found.is_dir() for found in checkpoints_at(Path(path))):
             raise no_checkpoint(Path(path))
     require_packages(config.log)
-    if config.run.device == "cpu":
+    if config.run.device == "cpu" and not learns_from_own_texts(config):
         require_room(config, range(config.parallel.world_size), host_memory(), on_gpu=False)
-    return open_corpora(config)
+    return _opened(config)
 
 
-def _local_replicas(config: Config) -> int:
+def _local_replicas(config: Config, parallel: ParallelConfig) -> int:
     """What `parallel.data: auto` means here: as many as there are GPUs for; on the CPU one."""
     if config.run.device == "cpu":
         return 1
-    return max(1, import_module("torch").cuda.device_count() // config.parallel.model_parallel_size)
+    return max(1, import_module("torch").cuda.device_count() // parallel.model_parallel_size)
 
 
 def _run_rank(config: Config, launched: LaunchEnvironment | None, stop: StopRequest) -> int:
@@ -115,8 +136,9 @@ def _run_rank(config: Config, launched: LaunchEnvironment | None, stop: StopRequ
     notes = _memory(config, launched)
     report = import_module("engine.commands.doctor").doctor_report(operations=False) \
         if launched is None or launched.rank == 0 else ""
-    topology = Topology.of(config)
-    chats = prepared(config, say=lambda line: None)
+    with_roles = learns_from_own_texts(config)
+    topology = Topology(data=world_size_of(config)) if with_roles else Topology.of(config)
+    chats = {} if with_roles else prepared(config, say=lambda line: None)
     watchdog = config.reliability.watchdog
     with stop.bounded(watchdog.drain_seconds) if watchdog else nullcontext():
         finished = rank_module.run_rank(config, topology, launched, report, stop, notes, chats)
@@ -134,4 +156,6 @@ def _memory(config: Config, launched: LaunchEnvironment | None) -> list[str]:
     process = import_module("engine.distributed.process")
     device = process.pick_device(config.run.device, local_rank, own)
     on_gpu = device.type == "cuda"
+    if learns_from_own_texts(config):
+        return []
     return require_room(config, [rank] if on_gpu else on_host, process.free_memory(device), on_gpu=on_gpu)

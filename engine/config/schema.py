@@ -280,8 +280,8 @@ class Config(Section):
             yield (f"rollout.max_new_tokens({rollout.max_new_tokens}) leaves no room for a prompt in data.seq_len("
                    f"{self.data.seq_len})")
         if not self.roles.reward:
-            yield (f"{objective} needs something that scores its texts: roles.reward, as {{load: RUN}} of a reward "
-                   "model, or {function: NAME}")
+            yield (f"run.objective {objective} needs something that scores its texts: roles.reward, as {{load: RUN}} "
+                   "of a reward model, or {function: NAME}")
         if self.model.head != "language_model":
             yield f"model.head is {self.model.head}; the actor of {objective} writes texts: set it to language_model"
         try:

@@ -153,7 +153,10 @@ class _Voice:
 
 def step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float | None) -> str:
     """The console line of one record; what the record lacks is left out or said to be unknown."""
-    parts = [_position(record["step"], total_steps), f"loss {_loss(record.get('loss')):>6}",
+    scored = "critic/score/mean" in record                  # a run that learns from its own texts
+    what = (f"score {_loss(record['critic/score/mean']):>6}  KL {_norm(record.get('objective/kl')):>5}" if scored else
+            f"loss {_loss(record.get('loss')):>6}")
+    parts = [_position(record["step"], total_steps), what,
              f"norm {_norm(record.get('grad_norm')):>5}", f"lr {_short(record.get('lr')):>6}",
              f"{_rate(record.get('tokens_per_second')):>5} tok/s"]
     if (mfu := record.get("mfu")) is not None:

@@ -43,14 +43,14 @@ def shape_rewards(scores_B: Tensor, kl_BT: Tensor | None, mask_BT: Tensor, coef:
 def last_of(mask_BT: Tensor) -> Tensor:
     """True at the last token of every text, bool [B, T]."""
     number = mask_BT.cumsum(1)
-    return mask_BT.bool() & (number == number[:, -1:])
+    return mask_BT.bool() & (number == mask_BT.sum(1, keepdim=True))
 
 
 def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> Tensor:
     """Advantages [B, T], 0 where no token is.  Returns of the value function are these plus the values."""
     mask = mask_BT.to(rewards_BT.dtype)
     out = torch.zeros_like(rewards_BT)
-    following, value_after = torch.zeros_like(out[:, 0]), torch.zeros_like(out[:, 0])
+    following, value_after = out.new_zeros(len(out)), out.new_zeros(len(out))
     for t in range(out.shape[1] - 1, -1, -1):
         delta = rewards_BT[:, t] + gamma * value_after - values_BT[:, t]
         there = mask[:, t]

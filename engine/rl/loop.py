@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from engine.checkpoint.metadata import CARRIED
 from engine.config.placement import ACTOR, CRITIC, REFERENCE
 from engine.config.rl import CRITIC_OBJECTIVES
 from engine.distributed.mesh import Axis
@@ -53,7 +54,6 @@ IN_STEP = ("reshard", "gen", "reward", "old_log_prob", "ref", "values", "adv", "
 BESIDES = ("save",)
 KL_SUM = objectives.Policy.sums.index("ppo_kl")
 MOST_KL = 1.5                                                # times `target_kl`: no further update
-RL = "rl"                                                    # where a checkpoint's metadata keep what is carried
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Learner(Running):
         return {"step_seconds": seconds, "timing_s/step": seconds, "tokens_per_second": self._tokens / seconds, **split}
 
     def _metadata(self) -> dict[str, Any]:
-        return self.state.metadata(self.config, self.fingerprint) | {RL: self.carried.state()}
+        return self.state.metadata(self.config, self.fingerprint) | {CARRIED: self.carried.state()}
 
     def _hopeless(self) -> bool:
         limits = self.config.reliability

@@ -144,8 +144,15 @@ class Maker(Protocol):
 class Scorer(Protocol):
     """Says how good texts are; every rank of the job calls it alike and hears the same."""
 
-    name: str
-    weight: float
+    @property
+    def name(self) -> str:
+        """Under which its scores are logged; unique."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """Of its scores in the sum of all."""
+        ...
 
     def __call__(self, rollouts: Rollouts) -> Numbers:
         """A number for each row; NaN where there is none.

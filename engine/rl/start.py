@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.checkpoint.compatibility import require_compatible
+from engine.checkpoint.metadata import CARRIED
 from engine.config import Config
 from engine.config.rl import CRITIC_OBJECTIVES
 from engine.distributed.agree import Group
@@ -16,8 +17,10 @@ from engine.errors import CheckpointError
 from engine.metrics.phases import Phases
 from engine.rl.cast import Cast, require_no_adapter
 from engine.rl.coefficients import KLCoefficient
-from engine.rl.loop import RL, Carried, Learner
+from engine.rl.functions import function_of, open_scorers
+from engine.rl.loop import Carried, Learner
 from engine.rl.making import RoleMaker
+from engine.rl.prompts import Prompts
 from engine.rl.rollouts import PromptSource, Rollouts, Scorer
 from engine.rl.texts import Texts
 from engine.train.running import Tools
@@ -58,6 +61,23 @@ def start(config: Config, job: Job, source: PromptSource, scorers: Sequence[Scor
                    saved_step=state.step if state.step else -1)
 
 
+def begin(config: Config, stop_requested: Callable[[], bool], stamped: bool) -> Callable[[Job, Phases], Learner]:
+    """Opens what a run learns from; what is returned makes the run of the job that has come together.
+
+    Raises:
+        DataError, ConfigError, RequestError: prompts or reward functions cannot be used.
+    """
+    prompts = Prompts.open(config)
+    functions = {source.function: function_of(source.function) for source in config.roles.reward
+                 if source.function is not None}
+
+    def started(job: Job, phases: Phases) -> Learner:
+        return start(config, job, prompts, open_scorers(config, functions, job.world), prompts.tokenizer.vocab_size,
+                     prompts.end_ids, stop_requested, stamped, phases)
+
+    return started
+
+
 def _coefficient(config: Config) -> KLCoefficient:
     if config.run.objective in CRITIC_OBJECTIVES:
         return KLCoefficient(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
@@ -70,14 +90,14 @@ def _take_over(state: TrainState, carried: Carried, cast: Cast, config: Config, 
     reader, notes = find_start(config, group)
     if reader is not None:
         saved = reader.metadata
-        if "state" not in saved or RL not in saved:
+        if "state" not in saved or CARRIED not in saved:
             raise CheckpointError(f"{reader.path} is not of a run of {config.run.objective}: start a run from it with "
                                   "roles.actor.load")
         differing = require_compatible(saved, state.metadata(config, fingerprint), reader.path)
         require_same_windows(reader, config)
-        cast.require_same(saved[RL].get("contents", {}), carried.contents, Path(reader.path))
+        cast.require_same(saved[CARRIED].get("contents", {}), carried.contents, Path(reader.path))
         state.load(reader)
-        carried = carried.restored(saved[RL])
+        carried = carried.restored(saved[CARRIED])
         notes = [*notes, *(f"changed since the checkpoint: {difference}" for difference in differing),
                  f"resumed from {reader.path} (step {state.step}, {carried.next_prompt} prompts consumed)"]
     return [*notes, *leave_other_line(config, state, reader, group)], replace(carried)

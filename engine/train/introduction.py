@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.config import Config
+from engine.config import Config, role_configs, world_size_of
 from engine.data.chat.comparisons import ComparisonSource
 from engine.data.chat.rows import ConversationSource
 from engine.model.flops import count_adapter, count_parameters
@@ -32,6 +32,24 @@ def introduction(config: Config, corpora: Corpora) -> list[str]:
     wanted, held_out = config.eval.batches * batch.global_, corpora.num_evaluated(config)
     if corpora.valid is not None and config.eval.every and held_out < wanted:
         lines.append(f"evaluation: all {held_out:,} held-out windows (eval.batches asks for {wanted:,})")
+    return lines
+
+
+def introduction_of_roles(config: Config) -> list[str]:
+    """The same for a run with roles: who is where, and what a step is."""
+    world, rollout, learning = world_size_of(config), config.rollout, config.learning
+    lines = [f"{config.run.name or config.run.dir}: {config.run.objective}, {config.steps:,} steps on {world} "
+             f"process{'es' * (world > 1)}"]
+    for name, (ranks, own) in role_configs(config, world).items():
+        parallel = own.parallel
+        where = f"rank {ranks.start}" if len(ranks) == 1 else f"ranks {ranks.start} to {ranks.stop - 1}"
+        cut = [f"{axis} {getattr(parallel, axis)}" for axis in ("tensor", "pipeline", "context", "data")
+               if getattr(parallel, axis) > 1]
+        lines.append(f"{name}: {short(count_parameters(own.model).total)} parameters on {where}"
+                     + f", {' × '.join(cut)}" * bool(cut))
+    lines.append(f"a step: {rollout.prompts:,} prompts, {config.texts_per_step:,} texts of at most "
+                 f"{rollout.max_new_tokens:,} tokens, {learning.epochs} epochs of "
+                 f"{config.texts_per_step // learning.minibatch} updates")
     return lines
 
 

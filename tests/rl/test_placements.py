@@ -141,7 +141,7 @@ def test_every_placement_is_the_same_mathematics(name: str, reward: Path, tmp_pa
     config = run_config(tmp_path, reward, PLACEMENTS[name])
     size = max(int(part.ranks.split(":")[1]) for part in (config.roles.actor, config.roles.critic,
                                                           *config.roles.reward[1:]) if part.ranks is not None)
-    size = max(size, int((config.roles.rollout and config.roles.rollout.ranks or "0:0").split(":")[1]))
+    size = max(size, int(((config.roles.rollout and config.roles.rollout.ranks) or "0:0").split(":")[1]))
     seen = run_distributed(run_here, size, config)
     one, want = alone
     assert seen[0].texts == one.texts and seen[0].scores == [pytest.approx(each, rel=TOLERANCE) for each in one.scores]
