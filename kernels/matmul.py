@@ -109,7 +109,7 @@ def _onednn_amx(place: Place) -> Any:
     return with_bf16_arithmetic(settings)
 
 
-def _addmm_fp32(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+def add_product_in_fp32(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """One pass: the accumulator is read and written by the product itself."""
     torch.addmm(out, a, b, out_dtype=torch.float32, beta=1 if accumulate else 0, out=out)
 
@@ -147,6 +147,6 @@ LINEAR = Operation("linear", "products of the forward pass and of input gradient
 WEIGHT_GRADIENT = Operation("weight_gradient", "products added to fp32 accumulators", (
     Implementation("onednn-amx", _onednn_amx),
     Implementation("onednn", _onednn_add_product),
-    Implementation("addmm-fp32", _tried(_addmm_fp32)),
+    Implementation("addmm-fp32", _tried(add_product_in_fp32)),
     Implementation("mm-fp32", _tried(_mm_fp32)),
     Implementation("torch", anywhere(add_product))))

@@ -26,7 +26,7 @@ from engine.kernels.log_probs import LOG_PROBS, log_probs_and_entropy
 from engine.kernels.matmul import LINEAR, WEIGHT_GRADIENT, add_product, linear
 from engine.kernels.operation import Implementation, Operation, Place, Unavailable, short_name
 from engine.kernels.relu2 import RELU2, relu2
-from engine.kernels.rms_norm import RMS_NORM, rms_norm
+from engine.kernels.rms_norm import RMS_NORM, add_rms_norm
 from engine.kernels.rope import ROPE, split_and_rotate
 from engine.kernels.swiglu import SWIGLU, swiglu
 
@@ -49,7 +49,7 @@ class Operations:
 
     attention: Callable[..., Tensor] = attention
     attention_block: AttentionBlock = REFERENCE_BLOCK
-    rms_norm: Callable[..., Tensor] = rms_norm
+    rms_norm: Callable[..., tuple[Tensor, Tensor]] = add_rms_norm
     rope: Callable[..., tuple[Tensor, Tensor, Tensor]] = split_and_rotate
     swiglu: Callable[[Tensor], Tensor] = swiglu
     relu2: Callable[[Tensor], Tensor] = relu2

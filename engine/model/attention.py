@@ -43,7 +43,7 @@ class GroupedQueryAttention(Attention):
         qkv = self.linear_qkv(x_SBH).unflatten(-1, (-1, *self.head_shape))
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k, v = qkv.split((self.head_shape[0] - 2, 1, 1), dim=-2)
-            qkv = torch.cat((self.q_layernorm(q), self.k_layernorm(k), v), dim=-2)
+            qkv = torch.cat((self.q_layernorm(q)[1], self.k_layernorm(k)[1], v), dim=-2)
         q, k, v = self._split_and_rotate(qkv, *angles)
         if batch.cache is not None:
             k, v = batch.cache.append(self.index, k, v)

@@ -71,8 +71,9 @@ class RMSNorm(nn.Module):
         self.eps, self._normalise = eps, operations.rms_norm
         self.weight = weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._normalise(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The sum of both, or `x`, to go on with along the residual stream; and its norm."""
+        return self._normalise(x, residual, self.weight, self.eps)
 
 
 class ScoreHead(nn.Module):

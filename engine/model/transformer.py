@@ -47,8 +47,9 @@ class Block(nn.Module):
         self.mlp: Half = half("mlp", mlp_of(config))
 
     def forward(self, x_SBH: Tensor, angles: Angles, batch: Batch) -> Tensor:
-        x_SBH = x_SBH + self.self_attention(self.input_layernorm(x_SBH), angles, batch)
-        return x_SBH + self.mlp(self.pre_mlp_layernorm(x_SBH), angles, batch)
+        x_SBH, normalised = self.input_layernorm(x_SBH)
+        x_SBH, normalised = self.pre_mlp_layernorm(self.self_attention(normalised, angles, batch), x_SBH)
+        return x_SBH + self.mlp(normalised, angles, batch)
 
     @property
     def halves(self) -> tuple[tuple[RMSNorm, Half], ...]:
@@ -97,9 +98,9 @@ class Transformer(nn.Module):
     def logits(self, x_SBH: Tensor) -> Tensor:
         """Norm and output layer of the last chunk: [S, B, H] → [S, B, V]."""
         assert self.final_layernorm is not None and self.output_layer is not None
-        return self.output_layer(self.final_layernorm(x_SBH))
+        return self.output_layer(self.final_layernorm(x_SBH)[1])
 
     def scores(self, x_SBH: Tensor) -> Tensor:
         """Norm and score of the last chunk: [S, B, H] → fp32 [S, B]."""
         assert self.final_layernorm is not None and self.score is not None
-        return self.score(self.final_layernorm(x_SBH))
+        return self.score(self.final_layernorm(x_SBH)[1])

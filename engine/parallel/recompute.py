@@ -47,12 +47,15 @@ def _checkpointed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def _forget_output(producer: nn.Module, consumer: nn.Module) -> None:
-    """Empties the output of `producer` once `consumer` has used it, and fills it again before its backward pass."""
+    """Empties the output of `producer` once `consumer` has used it, and fills it again before its backward pass.
+
+    A norm has two: the sum that it normalises, which is kept, and what is forgotten.
+    """
     latest: list[tuple[Tensor, Tensor]] = []
 
-    def remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
         if torch.is_grad_enabled():
-            latest.append((inputs[0], output))
+            latest.append(output if isinstance(output, tuple) else (inputs[0], output))
 
     def forget(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not latest:
@@ -63,7 +66,8 @@ def _forget_output(producer: nn.Module, consumer: nn.Module) -> None:
         def refill(_: Tensor) -> None:
             with torch.no_grad():
                 forgotten.untyped_storage().resize_(nbytes)
-                forgotten.data.copy_(producer.forward(source))
+                again = producer.forward(source)
+                forgotten.data.copy_(again[1] if isinstance(again, tuple) else again)
 
         if output.requires_grad:
             output.register_hook(refill)

@@ -277,10 +277,8 @@ def _norm_backward(tape: Tape, sizes: Sizes, x: str) -> None:
     else:
         tape.passing("norms", 3 * wide + 2 * (wide if sizes.width < FP32 else 0))
         tape.take("norm's gradient", sizes.hidden)
-    tape.drop("branch", x)
-    tape.take("sum of both ways", sizes.hidden)
-    tape.drop("norm's gradient", GRADIENT)
-    tape.rename("sum of both ways", GRADIENT)
+    tape.drop("branch", x, GRADIENT)               # what came down the residual stream is added in place
+    tape.rename("norm's gradient", GRADIENT)
 
 
 def head_bytes(sizes: Sizes, *, split: bool = False) -> LayerBytes:

@@ -104,11 +104,6 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return _AddRMSNorm.apply(x, residual, weight, eps)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `engine.kernels.rms_norm.rms_norm`."""
-    return _AddRMSNorm.apply(x, None, weight, eps)[1]
-
-
 def try_out(place: Place) -> None:
     """Compiles and runs all of it on something small."""
     x = torch.zeros(2, 8, dtype=place.dtype, device=place.device, requires_grad=True)

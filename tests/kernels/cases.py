@@ -80,9 +80,19 @@ def attention_block_cases() -> list[Case]:
     return [Case("causal", inputs, run(True)), Case("all", inputs, run(False))]
 
 
-def rms_norm_cases() -> list[Case]:
-    return [Case(str(shape), (3 * random(*shape, seed=1), 1 + 0.5 * random(shape[-1], seed=2)), differentiated(1e-5))
-            for shape in ((LENGTH, BATCH, 96), (7, 33), (LENGTH, BATCH, 4, DIM))]
+def rms_norm_inputs(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    return 3 * random(*shape, seed=1), 2 * random(*shape, seed=18), 1 + 0.5 * random(shape[-1], seed=2)
+
+
+def rms_norm_cases(shapes: Sequence[tuple[int, ...]] = ((LENGTH, BATCH, 96), (7, 33), (LENGTH, BATCH, 4, DIM)),
+                   eps: float = 1e-5) -> list[Case]:
+    """With something to add, and alone: both go on along the residual stream and are normalised."""
+    def alone(function: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return forward_backward(lambda x, w: function(x, None, w, eps), inputs, inputs[0].dtype)
+
+    return [case for shape in shapes for case in (
+        Case(str(shape), rms_norm_inputs(*shape), differentiated(eps)),
+        Case(f"{shape}, nothing to add", rms_norm_inputs(*shape)[::2], alone))]
 
 
 def rope_cases() -> list[Case]:

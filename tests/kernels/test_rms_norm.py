@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.rms_norm import rms_norm, rms_norm_reference, with_operators
+from engine.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, made_of, with_operators
 from tests.kit.compare import DTYPES, assert_equal, random
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return add_rms_norm(x, None, weight, eps)[1]
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return add_rms_norm_reference(x, None, weight, eps)[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -21,6 +29,14 @@ def test_equals_the_reference(shape: tuple[int, ...], eps: float, dtype: torch.d
 def test_gradients_by_finite_differences() -> None:
     x, weight = random(3, 2, 6, seed=3).requires_grad_(), random(6, seed=4).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), (x, weight))
+
+
+def test_the_residual_stream_goes_on_and_its_gradient_joins() -> None:
+    x, residual, weight = (random(*shape, seed=len(shape)).requires_grad_() for shape in ((3, 6), (3, 6), (6,)))
+    assert torch.autograd.gradcheck(lambda x, r, w: add_rms_norm(x, r, w, 1e-3), (x, residual, weight))
+    assert torch.autograd.gradcheck(lambda x, w: add_rms_norm(x, None, w, 1e-3), (x, weight))
+    total, _ = add_rms_norm(x, residual, weight, 1e-3)           # the norm itself is not used
+    assert all(grad is not None and grad.eq(1).all() for grad in torch.autograd.grad(total.sum(), (x, residual)))
 
 
 def test_rows_of_zeros_and_rows_of_every_size_are_finite() -> None:
@@ -46,7 +62,7 @@ def backward_operator(grad: Tensor, x: Tensor, shape: list[int], rstd: Tensor, w
 
 
 def normalise(x: Tensor, weight: Tensor) -> Tensor:
-    return with_operators(torch.ops.aten._fused_rms_norm, backward_operator)(x, weight, 1e-5)
+    return made_of(with_operators(torch.ops.aten._fused_rms_norm, backward_operator))(x, None, weight, 1e-5)[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.config.schema import KernelsConfig
 from engine.errors import ConfigError
 from engine.kernels.operation import Implementation, Operation, Place, Unavailable, anywhere, installed, torch_operator
-from engine.kernels.rms_norm import RMS_NORM, rms_norm
+from engine.kernels.rms_norm import RMS_NORM, add_rms_norm
 from engine.kernels.table import TABLE, Operations, choose, describe, describe_options
 from tests.kernels.cases import CASES, Case
 from tests.kit.compare import found
@@ -67,10 +67,10 @@ def test_the_comparison_notices_a_wrong_gradient_and_a_rounded_sum() -> None:
             return grads[0] * (1 + 1e-4)
 
     case = CASES["rms_norm"]()[0]
-    with pytest.raises(AssertionError, match="tensor 1"):
-        assert_as_good(RMS_NORM, lambda x, w, eps: rms_norm(Wrong.apply(x), w, eps), case, FP32)
+    with pytest.raises(AssertionError, match="tensor 2"):
+        assert_as_good(RMS_NORM, lambda x, r, w, eps: add_rms_norm(Wrong.apply(x), r, w, eps), case, FP32)
     with pytest.raises(AssertionError, match="tensor 0"):
-        assert_as_good(RMS_NORM, lambda x, w, eps: rms_norm(x, w, eps).bfloat16().float(), case, FP32)
+        assert_as_good(RMS_NORM, lambda *args: tuple(x.bfloat16().float() for x in add_rms_norm(*args)), case, FP32)
 
 
 # ------------------------------------------------------------------ choosing
@@ -92,14 +92,14 @@ def with_entries(*entries: Implementation) -> list[Operation]:
 
 
 def test_an_implementation_is_added_by_one_entry_and_removed_again() -> None:
-    def mine(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rms_norm(x, weight, eps)
+    def mine(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, weight, eps)
 
     table = with_entries(Implementation("mine", anywhere(mine)))
     assert choose(FP32, table=table).rms_norm is mine
-    assert choose(FP32, {"rms_norm": "octant"}, table).rms_norm is rms_norm
+    assert choose(FP32, {"rms_norm": "octant"}, table).rms_norm is add_rms_norm
     assert_as_good(table[TABLE.index(RMS_NORM)], mine, CASES["rms_norm"]()[0], FP32)
-    assert choose(FP32).rms_norm is rms_norm
+    assert choose(FP32).rms_norm is add_rms_norm
     with pytest.raises(ConfigError, match="no implementation 'mine'"):
         choose(FP32, {"rms_norm": "mine"})
 
@@ -112,7 +112,7 @@ def test_what_is_passed_over_is_said_with_its_reason() -> None:
 
 
 def test_all_options_are_said() -> None:
-    table = with_entries(Implementation("absent", not_here), Implementation("first", anywhere(rms_norm)))
+    table = with_entries(Implementation("absent", not_here), Implementation("first", anywhere(add_rms_norm)))
     want = f"{'rms_norm':<20} first; or octant, reference; not absent (it is Tuesday)"
     assert want in list(describe_options(FP32, table))
 
