@@ -16,7 +16,7 @@ for models that fit no other way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -55,14 +55,17 @@ class Generator:
                     text.append(token)
         return texts
 
-    def stream(self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Limits,
-               first_index: int = 0) -> Iterator[list[int | None]]:
+    def stream(self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Limits, first_index: int = 0,
+               names: Sequence[str] | None = None,
+               heard: Callable[[Tensor, Tensor], None] | None = None) -> Iterator[list[int | None]]:
         """One new token of every prompt at a time, None for texts that have ended.
 
         Args:
             prompts: token ids, at least one each.
             first_index: number of the first prompt; it names its random numbers, so a prompt gives the same text in
                 whichever batch it is.
+            names: what names the random numbers of each prompt instead.
+            heard: told of every step's logits [B, num_ids] and choices [B], where the last stage is.
 
         Raises:
             RequestError: see `check_prompts`.
@@ -70,7 +73,7 @@ class Generator:
         check_prompts(prompts, self._model)
         lengths = [len(prompt) for prompt in prompts]
         room = [min(limits.max_new_tokens, self._model.max_seq_len - length) for length in lengths]
-        indices = range(first_index, first_index + len(prompts))
+        indices: Sequence[int | str] = names or range(first_index, first_index + len(prompts))
         fed_SB, padding_B = self._pad(prompts)
         cache = self.new_cache(max(lengths) + max(room) - 1, len(prompts))
         ended = [False] * len(prompts)
@@ -78,6 +81,8 @@ class Generator:
             logits = self.next_logits(fed_SB, cache, padding_B)
             positions = [length + step for length in lengths]
             chosen_B = self._agree(None if logits is None else choose(logits, sampling, indices, positions), fed_SB[-1])
+            if heard is not None and logits is not None:
+                heard(logits, chosen_B)
             tokens = [None if over else token for over, token in zip(ended, chosen_B.tolist(), strict=True)]
             ended = [over or token in limits.stop_ids or step + 1 >= most
                      for over, token, most in zip(ended, tokens, room, strict=True)]

@@ -21,7 +21,7 @@ from engine.distributed.random import seed_for
 from engine.generate.request import Sampling
 
 
-def uniform(seed: int, prompt: int, position: int) -> float:
+def uniform(seed: int, prompt: int | str, position: int) -> float:
     """The random number in [0, 1) for the token at `position` of the text that goes on from prompt number `prompt`."""
     return (seed_for(seed, "sample", prompt, position) >> 10) / 2**53
 
@@ -47,12 +47,12 @@ def put(x: Tensor, device: torch.device) -> Tensor:
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
-def choose(logits_BV: Tensor, sampling: Sampling, prompts: Sequence[int], positions: Sequence[int]) -> Tensor:
+def choose(logits_BV: Tensor, sampling: Sampling, prompts: Sequence[int | str], positions: Sequence[int]) -> Tensor:
     """The next token of every row, int64 [B].
 
     Args:
         logits_BV: over the true vocabulary, without padding.
-        prompts: number of each row's prompt, which names its random numbers.
+        prompts: number or name of each row's prompt, which names its random numbers.
         positions: place of the new token in each row's text.
     """
     if sampling.temperature == 0:

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
+from torch import Tensor
+
 from engine.config import Config
 from engine.config.placement import ACTOR, ROLLOUT
 from engine.distributed.mesh import Job
@@ -50,11 +53,30 @@ class RoleMaker:
             return {}
         num_rows, copies = len(prompts) * samples, mesh.data.size
         own = range(num_rows * mesh.data.index // copies, num_rows * (mesh.data.index + 1) // copies)
+        sampling = Sampling(rollout.temperature, rollout.top_k, rollout.top_p,
+                            seed_for(self._config.run.seed, "rollout", step))
         found: dict[int, Response] = {}
-        for row in own:
-            prompt, sample = prompts[row // samples], row % samples
-            sampling = Sampling(rollout.temperature, rollout.top_k, rollout.top_p,
-                                seed_for(self._config.run.seed, "rollout", step, prompt.number))
-            [tokens] = self._generator.generate([prompt.tokens], sampling, self._limits, sample)
-            found[row] = Response(tuple(tokens), tokens[-1] in self._limits.stop_ids)
-        return found if mesh.tensor.index == mesh.pipeline.index == 0 else {}
+        for first in range(own.start, own.stop, rollout.batch):
+            rows = range(first, min(first + rollout.batch, own.stop))
+            names = [f"{prompts[row // samples].number}/{row % samples}" for row in rows]
+            found |= zip(rows, self._continued([prompts[row // samples].tokens for row in rows], names, sampling),
+                         strict=True)
+        return found if mesh.tensor.index == 0 and mesh.is_last_stage else {}
+
+    def _continued(self, prompts: Sequence[Sequence[int]], names: Sequence[str], sampling: Sampling) -> list[Response]:
+        """A text for each prompt; log-probabilities where the last stage is."""
+        assert self._generator is not None
+        said: list[Tensor] = []
+
+        def hear(logits_BV: Tensor, chosen_B: Tensor) -> None:
+            log_probs = (logits_BV.float() / sampling.temperature).log_softmax(-1)
+            said.append(log_probs.gather(1, chosen_B.unsqueeze(1)).squeeze(1))
+
+        texts: list[list[int]] = [[] for _ in prompts]
+        for step in self._generator.stream(prompts, sampling, self._limits, names=names, heard=hear):
+            for text, token in zip(texts, step, strict=True):
+                if token is not None:
+                    text.append(token)
+        by_row = torch.stack(said, 1).tolist() if said else [[] for _ in prompts]
+        return [Response(tuple(text), text[-1] in self._limits.stop_ids, tuple(numbers[: len(text)]))
+                for text, numbers in zip(texts, by_row, strict=True)]

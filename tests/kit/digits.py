@@ -102,4 +102,4 @@ def rl_config(directory: object, **sections: Any) -> Config:
 def learner_of(config: Config, job: Job, stop_requested: Callable[[], bool] = lambda: False,
                told: Callable[[Rollouts], None] = lambda _: None, source: Digits = Digits()) -> Learner:
     """A run of the task on this rank."""
-    return start(config, job, source, [Places()], NUM_IDS - 1, {END}, stop_requested, told=told)
+    return start(config, job, source, [Places()], NUM_IDS, {END}, stop_requested, told=told)

@@ -31,7 +31,7 @@ def numbers(config: Config) -> list[dict[str, Any]]:
 def scored(config: Config, function: Any) -> list[dict[str, Any]]:
     """A run whose texts a function scores."""
     where = Job("cpu")
-    learner = start(config, where, Digits(), [FunctionScorer("f", 1.0, function, where.world)], NUM_IDS - 1, {END},
+    learner = start(config, where, Digits(), [FunctionScorer("f", 1.0, function, where.world)], NUM_IDS, {END},
                     lambda: False)
     try:
         learner.run()
@@ -94,7 +94,7 @@ class Same(Places):
 
 def run(config: Config, scorer: Places | None = None) -> tuple[list[dict[str, Any]], float]:
     """Records, and by how much the actor's weights moved."""
-    learner = start(config, Job("cpu"), Digits(), [scorer or Places()], NUM_IDS - 1, {END}, lambda: False)
+    learner = start(config, Job("cpu"), Digits(), [scorer or Places()], NUM_IDS, {END}, lambda: False)
     before = [piece.tensor.clone() for piece in learner.state.model_pieces()]
     try:
         learner.run()

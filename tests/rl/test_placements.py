@@ -148,6 +148,7 @@ def test_every_placement_is_the_same_mathematics(name: str, reward: Path, tmp_pa
     for got, wanted in zip(rows(config), want, strict=True):
         assert [got[key] for key in EQUAL] == pytest.approx([wanted[key] for key in EQUAL], rel=TOLERANCE, abs=1e-6)
         assert got["actor/first_ratio_diff"] == 0.0
+        assert got["rollout_probs_diff_max"] < TOLERANCE
     weights, one_s = assemble(each.weights for each in seen), assemble([one.weights])
     assert weights.keys() == one_s.keys()
     assert not [key for key, value in one_s.items() if relative_error(weights[key], value) > 1e-4]
