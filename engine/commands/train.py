@@ -21,6 +21,7 @@ from engine.metrics.sinks import require_packages
 from engine.plan.memory import require_room
 from engine.reliability.rewind import with_rewinds
 from engine.reliability.wishes import STOP_FILE
+from engine.rl.calling import require_functions
 from engine.train.corpora import Corpora
 from engine.train.introduction import introduction, introduction_of_roles
 from engine.train.run_folder import locked, require_at_home
@@ -62,6 +63,7 @@ def _load(args: argparse.Namespace) -> Config:
 def _run_launched(config: Config, launched: LaunchEnvironment, stop: StopRequest) -> int:
     """One rank of several; of local ones the parent has introduced the job."""
     if launched.rank == 0 and launched.launcher != "octant":
+        require_functions(config.roles.reward)
         _introduce(config, _opened(config), stamped=True)
     return _run_rank(config, launched, stop)
 
@@ -118,6 +120,7 @@ def _refuse_early(config: Config) -> Corpora | None:
         if path not in (None, "auto", "never") and not any(found.is_dir() for found in checkpoints_at(Path(path))):
             raise no_checkpoint(Path(path))
     require_packages(config.log)
+    require_functions(config.roles.reward)
     if config.run.device == "cpu" and not learns_from_own_texts(config):
         require_room(config, range(config.parallel.world_size), host_memory(), on_gpu=False)
     return _opened(config)

@@ -137,9 +137,15 @@ class Learner(Running):
         self.state.updates = self.state.num_updates + round(job["actor/updates"])
         if step in (1, config.steps) or step % config.log.every == 0:
             self.row = self._record(made, scores, job, coefficient.value)
+        for line in made.complaints:
+            self.journal.incident("score", step, {"what": line}, line)
         if self.mesh.rank == 0:
             self.told(rollouts)
         self._tell(before, self.verdict)
+
+    def close(self) -> None:
+        self.texts.close()
+        super().close()
 
     def _tables(self, rollouts: Rollouts, order: Sequence[int], ways: Ways) -> dict[str, dict[int, torch.Tensor]]:
         """What actor, reference and critic think of each token, on the ranks that learn from it."""

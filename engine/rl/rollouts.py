@@ -154,6 +154,11 @@ class Scorer(Protocol):
         """Of its scores in the sum of all."""
         ...
 
+    @property
+    def complaints(self) -> tuple[str, ...]:
+        """About texts of the last call without a score, for people."""
+        ...
+
     def __call__(self, rollouts: Rollouts) -> Numbers:
         """A number for each row; NaN where there is none.
 

@@ -17,10 +17,11 @@ from engine.errors import CheckpointError
 from engine.metrics.phases import Phases
 from engine.rl.cast import Cast, require_no_adapter
 from engine.rl.coefficients import KLCoefficient
-from engine.rl.functions import function_of, open_scorers
+from engine.rl.function_scorer import open_scorers
 from engine.rl.loop import Carried, Learner
 from engine.rl.making import RoleMaker
 from engine.rl.prompts import Prompts
+from engine.rl.rollout_log import RolloutLog
 from engine.rl.rollouts import PromptSource, Rollouts, Scorer
 from engine.rl.texts import Texts
 from engine.train.running import Tools
@@ -30,13 +31,13 @@ from engine.train.state import TrainState
 
 def start(config: Config, job: Job, source: PromptSource, scorers: Sequence[Scorer], num_ids: int,
           stop_ids: Collection[int], stop_requested: Callable[[], bool], stamped: bool = False,
-          phases: Phases | None = None, told: Callable[[Rollouts], None] = lambda _: None) -> Learner:
+          phases: Phases | None = None, told: Callable[[Rollouts], None] | None = None) -> Learner:
     """Builds this rank's part of the run and takes over the checkpoint it goes on from; every rank must call this.
 
     Args:
         config: resolved.
         num_ids, stop_ids: of the tokenizer: how many ids it has, and which end a text.
-        told: hears of every step's texts, on rank 0.
+        told: hears of every step's texts, on rank 0; None: some are written to `rollouts.jsonl`.
 
     Raises:
         RequestError: the run's folder cannot be written, or a place for metrics cannot be used.
@@ -55,6 +56,8 @@ def start(config: Config, job: Job, source: PromptSource, scorers: Sequence[Scor
     maker = RoleMaker(cast, config, job, num_ids, stop_ids)
     buckets = [bucket for role in cast.trained if role.model is not None for bucket in role.model.buckets]
     tools = Tools.of(config, world, state.step, buckets, phases, stamped, [*notes, *more])
+    if told is None:
+        told = RolloutLog(Path(config.run.dir), state.step, tools.journal.warning) if world.rank == 0 else _unheard
     return Learner(config=config, mesh=world, state=state, tools=tools, stop_requested=stop_requested, phases=phases,
                    cast=cast, texts=Texts(config, cast, source, maker, scorers, world.world, phases), maker=maker,
                    carried=carried, fingerprint=fingerprint, told=told,
@@ -68,14 +71,16 @@ def begin(config: Config, stop_requested: Callable[[], bool], stamped: bool) -> 
         DataError, ConfigError, RequestError: prompts or reward functions cannot be used.
     """
     prompts = Prompts.open(config)
-    functions = {source.function: function_of(source.function) for source in config.roles.reward
-                 if source.function is not None}
 
     def started(job: Job, phases: Phases) -> Learner:
-        return start(config, job, prompts, open_scorers(config, functions, job.world), prompts.tokenizer.vocab_size,
+        return start(config, job, prompts, open_scorers(config, job.world.group), prompts.tokenizer.vocab_size,
                      prompts.end_ids, stop_requested, stamped, phases)
 
     return started
+
+
+def _unheard(rollouts: Rollouts) -> None:
+    """For the ranks that do not write."""
 
 
 def _coefficient(config: Config) -> KLCoefficient:

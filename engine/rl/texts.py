@@ -34,12 +34,14 @@ class Made:
         next_prompt: number of the first prompt that no step has taken.
         refilled: groups that were replaced.
         not_finite: scores that were no numbers.
+        complaints: about texts without a score, for people.
     """
 
     rollouts: Rollouts
     next_prompt: int
     refilled: int = 0
     not_finite: int = 0
+    complaints: tuple[str, ...] = ()
 
 
 class Texts:
@@ -65,6 +67,11 @@ class Texts:
                                    f"{config.data.seq_len}) and rollout.max_new_tokens({config.rollout.max_new_tokens})"
                                    f" it takes 1 to {room}")
         return found
+
+    def close(self) -> None:
+        """Ends what scores."""
+        for scorer in self._scorers:
+            scorer.close()
 
     def make(self, step: int, first: int) -> Made:
         """Those of `step`, from prompt `first` on."""
@@ -102,7 +109,8 @@ class Texts:
                 parts[scorer.name] = checked(scorer(rollouts), rollouts.num_rows, scorer.name)
                 weights.append(scorer.weight)
         scores, not_finite = weighted_sum([*parts.values()], weights)
-        return Made(replace(rollouts, scores=scores, parts=parts), prompts[-1].number + 1, 0, not_finite)
+        complaints = tuple(line for scorer in self._scorers for line in scorer.complaints)
+        return Made(replace(rollouts, scores=scores, parts=parts), prompts[-1].number + 1, 0, not_finite, complaints)
 
 
 def checked(scores: Numbers, num_rows: int, name: str) -> Numbers:
@@ -137,4 +145,5 @@ def _with_groups(made: Made, more: Made, places: Sequence[int]) -> Made:
             part[there] = new.parts[name][here]
     rollouts = replace(old, prompts=tuple(prompts), responses=tuple(responses), texts=tuple(texts),
                        scores=np.asarray(scores), parts=parts)
-    return Made(rollouts, more.next_prompt, made.refilled + len(places), made.not_finite + more.not_finite)
+    return Made(rollouts, more.next_prompt, made.refilled + len(places), made.not_finite + more.not_finite,
+                made.complaints + more.complaints)

@@ -53,6 +53,7 @@ class Places:
 
     name: str = "places"
     weight: float = 1.0
+    complaints: tuple[str, ...] = ()
 
     def __call__(self, rollouts: Rollouts) -> Numbers:
         return np.array([_right(rollouts, row) for row in range(rollouts.num_rows)])
@@ -100,6 +101,6 @@ def rl_config(directory: object, **sections: Any) -> Config:
 
 
 def learner_of(config: Config, job: Job, stop_requested: Callable[[], bool] = lambda: False,
-               told: Callable[[Rollouts], None] = lambda _: None, source: Digits = Digits()) -> Learner:
+               told: Callable[[Rollouts], None] | None = None, source: Digits = Digits()) -> Learner:
     """A run of the task on this rank."""
     return start(config, job, source, [Places()], NUM_IDS, {END}, stop_requested, told=told)

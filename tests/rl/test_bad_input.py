@@ -16,7 +16,6 @@ from engine.config import Config
 from engine.distributed.mesh import Job
 from engine.errors import CheckpointError, ConfigError, RequestError, WorkerError
 from engine.rl.experience import LOG_PROBS, REFERENCE, VALUES, gather
-from engine.rl.functions import FunctionScorer, exact_match, function_of, gsm8k
 from engine.rl.rollouts import Prompt, Response, Rollouts
 from engine.rl.start import start
 from tests.kit.digits import END, NUM_IDS, Digits, Places, learner_of, rl_config
@@ -28,11 +27,19 @@ def numbers(config: Config) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def scored(config: Config, function: Any) -> list[dict[str, Any]]:
-    """A run whose texts a function scores."""
-    where = Job("cpu")
-    learner = start(config, where, Digits(), [FunctionScorer("f", 1.0, function, where.world)], NUM_IDS, {END},
-                    lambda: False)
+@dataclass(frozen=True)
+class Says(Places):
+    """Scores as they are."""
+
+    scores: tuple[float, ...] = ()
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        return np.array(self.scores)
+
+
+def scored(config: Config, *scores: float) -> list[dict[str, Any]]:
+    """A run of a step whose texts have these scores."""
+    learner = start(config, Job("cpu"), Digits(), [Says(scores=scores)], NUM_IDS, {END}, lambda: False)
     try:
         learner.run()
     finally:
@@ -40,32 +47,15 @@ def scored(config: Config, function: Any) -> list[dict[str, Any]]:
     return numbers(config)
 
 
-def raises(prompts: list[str], responses: list[str], records: list[dict[str, Any]]) -> list[float]:
-    raise ValueError("no such answer")
-
-
-def test_a_function_that_raises_is_named_with_its_error(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="the reward function f failed: ValueError: no such answer"):
-        scored(rl_config(tmp_path, **QUICK), raises)
-
-
-def test_a_function_that_gives_the_wrong_count_is_refused(tmp_path: Path) -> None:
+def test_scores_of_the_wrong_count_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="gave 3 scores for 8 texts"):
-        scored(rl_config(tmp_path, **QUICK), lambda prompts, responses, records: [1.0, 2.0, 3.0])
+        scored(rl_config(tmp_path, **QUICK), 1.0, 2.0, 3.0)
 
 
 def test_scores_that_are_no_numbers_count_nothing_and_are_counted(tmp_path: Path) -> None:
-    [row] = scored(rl_config(tmp_path, **QUICK), lambda prompts, responses, records: [float("nan")] * 3 + [1.0] * 5)
+    [row] = scored(rl_config(tmp_path, **QUICK), *[float("nan")] * 3, *[1.0] * 5)
     assert row["scores_not_finite"] == 3 and row["critic/score/mean"] == pytest.approx(5 / 8)
     assert np.isfinite([row["actor/pg_loss"], row["critic/vf_loss"]]).all()
-
-
-def test_there_must_be_such_a_function() -> None:
-    with pytest.raises(RequestError, match="no function 'exact_mach'"):
-        function_of("exact_mach")
-    records = [{"answer": "so #### 1,200"}, {"answer": "3"}]
-    assert gsm8k([], ["it is 1200.0", "4"], records) == [1, 0]
-    assert exact_match([], ["3 ", "3"], [{"answer": 3}, {"answer": "4"}]) == [1, 0]
 
 
 @dataclass(frozen=True)
