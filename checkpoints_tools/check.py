@@ -127,10 +127,10 @@ def compare_tensors(source: Source, folder: Path, dtype: torch.dtype, allow_pick
     weights = HFWeights(folder, allow_pickle)
 
     def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for name, parts in weights.parts(source.config, read_hf_config(folder)[0].names).items():
+        for name, parts in weights.parts(source.config, read_hf_config(folder)[0]).items():
             ours = source.read(name, dtype)
             for part in parts:
-                yield ours[part.box.slices], weights.read(part.name).reshape(part.box.size).to(dtype)
+                yield ours[part.box.slices], weights.block(part).to(dtype)
 
     return compare(pairs(), source, dtype, why, begin)
 

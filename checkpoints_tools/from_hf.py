@@ -1,4 +1,4 @@
-"""A Hugging Face Llama, Mistral or Qwen2 model as one of our checkpoints: weights in fp32, at step 0.
+"""A Hugging Face model, of a class in `families`, as one of our checkpoints: weights in fp32, at step 0.
 
 Every value of the folder lands in the checkpoint unchanged (bf16 and fp16 fit into fp32), so converting back gives the
 same bits.  What the folder holds and we have no place for is refused, except what is known to be no weight.
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from checkpoints_tools.check import Checked, check_hf, require_finite
+from checkpoints_tools.families import Family
 from checkpoints_tools.hf_config import CONFIG, read_end_ids, read_hf_config
-from checkpoints_tools.hf_files import EMBEDDING, HEAD, NO_WEIGHT, HFWeights
-from checkpoints_tools.names import PREFIX, Part, parameter_shapes
+from checkpoints_tools.hf_files import EMBEDDING, NO_WEIGHT, HFWeights, head_name
+from checkpoints_tools.names import PREFIX, Part, hf_shapes, parameter_shapes
 from checkpoints_tools.output import committed, divide
 from checkpoints_tools.recognise import HUGGING_FACE, require_format
 from checkpoints_tools.source import NO_TOKENIZER, Source, require_ids, require_shapes
@@ -55,8 +56,8 @@ def convert_from_hf(folder: Path, output: Path, *, tokenizer: str | None = None,
     family, config = read_hf_config(folder)
     weights = HFWeights(folder, allow_pickle)
     _require_size(config, weights)
-    parts = weights.parts(config, family.names)
-    _require_weights(config, weights, parts)
+    parts = weights.parts(config, family)
+    _require_weights(config, family, weights, parts)
     entries = [Entry(PREFIX + name, shape, Box.whole(shape), torch.float32)
                for name, shape in parameter_shapes(config).items()]
     num_bytes = sum(entry.num_bytes for entry in entries)
@@ -78,12 +79,12 @@ def _assemble(entry: Entry, parts: dict[str, list[Part]], weights: HFWeights, ad
         return _read(weights, own[0]).to(entry.dtype).reshape(entry.global_shape)
     tensor = torch.empty(entry.global_shape, dtype=entry.dtype)
     for part in own:
-        tensor[part.box.slices] = _read(weights, part).reshape(part.box.size)
+        tensor[part.box.slices] = _read(weights, part)
     return tensor
 
 
 def _read(weights: HFWeights, part: Part) -> torch.Tensor:
-    return require_finite(weights.read(part.name), part.name, weights.folder)
+    return require_finite(weights.block(part), part.name, weights.folder)
 
 
 def _require_size(config: ModelConfig, weights: HFWeights) -> None:
@@ -95,15 +96,15 @@ def _require_size(config: ModelConfig, weights: HFWeights) -> None:
                               f"parameters; the files beside it hold {sum(sizes):,} in {len(sizes):,} tensors")
 
 
-def _require_weights(config: ModelConfig, weights: HFWeights, parts: dict[str, list[Part]]) -> None:
+def _require_weights(config: ModelConfig, family: Family, weights: HFWeights, parts: dict[str, list[Part]]) -> None:
     found = {name: weights.shape(name) for name in weights.names() if not name.endswith(NO_WEIGHT)}
-    if config.tie_embeddings and HEAD in found and EMBEDDING in found:
-        if not torch.equal(weights.read(HEAD).float(), weights.read(EMBEDDING).float()):
-            raise CheckpointError(f"{weights.folder}: config.json says tie_word_embeddings, but {HEAD} is not "
-                                  f"{EMBEDDING}; set it to false to keep both")
-        del found[HEAD]
-    expected = {part.name: part.shape for of_one in parts.values() for part in of_one}
-    require_shapes(expected, found, weights.folder)
+    embedding, head = parts[EMBEDDING][0].name, head_name(family)
+    if config.tie_embeddings and head in found and embedding in found and head != embedding:
+        if not torch.equal(weights.read(head).float(), weights.read(embedding).float()):
+            raise CheckpointError(f"{weights.folder}: config.json says tie_word_embeddings, but {head} is not "
+                                  f"{embedding}; set it to false to keep both")
+        del found[head]
+    require_shapes(hf_shapes([part for of_one in parts.values() for part in of_one]), found, weights.folder)
 
 
 def _metadata(config: ModelConfig, folder: Path, tokenizer: str | None) -> dict[str, Any]:

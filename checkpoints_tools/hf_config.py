@@ -37,7 +37,6 @@ KNOWN_ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("quantization_config", bool, "weights are read as they are trained"),
     ("transformers_weights", bool, "weights are read from the files of the usual names"),
-    ("partial_rotary_factor", lambda value: value not in (None, 1, 1.0), "RoPE turns whole heads"),
 )
 
 
@@ -48,22 +47,25 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: Json) -> Json:
     if config.rope_scaling is not None:
         scaling = {"rope_type": "llama3",
                    **{theirs: getattr(config.rope_scaling, ours) for ours, theirs in ROPE_KEYS.items()}}
-    return {
-        "architectures": [architecture_of(family.name, config.head)], "model_type": family.model_type,
+    common = {
         "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
         "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
         "vocab_size": config.vocab_size, "max_position_embeddings": config.max_seq_len,
         "rope_theta": config.rope_theta, "rope_scaling": scaling, "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings, "hidden_act": family.hidden_act(config), "attention_dropout": 0.0,
-        "initializer_range": 0.02, "use_cache": True, **family.written,
+        **({"partial_rotary_factor": config.rope_share} if family.partial_rotary else {})}
+    return {
+        "architectures": [architecture_of(family.name, config.head)], "model_type": family.model_type,
+        **family.in_its_words(common), "initializer_range": 0.02, "use_cache": True, **family.written,
+        **family.required,
         **{flag: getattr(config, flag) for flag in family.flags}, **special_ids,
         **(ONE_LABEL if config.head == "score" else {}), "torch_dtype": dtype}
 
 
 def architecture_of(family: str, head: str) -> str:
     """The class of a family, which is named after the one for language models, with another head."""
-    return family.removesuffix(WITH_HEAD["language_model"]) + WITH_HEAD[head]
+    return family if head == "language_model" else family.removesuffix(WITH_HEAD["language_model"]) + WITH_HEAD[head]
 
 
 def special_ids(tokenizer: Tokenizer | None, end_ids: Sequence[int]) -> Json:
@@ -93,12 +95,18 @@ def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
     path = folder / CONFIG
     found = Settings(path, read_object(path, "the configuration of a model", CheckpointError))
     family = _family(found)
-    found = found.over({**dict.fromkeys(family.flags, False), **family.defaults})
+    found = found.over({**dict.fromkeys(family.flags, False), **family.defaults}, family.keys)
     mine = ("hidden_act", lambda value: not isinstance(value, str) or value not in family.mlps,
             f"a {family.name} may have {', '.join(family.mlps)}")
     for key, differs, why in (*REFUSED, mine):
         if differs(found.get(key)):
             raise found.refuse(key, f"which Octant's model does not have: {why}")
+    for key, other in family.equal.items():
+        if found.get(key) not in (None, found.get(other)):
+            raise found.refuse(key, f"which Octant's model does not have: it is the same as {other}")
+    for key, value in family.required.items():
+        if found.get(key) != value and not (found.get(key) is None and value is False):
+            raise found.refuse(key, f"which Octant's model does not have: it computes {key}: {str(value).lower()}")
     try:
         config = ModelConfig.model_validate(_model_section(found, family) | _head(found))
     except ValidationError as error:
@@ -141,16 +149,18 @@ def _family(found: Settings) -> Family:
 
 def _model_section(found: Settings, family: Family) -> Json:
     heads, hidden = found.count("num_attention_heads"), found.count("hidden_size")
-    theta, scaling = _rope(found)
-    return {
+    theta, scaling, share = _rope(found, family)
+    section = {
         "num_layers": found.count("num_hidden_layers"), "hidden_size": hidden, "num_heads": heads,
         "num_kv_heads": found.count_or("num_key_value_heads", heads),
         "head_dim": found.count_or("head_dim", hidden // heads),
-        "ffn_hidden_size": found.count("intermediate_size"), "vocab_size": found.count("vocab_size"),
+        "ffn_hidden_size": found.count_or("intermediate_size", 4 * hidden), "vocab_size": found.count("vocab_size"),
         "max_seq_len": found.count("max_position_embeddings"), "rope_theta": theta, "rope_scaling": scaling,
-        "norm_eps": found.number("rms_norm_eps"), "tie_embeddings": found.flag("tie_word_embeddings"),
+        "rope_share": share, "norm_eps": found.number("rms_norm_eps"),
+        "tie_embeddings": found.flag("tie_word_embeddings"),
         "mlp": family.mlps[found.get("hidden_act")],
-        **dict.fromkeys(family.always, True), **{flag: found.flag(flag) for flag in family.flags}}
+        **family.always, **{flag: found.flag(flag) for flag in family.flags}}
+    return section | family.derived(section)
 
 
 def _head(found: Settings) -> Json:
@@ -164,8 +174,8 @@ def _head(found: Settings) -> Json:
     return {"head": "score", "tie_embeddings": False}
 
 
-def _rope(found: Settings) -> tuple[float, Json | None]:
-    """Base and scaling.
+def _rope(found: Settings, family: Family) -> tuple[float, Json | None, float]:
+    """Base, scaling, and the share of each head that turns.
 
     Newer files put both into `rope_parameters`; older ones have `rope_theta` beside `rope_scaling`, in which
     `rope_type` may be called `type`.  Where both objects are given, which one counts depends on the version.
@@ -175,22 +185,26 @@ def _rope(found: Settings) -> tuple[float, Json | None]:
         raise found.refuse("rope_scaling", f"and rope_parameters {shown(found.get('rope_parameters'))}: versions of "
                            "transformers differ in which of the two counts; remove the wrong one")
     stated = sections[0].values if sections else {}
-    rope = Settings(found.path, {"rope_theta": found.get("rope_theta"), **stated})
+    beside = {key: found.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    rope = Settings(found.path, {**beside, **stated}, found.names)
     theta, kind = rope.number("rope_theta"), stated.get("rope_type", stated.get("type", "default"))
     plain = kind == "default" or (kind == "linear" and rope.number("factor") == 1)
-    if not (plain or kind == "llama3") or rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+    share = 1.0 if rope.get("partial_rotary_factor") is None else rope.number("partial_rotary_factor")
+    if share > 1 or (share < 1 and not family.partial_rotary):
+        raise rope.refuse("partial_rotary_factor", f"and RoPE turns whole heads in a {family.name}")
+    if not (plain or kind == "llama3"):
         raise CheckpointError(f"{found.path}: RoPE is of the kind {shown(kind)} ({shown(dict(rope.values))}); Octant "
                               "has the plain kind and llama3")
     if unknown := rope.values.keys() - KNOWN_ROPE_KEYS:
         raise CheckpointError(f"{found.path}: RoPE has the setting {shown(min(unknown))} ({shown(dict(rope.values))}), "
                               "which Octant's model does not have")
     if plain:
-        return theta, None
+        return theta, None, share
     whole = "original_max_position_embeddings"
     if found.get(whole) is not None or rope.get(whole) is None:         # beside the section, it counts more than in it
         rope = Settings(found.path, {**rope.values, whole: found.get(whole) or found.get("max_position_embeddings")})
     return theta, {"type": "llama3", "original_max_seq_len": rope.count(whole),
-                   **{key: rope.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}}
+                   **{key: rope.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}}, share
 
 
 def _require_whole_attention(found: Settings, family: Family, config: ModelConfig) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,8 @@ from typing import Protocol
 import torch
 
 from checkpoints_tools.archives import read_tensors
-from checkpoints_tools.names import Part, hf_parts
+from checkpoints_tools.families import Family
+from checkpoints_tools.names import ROWS, Part, hf_parts
 from checkpoints_tools.output import divide
 from checkpoints_tools.recognise import HUGGING_FACE, instead
 from engine.checkpoint.manifest import DamagedCheckpoint
@@ -41,8 +42,9 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 FILE_NAME = re.compile(r"[^/\\\0]+\.(safetensors|bin)")
 BY_REQUEST = "these are pickles, which can run code when opened: --allow-pickle reads them as tensors alone"
 TRAINED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-EMBEDDING_OURS, EMBEDDING, HEAD = "embedding.weight", "model.embed_tokens.weight", "lm_head.weight"
-NO_WEIGHT = ".rotary_emb.inv_freq"      # computed from the configuration; old files carry it along
+EMBEDDING, HEAD = "embedding.weight", "output_layer.weight"             # ours
+# Computed from the configuration; old files carry them along: frequencies, and GPT-2's and GPT-NeoX's causal masks.
+NO_WEIGHT = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -132,15 +134,35 @@ class HFWeights:
     def read(self, name: str) -> torch.Tensor:
         return self._where[name].read(name)
 
-    def parts(self, config: ModelConfig, names: Mapping[str, tuple[str, ...]]) -> dict[str, list[Part]]:
-        """Per parameter of ours, the tensors it is made of; one matrix that serves twice may bear the head's name.
+    def block(self, part: Part) -> torch.Tensor:
+        """A block of a tensor, in the shape of the block of ours that it is."""
+        tensor = self.read(part.name)
+        rows = tensor.T if part.transposed else tensor
+        return rows[part.first : part.first + part.shape[0]].reshape(part.box.size)
 
-        `names` is as of `hf_parts`.
+    def parts(self, config: ModelConfig, family: Family) -> dict[str, list[Part]]:
+        """Per parameter of ours, the tensors it is made of.
+
+        One matrix that serves twice may bear the head's name, and the files of a model that was saved without its head
+        lack the first word of the others'.
         """
-        parts = hf_parts(config, names)
-        if config.tie_embeddings and EMBEDDING not in self._where and HEAD in self._where:
-            parts[EMBEDDING_OURS] = [replace(part, name=HEAD) for part in parts[EMBEDDING_OURS]]
+        parts = {ours: [self._as_named(part) for part in found] for ours, found in hf_parts(config, family).items()}
+        [embedding] = parts[EMBEDDING]
+        head = head_name(family)
+        if config.tie_embeddings and embedding.name not in self._where and head in self._where:
+            parts[EMBEDDING] = [replace(embedding, name=head)]
         return parts
+
+    def _as_named(self, part: Part) -> Part:
+        without_head = part.name.partition(".")[2]
+        found = part.name not in self._where and without_head in self._where
+        return replace(part, name=without_head) if found else part
+
+
+def head_name(family: Family) -> str:
+    """What the output layer is called there."""
+    [name] = family.names.get(HEAD, ROWS[HEAD].hf)
+    return name
 
 
 def _weight_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], dict[str, str]]:

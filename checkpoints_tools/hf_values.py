@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,14 @@ class Settings:
 
     path: Path
     values: Mapping[str, Any]
+    names: Mapping[str, str] = field(default_factory=dict)          # of keys that the file has under another name
 
-    def over(self, defaults: Mapping[str, Any]) -> Settings:
-        return Settings(self.path, {**defaults, **self.values})
+    def over(self, defaults: Mapping[str, Any], names: Mapping[str, str | None]) -> Settings:
+        """With the defaults of a class and its own names for some keys; where that is null, it has no such key."""
+        own = {theirs: key for key, theirs in names.items() if theirs is not None}
+        absent = {key for key, theirs in names.items() if theirs is None}
+        stated = {own.get(key, key): value for key, value in self.values.items() if key not in absent}
+        return Settings(self.path, {**defaults, **stated}, {key: theirs for theirs, key in own.items()})
 
     def get(self, key: str) -> Any:
         return self.values.get(key)
@@ -77,4 +82,4 @@ class Settings:
     def refuse(self, key: str, why: str) -> CheckpointError:
         """The error that names file, key and value."""
         value = shown(self.values[key]) if key in self.values else "missing"
-        return CheckpointError(f"{self.path}: {key} is {value}, {why}")
+        return CheckpointError(f"{self.path}: {self.names.get(key, key)} is {value}, {why}")

@@ -37,6 +37,9 @@ STACK = "decoder.layers."
 WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention",
                     "mlp.linear_fc1", "mlp.linear_fc2")
 MOST_TRACKER = 64                       # bytes of the file that names an iteration
+# Keys of the model section, and the value that is known here.
+ELSEWHERE = {"head": "language_model", "norm": "rmsnorm", "residual": "sequential", "position": "rope",
+             "rope_share": 1.0, "embedding_scale": 1.0}
 PADDED = ("embedding.weight", "output_layer.weight")
 
 
@@ -59,9 +62,7 @@ def convert_to_megatron(reader: CheckpointReader, output: Path, dtype: torch.dty
             cannot be written.
     """
     source = Source.of(reader)
-    if source.config.head == "score":
-        raise CheckpointError(f"{reader.path} is a model with a score for its head, which torch_dist has no name for; "
-                              "`octant convert to-hf` writes it")
+    _require_known(source.config, reader.path)
     parts = {_entry(part, source.config, dtype).name: part for part in megatron_parts(source.config).values()}
     entries = [_entry(part, source.config, dtype) for part in parts.values()]
     num_bytes = sum(entry.num_bytes for entry in entries)
@@ -86,6 +87,7 @@ def convert_from_megatron(folder: Path, output: Path, config: ModelConfig, *, ch
 
     Returns, Raises: as `convert_to_megatron`.
     """
+    _require_known(config, folder)
     theirs = TorchDistReader(_newest(folder))
     parts = megatron_parts(config)
     _require_tensors(theirs, config, parts)
@@ -99,6 +101,17 @@ def convert_from_megatron(folder: Path, output: Path, config: ModelConfig, *, ch
                              lambda entry: _assemble(theirs, parts[entry.key.removeprefix(PREFIX)], entry,
                                                      progress.advance))
         return _compare(Source.of(CheckpointReader(place)), theirs, torch.float32, begin) if check else None
+
+
+def _require_known(config: ModelConfig, where: Path) -> None:
+    """
+    Raises:
+        CheckpointError: the model has something that only the conversion from and to Hugging Face knows.
+    """
+    for key, value in ELSEWHERE.items():
+        if getattr(config, key) != value:
+            raise CheckpointError(f"{where} is a model with {key}: {getattr(config, key)}; converted from and to torch_dist "
+                                  f"are models with {key}: {value}, and `octant convert to-hf` writes the others")
 
 
 def _entry(part: Part, config: ModelConfig, dtype: torch.dtype) -> Entry:

@@ -14,12 +14,14 @@ Rotary embedding turns the two halves of a head in all three, so no row changes 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
+from checkpoints_tools.families import FAMILIES, Family
 from engine.config import ModelConfig
 from engine.distributed.boxes import Box
 from engine.model.parameters import spec_of
@@ -31,9 +33,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of parameter under its three names; `{i}` is the layer.
+    """One kind of parameter under its three names; `{i}` is the layer.  What megatron-core's has none for is empty.
 
-    Where Hugging Face has several names, ours is cut along `dim` as `engine.model.projections.Fused` says.
+    Where Hugging Face has several names, ours is cut along `dim` as `engine.model.projections.Fused` says.  A name that
+    a family gives several times is one tensor, which holds these one behind the other.
     """
 
     ours: str
@@ -44,8 +47,11 @@ class Row:
 
 TABLE = (
     Row("embedding.weight", ("model.embed_tokens.weight",), "embedding.word_embeddings.weight"),
+    Row("position_embedding.weight", ("model.embed_positions.weight",), ""),
     Row("layers.{i}.input_layernorm.weight", ("model.layers.{i}.input_layernorm.weight",),
         "decoder.layers.self_attention.linear_qkv.layer_norm_weight"),
+    Row("layers.{i}.input_layernorm.bias", ("model.layers.{i}.input_layernorm.bias",),
+        ""),
     Row("layers.{i}.self_attention.linear_qkv.weight",
         ("model.layers.{i}.self_attn.q_proj.weight", "model.layers.{i}.self_attn.k_proj.weight",
          "model.layers.{i}.self_attn.v_proj.weight"),
@@ -64,6 +70,8 @@ TABLE = (
         "decoder.layers.self_attention.linear_proj.bias"),
     Row("layers.{i}.pre_mlp_layernorm.weight", ("model.layers.{i}.post_attention_layernorm.weight",),
         "decoder.layers.mlp.linear_fc1.layer_norm_weight"),
+    Row("layers.{i}.pre_mlp_layernorm.bias", ("model.layers.{i}.post_attention_layernorm.bias",),
+        ""),
     Row("layers.{i}.mlp.linear_fc1.weight",
         ("model.layers.{i}.mlp.gate_proj.weight", "model.layers.{i}.mlp.up_proj.weight"),
         "decoder.layers.mlp.linear_fc1.weight"),
@@ -75,18 +83,23 @@ TABLE = (
     Row("layers.{i}.mlp.linear_fc2.bias", ("model.layers.{i}.mlp.down_proj.bias",),
         "decoder.layers.mlp.linear_fc2.bias"),
     Row("final_layernorm.weight", ("model.norm.weight",), "decoder.final_layernorm.weight"),
+    Row("final_layernorm.bias", ("model.norm.bias",), ""),
     Row("output_layer.weight", ("lm_head.weight",), "output_layer.weight"),
     Row("score.weight", ("score.weight",), ""),
 )
 ROWS = {row.ours: row for row in TABLE}
+LLAMA = FAMILIES["LlamaForCausalLM"]     # whose names are the table's
 PREFIX = "model."                       # of parameters in our checkpoints
 
 
 @dataclass(frozen=True)
 class Part:
-    """The block `box` of our parameter `ours` is the foreign tensor `name`, or layer `layer` of it.
+    """The block `box` of our parameter `ours` is the foreign tensor `name`, or layer `layer` of it, or some rows of it.
 
-    `shape` is the foreign tensor's, without the axis of layers.
+    Attributes:
+        shape: of the block in the foreign tensor, without the axis of layers.
+        first: the first of its rows, where the tensor holds several blocks one behind the other.
+        transposed: the tensor has inputs × outputs; the block, once it is turned, does not.
     """
 
     ours: str
@@ -94,6 +107,8 @@ class Part:
     name: str
     shape: Shape
     layer: int | None = None
+    first: int = 0
+    transposed: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -108,18 +123,29 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {spec.name: spec.shape for spec in specs}
 
 
-def hf_parts(config: ModelConfig, names: Mapping[str, tuple[str, ...]] | None = None) -> dict[str, list[Part]]:
-    """Per parameter of ours, the Hugging Face tensors that are cut out of it.
-
-    Args:
-        names: those of a family that differ from the table, by our name in it.
-    """
-    parts = {}
+def hf_parts(config: ModelConfig, family: Family = LLAMA) -> dict[str, list[Part]]:
+    """Per parameter of ours, the Hugging Face tensors, or blocks of them, that are cut out of it."""
+    parts: dict[str, list[Part]] = {}
     for ours, shape, row, layer in _rows(config):
-        fused, whole = Fused((names or {}).get(row.ours, row.hf), row.dim), Box.whole(shape)
-        cut = [(name, whole.narrow(row.dim, start, length)) for name, start, length in fused.rows(shape[row.dim])]
-        parts[ours] = [Part(ours, box, name.format(i=layer), _run_together(ours, box.size)) for name, box in cut]
+        fused, whole = Fused(family.names.get(row.ours, row.hf), row.dim), Box.whole(shape)
+        found = parts[ours] = []
+        rows: Counter[str] = Counter()
+        for name, start, length in fused.rows(shape[row.dim]):
+            box, name = whole.narrow(row.dim, start, length), name.format(i=layer)
+            block = _run_together(ours, box.size)
+            found.append(Part(ours, box, name, block, first=rows[name],
+                              transposed=row.ours in family.transposed))
+            rows[name] += block[0]
     return parts
+
+
+def hf_shapes(parts: Collection[Part]) -> dict[str, Shape]:
+    """The Hugging Face tensors that these blocks are all of."""
+    rows: dict[str, Shape] = {}
+    for part in parts:
+        rows[part.name] = (part.first + part.shape[0], *part.shape[1:])
+    transposed = {part.name for part in parts if part.transposed}
+    return {name: shape[::-1] if name in transposed else shape for name, shape in rows.items()}
 
 
 def megatron_parts(config: ModelConfig) -> dict[str, Part]:

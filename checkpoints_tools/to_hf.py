@@ -7,6 +7,7 @@ hold them.  The result appears under its name after it was checked.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from checkpoints_tools.check import Checked, check_hf, require_finite
 from checkpoints_tools.families import family_of
 from checkpoints_tools.hf_config import CONFIG, GENERATION, generation_config, hf_config, special_ids
 from checkpoints_tools.hf_files import SHARD_BYTES, Whole, write_hf_weights
-from checkpoints_tools.names import Part, hf_parts
+from checkpoints_tools.names import Part, hf_parts, hf_shapes
 from checkpoints_tools.output import committed
 from checkpoints_tools.source import Source, tokenizer_of
 from corpus_tools.tokenizers.export import export_hf_tokenizer
@@ -46,9 +47,8 @@ def convert_to_hf(reader: CheckpointReader, output: Path, dtype: torch.dtype = t
     """
     source = Source.of(reader)
     text = tokenizer_of(source, tokenizer)
-    names = family_of(source.config).names
-    parts = {part.name: part for parts in hf_parts(source.config, names).values() for part in parts}
-    entries = [Whole.of(part.name, part.shape, dtype) for part in parts.values()]
+    parts = [part for parts in hf_parts(source.config, family_of(source.config)).values() for part in parts]
+    entries = [Whole.of(name, shape, dtype) for name, shape in hf_shapes(parts).items()]
     num_bytes = sum(entry.num_bytes for entry in entries)
     with committed(output, num_bytes) as folder:
         folder.mkdir()
@@ -66,17 +66,25 @@ def convert_to_hf(reader: CheckpointReader, output: Path, dtype: torch.dtype = t
 class _Cutter:
     """Cuts foreign tensors out of ours, keeping the parameter at hand: q, k and v come out of the same one."""
 
-    def __init__(self, source: Source, parts: dict[str, Part], dtype: torch.dtype, advance: Advance) -> None:
-        self._source, self._parts, self._dtype, self._advance = source, parts, dtype, advance
+    def __init__(self, source: Source, parts: Iterable[Part], dtype: torch.dtype, advance: Advance) -> None:
+        self._source, self._dtype, self._advance = source, dtype, advance
+        self._parts: dict[str, list[Part]] = {}
+        for part in parts:
+            self._parts.setdefault(part.name, []).append(part)
         self._name, self._tensor = "", torch.empty(0)
 
     def fetch(self, entry: Entry) -> torch.Tensor:
-        part = self._parts[entry.key]
+        self._advance(entry.num_bytes)
+        parts = self._parts[entry.key]
+        blocks = [self._block(part) for part in parts]
+        tensor = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        return tensor.T.contiguous() if parts[0].transposed else tensor
+
+    def _block(self, part: Part) -> torch.Tensor:
         if part.ours != self._name:
             self._name, self._tensor = part.ours, torch.empty(0)        # let go before the next is read
             read = self._source.read(part.ours, self._dtype)
             self._tensor = require_finite(read, part.ours, self._source.reader.path)
-        self._advance(entry.num_bytes)
         return self._tensor[part.box.slices].reshape(part.shape)
 
 

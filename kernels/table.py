@@ -22,6 +22,7 @@ from engine.kernels.adamw import ADAMW, adamw_reference
 from engine.kernels.attention import ATTENTION, attention
 from engine.kernels.attention_block import ATTENTION_BLOCK, REFERENCE_BLOCK, AttentionBlock
 from engine.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
+from engine.kernels.layer_norm import LAYER_NORM, layer_norm
 from engine.kernels.log_probs import LOG_PROBS, log_probs_and_entropy
 from engine.kernels.matmul import LINEAR, WEIGHT_GRADIENT, add_product, linear
 from engine.kernels.operation import Implementation, Operation, Place, Unavailable, short_name
@@ -30,8 +31,8 @@ from engine.kernels.rms_norm import RMS_NORM, add_rms_norm
 from engine.kernels.rope import ROPE, split_and_rotate
 from engine.kernels.swiglu import SWIGLU, swiglu
 
-TABLE: tuple[Operation, ...] = (ATTENTION, ATTENTION_BLOCK, RMS_NORM, ROPE, SWIGLU, RELU2, CROSS_ENTROPY, LOG_PROBS,
-                                LINEAR, WEIGHT_GRADIENT, ADAMW)
+TABLE: tuple[Operation, ...] = (ATTENTION, ATTENTION_BLOCK, RMS_NORM, LAYER_NORM, ROPE, SWIGLU, RELU2, CROSS_ENTROPY,
+                                LOG_PROBS, LINEAR, WEIGHT_GRADIENT, ADAMW)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Operations:
     attention: Callable[..., Tensor] = attention
     attention_block: AttentionBlock = REFERENCE_BLOCK
     rms_norm: Callable[..., tuple[Tensor, Tensor]] = add_rms_norm
+    layer_norm: Callable[..., Tensor] = layer_norm
     rope: Callable[..., tuple[Tensor, Tensor, Tensor]] = split_and_rotate
     swiglu: Callable[[Tensor], Tensor] = swiglu
     relu2: Callable[[Tensor], Tensor] = relu2

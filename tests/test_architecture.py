@@ -58,7 +58,7 @@ RANK_CEILINGS = {
     "distributed": 1_000,     # and moving live weights between roles
     "kernels": 1_000,     # and implementations for a GPU of each operation
     "metrics": 450,
-    "model": 700,         # and kinds of layers
+    "model": 770,         # and kinds of layers and norms, of all families that convert
     "optim": 150,         # and learning-rate shapes
     "parallel": 1_400,
     "precision": 250,     # FP8

@@ -50,6 +50,7 @@ Number = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False), _NUMBER]
 Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False), _NUMBER]
 RateOrZero = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False), _NUMBER]
 Fraction = Annotated[float, Field(ge=0, lt=1), _NUMBER]
+Share = Annotated[float, Field(gt=0, le=1), _NUMBER]
 ZeroLevel = Annotated[int, Field(ge=0, le=3), _NUMBER]
 Words = Annotated[str, AfterValidator(_words), Field(max_length=4096)]
 

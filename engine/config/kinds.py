@@ -1,4 +1,4 @@
-"""The kinds of layers a model can be made of, by the names that `model.attention` and `model.mlp` give them.
+"""The kinds of layers a model can be made of, by the names that `model.attention`, `mlp` and `norm` give them.
 
 A row says where the kind is described, as `module:object`: its parameters and how they are cut, its operations, its
 memory, and the class that computes it (`engine.model.kinds`).
@@ -20,6 +20,14 @@ MLPS: dict[str, str] = {
     "swiglu": "engine.model.kinds:SWIGLU",
     "gelu": "engine.model.kinds:GELU",
     "relu2": "engine.model.kinds:RELU2",
+    "gelu-tanh": "engine.model.kinds:GELU_TANH",
+    "relu": "engine.model.kinds:RELU",
+    "geglu": "engine.model.kinds:GEGLU",
+}
+NORMS: dict[str, str] = {
+    "rmsnorm": "engine.model.kinds:RMS_NORM",
+    "rmsnorm-1p": "engine.model.kinds:RMS_NORM_1P",                     # weights stored less one (Gemma)
+    "layernorm": "engine.model.kinds:LAYER_NORM",
 }
 
 
@@ -37,4 +45,5 @@ def _enumerate(table: dict[str, str]) -> Callable[[dict[str, Any]], None]:
 
 
 AttentionName = Annotated[str, AfterValidator(_row_of(ATTENTIONS)), Field(json_schema_extra=_enumerate(ATTENTIONS))]
+NormName = Annotated[str, AfterValidator(_row_of(NORMS)), Field(json_schema_extra=_enumerate(NORMS))]
 MLPName = Annotated[str, AfterValidator(_row_of(MLPS)), Field(json_schema_extra=_enumerate(MLPS))]

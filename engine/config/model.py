@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from engine.config.fields import Layers, Positive, Rate, Section, Size
-from engine.config.kinds import AttentionName, MLPName
+from engine.config.fields import Layers, NonNegative, Positive, Rate, Section, Share, Size
+from engine.config.kinds import AttentionName, MLPName, NormName
 
 
 class RopeScalingConfig(Section):
@@ -31,11 +31,17 @@ class ModelConfig(Section):
     ffn_hidden_size: Size
     vocab_size: Size                                         # the true one; padding for tensor parallelism is local
     max_seq_len: Size = 2048                                 # tokens
+    position: Literal["rope", "learned"] = "rope"            # learned: a table of max_seq_len rows, added at the start
+    position_offset: NonNegative = 0                         # rows of the table before position 0 (OPT: 2)
     rope_theta: Positive = 10000.0
+    rope_share: Share = 1.0                                  # of each head that turns, its first dimensions
     rope_scaling: RopeScalingConfig | None = None
+    norm: NormName = "rmsnorm"                               # a row of engine.config.kinds, like the two below
     norm_eps: Rate = 1e-5
+    embedding_scale: Positive = 1.0                          # what the embedding is multiplied with
+    residual: Literal["sequential", "parallel"] = "sequential"       # parallel: both halves read the layer's input
     tie_embeddings: bool = False
-    attention: AttentionName = "grouped-query"               # rows of engine.config.kinds
+    attention: AttentionName = "grouped-query"
     mlp: MLPName = "swiglu"
     qk_norm: bool = False                                    # normalise queries and keys, head by head
     qkv_bias: bool = False
@@ -47,10 +53,19 @@ class ModelConfig(Section):
     def _heads_divide(self) -> ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads({self.num_heads}) is not a multiple of num_kv_heads({self.num_kv_heads})")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim({self.head_dim}) is odd; RoPE rotates pairs")
+        if self.rotary_dim % 2:
+            raise ValueError(f"head_dim({self.head_dim}) × rope_share({self.rope_share:g}) is odd; RoPE rotates pairs")
         if self.attention_bias and self.qkv_bias:
             raise ValueError("attention_bias includes qkv_bias: set one of them")
         if self.head == "score" and self.tie_embeddings:
             raise ValueError("head: score has no output layer that tie_embeddings could tie: set it to false")
+        if self.qk_norm and self.norm == "layernorm":
+            raise ValueError("qk_norm divides by the root mean square: it goes with norm: rmsnorm or rmsnorm-1p")
+        if self.position_offset and self.position != "learned":
+            raise ValueError("position_offset is of position: learned; RoPE has no table")
         return self
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that RoPE turns."""
+        return int(self.head_dim * self.rope_share) if self.position == "rope" else 0

@@ -144,6 +144,7 @@ class KernelsConfig(Section):
     attention: Words = "auto"
     attention_block: Words = "auto"                          # of ring attention (context > 1)
     rms_norm: Words = "auto"
+    layer_norm: Words = "auto"
     rope: Words = "auto"
     swiglu: Words = "auto"
     relu2: Words = "auto"

@@ -1,8 +1,8 @@
 """How much of a layer stays in memory between its forward and its backward pass.
 
 Of each half that is the input of its norm and the norm's output, [S, B, H] each, one fp32 number per token for the
-norm, and what the half keeps inside its region (`Kind.kept`).  T tensor ranks divide the inside, and with sequence
-parallelism the outside too.  Recomputation takes away
+norm (two of a LayerNorm), and what the half keeps inside its region (`Kind.kept`).  T tensor ranks divide the inside,
+and with sequence parallelism the outside too.  Recomputation takes away
 
     selective    both norms' outputs, and what the halves call cheap
     full         all but the layer's input
@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Literal
 
 from engine.config import ModelConfig
-from engine.model.kinds import attention_of, mlp_of
+from engine.model.kinds import attention_of, mlp_of, norm_of
 
 STATISTIC_BYTES = 4
 
@@ -33,9 +33,9 @@ def layer_bytes_per_token(config: ModelConfig, width: int, *, tensor: int = 1, s
     of_hidden, outside = config.hidden_size * width, tensor if sequence else 1
     if recompute == "full":
         return of_hidden / outside
-    total = 0.0
+    total, statistics = 0.0, norm_of(config).statistics * STATISTIC_BYTES
     for half in (attention_of(config), mlp_of(config)):
         kept, forgets = half.kept(config), recompute == "selective"
-        total += (of_hidden * (1 if forgets else 2) + STATISTIC_BYTES) / outside
+        total += (of_hidden * (1 if forgets else 2) + statistics) / outside
         total += ((kept.elements - forgets * kept.cheap) * width + kept.statistics * STATISTIC_BYTES) / tensor
-    return total
+    return total - (of_hidden / outside if config.residual == "parallel" else 0.0)        # the halves share their input

@@ -10,6 +10,8 @@ it whole and uses it on its own heads: the rule `inside`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,26 @@ from engine.kernels.table import Operations
 from engine.model.context import Batch
 from engine.model.half import Angles, Attention
 from engine.model.inventory import Specs
-from engine.model.layers import Linear, RMSNorm
-from engine.model.parameters import new_parameter
+from engine.model.layers import Linear, Norm
+
+Split = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def rotating(whole_heads: Split) -> Split:
+    """Queries, keys and values of a fused projection, of which only so many dimensions turn as there are angles for."""
+    def split(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        turned = 2 * cos.shape[-1]
+        if turned == qkv.shape[-1]:
+            return whole_heads(qkv, cos, sin)
+        still = qkv[..., turned:]
+        parts = still[..., :-2, :], still[..., -2, :], still[..., -1, :]
+        if not turned:
+            return parts
+        turning = whole_heads(qkv[..., :turned], cos, sin)
+        q, k, v = (torch.cat(pair, dim=-1) for pair in zip(turning, parts, strict=True))
+        return q, k, v
+
+    return split
 
 
 class GroupedQueryAttention(Attention):
@@ -35,9 +55,8 @@ class GroupedQueryAttention(Attention):
         self.q_layernorm = self.k_layernorm = None
         if config.qk_norm:
             self.q_layernorm, self.k_layernorm = (
-                RMSNorm(new_parameter(specs[f"{name}.weight"]), config.norm_eps, operations)
-                for name in ("q_layernorm", "k_layernorm"))
-        self.core_attention, self._split_and_rotate = operations.attention, operations.rope
+                Norm.of(config, specs, name, operations) for name in ("q_layernorm", "k_layernorm"))
+        self.core_attention, self._split_and_rotate = operations.attention, rotating(operations.rope)
 
     def forward(self, x_SBH: Tensor, angles: Angles, batch: Batch) -> Tensor:
         qkv = self.linear_qkv(x_SBH).unflatten(-1, (-1, *self.head_shape))

@@ -43,11 +43,11 @@ class ParameterCounts:
     """Parameters of a model, with the true (unpadded) vocabulary.
 
     Attributes:
-        embedding: the input embedding, `V·h`.
+        embedding: the input embedding, `V·h`, and with it a table of positions.
         layer_matrices: the matrices of one transformer layer.
         layer_vectors: norms and biases of one transformer layer.
         num_layers: how often the layer is repeated.
-        final_norm: the norm before the LM head, `h`.
+        final_norm: the norm before the LM head.
         head: the LM head, `V·h`, or a score's `h`; it is the embedding itself when `tied`.
         tied: the LM head shares the embedding's weights.
     """
@@ -77,9 +77,10 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
     layer, ends = layer_specs(model, 0).values(), {name: spec.num_elements for name, spec in end_specs(model).items()}
     matrices = sum(spec.num_elements for spec in layer if spec.decay)
     return ParameterCounts(
-        embedding=ends.pop("embedding.weight"), layer_matrices=matrices,
+        embedding=ends.pop("embedding.weight") + ends.pop("position_embedding.weight", 0), layer_matrices=matrices,
         layer_vectors=sum(spec.num_elements for spec in layer) - matrices, num_layers=model.num_layers,
-        final_norm=ends.pop("final_layernorm.weight"), head=sum(ends.values()), tied=model.tie_embeddings)
+        final_norm=sum(ends.pop(name) for name in [*ends] if name.startswith("final_layernorm.")),
+        head=sum(ends.values()), tied=model.tie_embeddings)
 
 
 def products(model: ModelConfig, seq_len: int) -> int:

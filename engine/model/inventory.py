@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from engine.config import ModelConfig
-from engine.model.kinds import INIT_STD, attention_of, mlp_of, norm
+from engine.model.kinds import INIT_STD, attention_of, mlp_of, norm_of
 from engine.model.spec import BETWEEN, VOCABULARY, ParamSpec
 
 Specs = Mapping[str, ParamSpec]
@@ -24,7 +24,7 @@ def layer_specs(config: ModelConfig, index: int) -> Specs:
 def _layer(config: ModelConfig) -> Iterator[ParamSpec]:
     for norm_name, half_name, kind in (("input_layernorm", "self_attention", attention_of(config)),
                                        ("pre_mlp_layernorm", "mlp", mlp_of(config))):
-        yield norm(norm_name, config.hidden_size)
+        yield from norm_of(config).parameters(norm_name, config.hidden_size)
         for spec in kind.parameters(config):
             yield replace(spec, name=f"{half_name}.{spec.name}")
 
@@ -38,7 +38,12 @@ def end_specs(config: ModelConfig) -> Specs:
     """The parameters in front of the first layer and behind the last; a tied output layer has the embedding's name."""
     table = (config.vocab_size, config.hidden_size)
     embedding = ParamSpec("embedding.weight", table, VOCABULARY, init_std=INIT_STD, tied=config.tie_embeddings)
-    ends = {"embedding.weight": embedding, "final_layernorm.weight": norm("final_layernorm", config.hidden_size)}
+    final_norm = norm_of(config).parameters("final_layernorm", config.hidden_size)
+    ends = {"embedding.weight": embedding, **{spec.name: spec for spec in final_norm}}
+    if config.position == "learned":
+        rows = config.max_seq_len + config.position_offset
+        ends["position_embedding.weight"] = ParamSpec("position_embedding.weight", (rows, config.hidden_size), BETWEEN,
+                                                      init_std=INIT_STD)
     if config.head == "score":
         scale = (config.hidden_size + 1) ** -0.5
         return ends | {"score.weight": ParamSpec("score.weight", (1, config.hidden_size), BETWEEN, init_std=scale)}

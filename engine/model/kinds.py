@@ -17,9 +17,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pkgutil import resolve_name
+from typing import Literal
 
 from engine.config import ModelConfig
-from engine.config.kinds import ATTENTIONS, MLPS
+from engine.config.kinds import ATTENTIONS, MLPS, NORMS
 from engine.model.spec import BETWEEN, INSIDE, ParamSpec, Rule
 
 INIT_STD = 0.02
@@ -42,9 +43,26 @@ def linear(name: str, out_shape: tuple[int, ...], in_features: int, rule: Rule, 
         yield ParamSpec(f"{name}.bias", out_shape, bias_rule, init="zeros", decay=False)
 
 
-def norm(name: str, size: int, rule: Rule = BETWEEN) -> ParamSpec:
-    """The weight of an RMSNorm."""
-    return ParamSpec(f"{name}.weight", (size,), rule, init="ones", decay=False)
+@dataclass(frozen=True)
+class Norm:
+    """A kind of norm; `computes` is where its class is, as `module:class`.
+
+    Attributes:
+        bias: it has one.
+        init: what its weight begins with.
+        statistics: fp32 numbers per token that it keeps for its backward pass, beside its input.
+    """
+
+    computes: str
+    bias: bool = False
+    init: Literal["ones", "zeros"] = "ones"
+    statistics: int = 1
+
+    def parameters(self, name: str, size: int, rule: Rule = BETWEEN) -> Iterator[ParamSpec]:
+        """Those of the norm `name` over `size` elements."""
+        yield ParamSpec(f"{name}.weight", (size,), rule, init=self.init, decay=False)
+        if self.bias:
+            yield ParamSpec(f"{name}.bias", (size,), rule, init="zeros", decay=False)
 
 
 @dataclass(frozen=True)
@@ -91,8 +109,8 @@ class GroupedQuery(Kind):
         yield from linear("linear_qkv", (groups, heads // groups + 2, dim), config.hidden_size, Rule("column", 0),
                           bias=config.qkv_bias or config.attention_bias)
         if config.qk_norm:
-            yield norm("q_layernorm", dim, INSIDE)
-            yield norm("k_layernorm", dim, INSIDE)
+            for name in ("q_layernorm", "k_layernorm"):
+                yield from norm_of(config).parameters(name, dim, INSIDE)
         yield from linear("linear_proj", (config.hidden_size,), heads * dim, Rule("row", 1),
                           init_std=residual_init_std(config), bias=config.attention_bias)
 
@@ -107,12 +125,16 @@ class GroupedQuery(Kind):
         elements = projection + heads * dim
         if not config.qk_norm:
             return Kept(elements, statistics=heads)
-        return Kept(elements + projection, statistics=2 * heads + groups)
+        return Kept(elements + projection, statistics=heads + norm_of(config).statistics * (heads + groups))
 
 
 @dataclass(frozen=True)
 class FeedForward(Kind):
-    """See `engine.model.mlp`; `inputs` is how many projections into the features there are."""
+    """See `engine.model.mlp`.
+
+    Attributes:
+        inputs: how many projections into the features there are.
+    """
 
     inputs: int
 
@@ -131,6 +153,12 @@ GROUPED_QUERY = GroupedQuery("engine.model.attention:GroupedQueryAttention")
 SWIGLU = FeedForward("engine.model.mlp:SwiGLU", inputs=2)
 GELU = FeedForward("engine.model.mlp:GELU", inputs=1)
 RELU2 = FeedForward("engine.model.mlp:SquaredReLU", inputs=1)
+GELU_TANH = FeedForward("engine.model.mlp:GELUTanh", inputs=1)
+RELU = FeedForward("engine.model.mlp:ReLU", inputs=1)
+GEGLU = FeedForward("engine.model.mlp:GEGLU", inputs=2)
+RMS_NORM = Norm("engine.model.layers:RMSNorm")
+RMS_NORM_1P = Norm("engine.model.layers:ShiftedRMSNorm", init="zeros")
+LAYER_NORM = Norm("engine.model.layers:LayerNorm", bias=True, statistics=2)
 
 
 def attention_of(config: ModelConfig) -> Kind:
@@ -142,4 +170,10 @@ def attention_of(config: ModelConfig) -> Kind:
 def mlp_of(config: ModelConfig) -> Kind:
     """The kind of feed-forward layer that a model has."""
     kind: Kind = resolve_name(MLPS[config.mlp])
+    return kind
+
+
+def norm_of(config: ModelConfig) -> Norm:
+    """The kind of norm that a model has."""
+    kind: Norm = resolve_name(NORMS[config.norm])
     return kind

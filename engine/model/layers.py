@@ -6,14 +6,17 @@ subclasses that hold a slice; the blocks above see the same interface.
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.config import ModelConfig
 from engine.kernels.table import Operations
 from engine.model.inventory import Specs
+from engine.model.kinds import norm_of
 from engine.model.parameters import new_parameter
 
 
@@ -63,17 +66,60 @@ class Embedding(nn.Module):
         return F.embedding(tokens_SB, self.weight)
 
 
-class RMSNorm(nn.Module):
-    """See `kernels/rms_norm.py`."""
+class PositionEmbedding(nn.Module):
+    """Positions [S, B or 1] → what is added to the embeddings there, [S, B or 1, H]: a row of a table for each."""
 
-    def __init__(self, weight: nn.Parameter, eps: float, operations: Operations) -> None:
+    def __init__(self, weight: nn.Parameter, offset: int) -> None:
         super().__init__()
-        self.eps, self._normalise = eps, operations.rms_norm
-        self.weight = weight
+        self.weight, self.offset = weight, offset
+
+    def forward(self, positions_SB: Tensor) -> Tensor:
+        return F.embedding(positions_SB + self.offset, _Widen.apply(self.weight)).to(self.weight.dtype)
+
+
+class Norm(nn.Module):
+    """A norm over the last dimension, of one of the kinds in `engine.model.kinds`."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, eps: float, operations: Operations) -> None:
+        super().__init__()
+        self.eps, self.operations = eps, operations
+        self.weight, self.bias = weight, bias
+
+    @staticmethod
+    def of(config: ModelConfig, specs: Specs, name: str, operations: Operations) -> Norm:
+        """A norm of the model's kind with parameters of its own: `name.weight` and, where there is one, `name.bias`."""
+        bias = specs.get(f"{name}.bias")
+        made: Norm = resolve_name(norm_of(config).computes)(
+            new_parameter(specs[f"{name}.weight"]), None if bias is None else new_parameter(bias), config.norm_eps,
+            operations)
+        return made
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The sum of both, or `x`, to go on with along the residual stream; and its norm."""
-        return self._normalise(x, residual, self.weight, self.eps)
+        raise NotImplementedError
+
+
+class RMSNorm(Norm):
+    """See `kernels/rms_norm.py`."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.operations.rms_norm(x, residual, self.weight, self.eps)
+
+
+class ShiftedRMSNorm(Norm):
+    """An RMSNorm whose weight is stored less one, so that decay would pull it towards one (Gemma)."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        weight: Tensor = _Widen.apply(self.weight)
+        return self.operations.rms_norm(x, residual, weight + 1, self.eps)
+
+
+class LayerNorm(Norm):
+    """See `kernels/layer_norm.py`."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = x if residual is None else x + residual
+        return total, self.operations.layer_norm(total, self.weight, self.bias, self.eps)
 
 
 class ScoreHead(nn.Module):

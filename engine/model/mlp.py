@@ -3,6 +3,7 @@
     swiglu   down(silu(gate·x) · up·x)     Shazeer 2020
     gelu     down(gelu(up·x))              Hendrycks and Gimpel 2016, with the exact normal distribution
     relu2    down(relu(up·x)²)             So et al. 2021 (Primer)
+    gelu-tanh, relu, geglu                 GPT-2's approximation, Vaswani et al. 2017; gelu-tanh(gate·x) · up·x (Gemma)
 
 The projections into the features are one matrix [inputs, F, H], so that a tensor rank's features are a plain box of it.
 """
@@ -10,7 +11,9 @@ The projections into the features are one matrix [inputs, F, H], so that a tenso
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -71,3 +74,49 @@ class SquaredReLU(FeedForward):
     @staticmethod
     def activate(operations: Operations) -> Activate:
         return operations.relu2
+
+
+class GELUTanh(FeedForward):
+    @staticmethod
+    def activate(operations: Operations) -> Activate:
+        return gelu_tanh
+
+
+class ReLU(FeedForward):
+    @staticmethod
+    def activate(operations: Operations) -> Activate:
+        return lambda x: _KeepingInput.apply(x, F.relu)
+
+
+class GEGLU(FeedForward):
+    @staticmethod
+    def activate(operations: Operations) -> Activate:
+        return lambda x: _KeepingInput.apply(x, _geglu)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """x·Φ(x) with Hendrycks and Gimpel's tanh for Φ (2016, section 2)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def _geglu(x: Tensor) -> Tensor:
+    gate, up = x.unbind(-2)
+    return gelu_tanh(gate) * up
+
+
+class _KeepingInput(torch.autograd.Function):
+    """A function that keeps its input only, and is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Activate) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            [grad] = torch.autograd.grad(ctx.function(leaf), leaf, grads[0])
+        return grad, None

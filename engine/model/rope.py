@@ -19,8 +19,8 @@ from engine.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:
-    """θ_j for every pair, fp32 [D/2]."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
+    """θ_j for every pair, fp32 [R/2], of the R dimensions of a head that turn."""
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64, device=device).float() / config.rotary_dim
     theta = 1.0 / (config.rope_theta**exponents)
     scaling = config.rope_scaling
     if scaling is None:
@@ -34,7 +34,7 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | str) -> Tens
 
 
 def rotary_angles(config: ModelConfig, positions_SB: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token's angles, each [S, B or 1, 1, 1, D/2], computed in fp32."""
+    """cos and sin of every token's angles, each [S, B or 1, 1, 1, R/2], computed in fp32."""
     theta = inverse_frequencies(config, positions_SB.device)
     angles = positions_SB.float()[:, :, None, None, None] * theta
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -1,7 +1,8 @@
-"""A decoder-only transformer: LLaMA 1/2/3, Mistral, Qwen2 and 3, Arcee.
+"""A decoder-only transformer: what LLaMA, Mistral, Qwen, Gemma, Phi, GPT-NeoX and others are settings of.
 
     x = embedding(tokens)
-    for each layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))
+    for each layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))         or, with `residual: parallel`,
+                      x = x + attention(norm(x)) + mlp(other_norm(x))
     logits = output(norm(x))           or, with `head: score`, one number per token: scores = score(norm(x))
 
 `Transformer` is also what a pipeline chunk is: a chunk keeps some of the layers, the embedding only if it is the first,
@@ -23,7 +24,7 @@ from engine.model.context import Batch
 from engine.model.half import Angles, Attention, Half
 from engine.model.inventory import Specs, below, end_specs, layer_specs
 from engine.model.kinds import Kind, attention_of, mlp_of
-from engine.model.layers import Embedding, Linear, RMSNorm, ScoreHead
+from engine.model.layers import Embedding, Linear, Norm, PositionEmbedding, ScoreHead
 from engine.model.parameters import new_parameter
 from engine.model.rope import rotary_angles
 
@@ -35,24 +36,25 @@ class Block(nn.Module):
         super().__init__()
         specs = layer_specs(config, index)
 
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(new_parameter(specs[f"{name}.weight"]), config.norm_eps, operations)
-
         def half(name: str, kind: Kind) -> Any:
             return resolve_name(kind.computes)(config, index, below(specs, name), operations)
 
-        self.input_layernorm = norm("input_layernorm")
+        self.residual = config.residual
+        self.input_layernorm = Norm.of(config, specs, "input_layernorm", operations)
         self.self_attention: Attention = half("self_attention", attention_of(config))
-        self.pre_mlp_layernorm = norm("pre_mlp_layernorm")
+        self.pre_mlp_layernorm = Norm.of(config, specs, "pre_mlp_layernorm", operations)
         self.mlp: Half = half("mlp", mlp_of(config))
 
     def forward(self, x_SBH: Tensor, angles: Angles, batch: Batch) -> Tensor:
         x_SBH, normalised = self.input_layernorm(x_SBH)
-        x_SBH, normalised = self.pre_mlp_layernorm(self.self_attention(normalised, angles, batch), x_SBH)
+        attended_SBH = self.self_attention(normalised, angles, batch)
+        if self.residual == "parallel":
+            return x_SBH + attended_SBH + self.mlp(self.pre_mlp_layernorm(x_SBH)[1], angles, batch)
+        x_SBH, normalised = self.pre_mlp_layernorm(attended_SBH, x_SBH)
         return x_SBH + self.mlp(normalised, angles, batch)
 
     @property
-    def halves(self) -> tuple[tuple[RMSNorm, Half], ...]:
+    def halves(self) -> tuple[tuple[Norm, Half], ...]:
         """Each half with the norm in front of it."""
         return (self.input_layernorm, self.self_attention), (self.pre_mlp_layernorm, self.mlp)
 
@@ -66,10 +68,12 @@ class Transformer(nn.Module):
         self.config = config
         specs = end_specs(config)
         self.embedding = Embedding(new_parameter(specs["embedding.weight"])) if first else None
+        self.position_embedding = PositionEmbedding(new_parameter(specs["position_embedding.weight"]),
+                                                    config.position_offset) \
+            if first and config.position == "learned" else None
         indices = range(config.num_layers) if layers is None else layers
         self.layers = nn.ModuleDict({str(i): Block(config, i, operations) for i in indices})
-        self.final_layernorm = RMSNorm(new_parameter(specs["final_layernorm.weight"]), config.norm_eps, operations) \
-            if last else None
+        self.final_layernorm = Norm.of(config, specs, "final_layernorm", operations) if last else None
         self.output_layer = self._output_layer(specs) if last and config.head == "language_model" else None
         self.score = ScoreHead(new_parameter(specs["score.weight"])) if last and config.head == "score" else None
 
@@ -90,6 +94,10 @@ class Transformer(nn.Module):
         """Token ids [S, B] or hidden states [S, B, H] → hidden states behind the last layer of this chunk."""
         if self.embedding is not None:
             x = self.embedding(x)
+            if self.config.embedding_scale != 1:
+                x = x * self.config.embedding_scale
+            if self.position_embedding is not None:
+                x = x + self.position_embedding(batch.positions_SB)
         angles = rotary_angles(self.config, batch.positions_SB, x.dtype)
         for layer in self.layers.values():
             x = layer(x, angles, batch)

@@ -115,6 +115,11 @@ def relu2_cases() -> list[Case]:
     return [Case(str(shape), (4 * random(*shape, seed=17),), differentiated()) for shape in ((LENGTH, BATCH, 56),)]
 
 
+def layer_norm_cases() -> list[Case]:
+    return [Case(str(shape), (2 + 3 * random(*shape, seed=18), random(shape[-1], seed=19), random(shape[-1], seed=20)),
+                 differentiated(1e-5)) for shape in ((LENGTH, BATCH, 56),)]
+
+
 VOCABULARY, CUT = 37, (20, 17)
 
 
@@ -197,6 +202,7 @@ def adamw_cases() -> list[Case]:
 
 CASES: dict[str, Callable[[], list[Case]]] = {
     "attention": attention_cases, "attention_block": attention_block_cases, "rms_norm": rms_norm_cases,
-    "rope": rope_cases, "swiglu": swiglu_cases, "relu2": relu2_cases, "cross_entropy": vocabulary_cases,
+    "rope": rope_cases, "swiglu": swiglu_cases, "relu2": relu2_cases,
+    "layer_norm": layer_norm_cases, "cross_entropy": vocabulary_cases,
     "log_probs": partial(vocabulary_cases, temperature=0.8), "linear": linear_cases,
     "weight_gradient": weight_gradient_cases, "adamw": adamw_cases}

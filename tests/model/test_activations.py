@@ -20,7 +20,9 @@ from tests.kit.layouts import tiny_config
 LENGTH = 16
 KINDS: dict[str, dict[str, Any]] = {
     "swiglu": {}, "gelu": {"mlp": "gelu"}, "relu2": {"mlp": "relu2"}, "qk-norm": {"qk_norm": True},
-    "biases": {"attention_bias": True, "mlp_bias": True}, "wide heads": {"head_dim": 24}}
+    "biases": {"attention_bias": True, "mlp_bias": True}, "wide heads": {"head_dim": 24},
+    "layer norm, halves side by side": {"norm": "layernorm", "residual": "parallel", "mlp": "gelu-tanh"},
+    "part of a head turns": {"rope_share": 0.5, "mlp": "geglu"}, "no head turns": {"position": "learned"}}
 LAYOUTS: dict[str, dict[str, Any]] = {"alone": {}, "tensor": {"tensor": 2},
                                       "whole sequences": {"tensor": 2, "sequence": False}}
 

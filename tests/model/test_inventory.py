@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.config import ModelConfig
-from engine.config.kinds import ATTENTIONS, MLPS
+from engine.config.kinds import ATTENTIONS, MLPS, NORMS
 from engine.config.load import preset_fields, preset_names
 from engine.model.flops import count_parameters
 from engine.model.inventory import end_specs, layer_specs
@@ -30,6 +30,10 @@ def combinations() -> list[ModelConfig]:
         if not (switches["qkv_bias"] and switches["attention_bias"]):
             models.append(ModelConfig.model_validate(SIZES | switches | {
                 "attention": attention, "mlp": mlp, "num_kv_heads": groups, "head_dim": 10 if wide else 6}))
+    for norm, residual, position in product(NORMS, ("sequential", "parallel"), ("rope", "learned")):
+        models.append(ModelConfig.model_validate(SIZES | {
+            "norm": norm, "residual": residual, "position": position, "position_offset": 2 * (position == "learned"),
+            "rope_share": 0.5, "head_dim": 8, "embedding_scale": 3.0, "qk_norm": norm != "layernorm"}))
     return [*models, ModelConfig.model_validate(SIZES | {"head": "score"})]
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from torch import nn
 
 from engine.model.adapter import Adapter
-from engine.model.layers import Embedding, Linear
+from engine.model.layers import Embedding, Linear, PositionEmbedding
 from engine.model.parameters import new_parameter, spec_of
 from engine.model.transformer import Transformer
 from engine.parallel.tensor.adapter import ParallelAdapter
-from engine.parallel.tensor.layers import ParallelLinear, TensorContext, VocabEmbedding
+from engine.parallel.tensor.layers import ParallelLinear, PartPositionEmbedding, TensorContext, VocabEmbedding
 
 
 def cut_tensor(chunk: Transformer, context: TensorContext) -> None:
@@ -45,6 +45,8 @@ def _parallel(module: nn.Module, context: TensorContext) -> nn.Module | None:
     """The layer that computes together with its peers what `module` computes alone; None: `module` itself does."""
     if isinstance(module, Embedding):
         return VocabEmbedding(module.weight, context)
+    if isinstance(module, PositionEmbedding):
+        return PartPositionEmbedding(module, context)
     if isinstance(module, Linear) and (rule := spec_of(module.weight).rule).dim is not None:
         layer = ParallelLinear(module.weight, module.bias, "row" if rule.kind == "row" else "column", context)
         layer.adapter = module.adapter                          # cut in its turn: a module comes before its parts

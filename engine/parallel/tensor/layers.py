@@ -34,7 +34,7 @@ from engine.distributed.collectives import (
 )
 from engine.distributed.mesh import Axis
 from engine.kernels.table import Operations
-from engine.model.layers import Adds
+from engine.model.layers import Adds, PositionEmbedding
 from engine.model.parameters import spec_of
 from engine.parallel.gradients import WeightGradQueue, slot_of
 from engine.parallel.tensor.gemms import Gemms, GemmsFactory
@@ -196,3 +196,15 @@ class VocabEmbedding(nn.Module):
     def forward(self, tokens_SB: Tensor) -> Tensor:
         """[S, B] → [S, B, H], or [S/T, B, H] with sequence parallelism."""
         return _VocabEmbedding.apply(tokens_SB, self.weight, self.first, self.num_rows, self.context)
+
+
+class PartPositionEmbedding(PositionEmbedding):
+    """Of this rank's part of the sequence, where the tensor axis divides it."""
+
+    def __init__(self, whole: PositionEmbedding, context: TensorContext) -> None:
+        super().__init__(whole.weight, whole.offset)
+        self._parts = context.axis.size if context.sequence else 1
+        self._index = context.axis.index if context.sequence else 0
+
+    def forward(self, positions_SB: Tensor) -> Tensor:
+        return super().forward(positions_SB.chunk(self._parts)[self._index])

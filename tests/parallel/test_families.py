@@ -1,0 +1,31 @@
+"""What GPT-2, OPT, GPT-NeoX, StarCoder 2, Phi-3 and Gemma have and Llama has not, in every layout as in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.kit.distributed import run_distributed
+from tests.kit.layouts import check, tiny_config, train_layout
+from tests.kit.reference import train_reference
+
+BIASED = {"norm": "layernorm", "attention_bias": True, "mlp_bias": True}
+# `gelu` stands for OPT's `relu`, whose kink makes of a rounding error another gradient.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt-neox": {**BIASED, "residual": "parallel", "rope_share": 0.25, "head_dim": 16, "mlp": "gelu"},
+    "opt": {**BIASED, "position": "learned", "position_offset": 2, "mlp": "gelu", "tie_embeddings": True},
+    "gemma": {"norm": "rmsnorm-1p", "mlp": "geglu", "embedding_scale": 32**0.5, "tie_embeddings": True, "head_dim": 16,
+              "num_kv_heads": 2, "qk_norm": True},
+    "starcoder2": {**BIASED, "mlp": "gelu-tanh", "num_kv_heads": 2},
+}
+LAYOUTS: list[dict[str, Any]] = [
+    {"tensor": 2, "recompute": "selective"}, {"tensor": 2, "sequence": False, "data": 2, "zero": 3},
+    {"pipeline": 2, "schedule": "zb-v", "virtual_stages": 2, "recompute": "full"}, {"context": 2, "tensor": 2}]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout.items())))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_is_one_process(family: str, layout: dict[str, Any]) -> None:
+    config = tiny_config(model=FAMILIES[family], parallel=layout)
+    check(run_distributed(train_layout, config.parallel.world_size, config, 3), train_reference(config, 3))
