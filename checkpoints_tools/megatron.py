@@ -110,8 +110,8 @@ def _require_known(config: ModelConfig, where: Path) -> None:
     """
     for key, value in ELSEWHERE.items():
         if getattr(config, key) != value:
-            raise CheckpointError(f"{where} is a model with {key}: {getattr(config, key)}; converted from and to torch_dist "
-                                  f"are models with {key}: {value}, and `octant convert to-hf` writes the others")
+            raise CheckpointError(f"{where} is a model with {key}: {getattr(config, key)}; converted from and to "
+                                  f"torch_dist are models with {key}: {value}; `octant convert to-hf` writes it")
 
 
 def _entry(part: Part, config: ModelConfig, dtype: torch.dtype) -> Entry:

@@ -54,7 +54,8 @@ class ModelConfig(Section):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads({self.num_heads}) is not a multiple of num_kv_heads({self.num_kv_heads})")
         if self.rotary_dim % 2:
-            raise ValueError(f"head_dim({self.head_dim}) × rope_share({self.rope_share:g}) is odd; RoPE rotates pairs")
+            share = f" × rope_share({self.rope_share:g})" if self.rope_share < 1 else ""
+            raise ValueError(f"head_dim({self.head_dim}){share} is odd; RoPE rotates pairs")
         if self.attention_bias and self.qkv_bias:
             raise ValueError("attention_bias includes qkv_bias: set one of them")
         if self.head == "score" and self.tie_embeddings:

@@ -50,7 +50,8 @@ def check_inventory(config: ModelConfig) -> None:
             multiplied += module.weight.numel()
     assert counts.total == sum(parameter.numel() for parameter in model.parameters())
     assert counts.matmul == multiplied
-    assert isinstance(model.embedding, Embedding) and counts.embedding == model.embedding.weight.numel()
+    positions = 0 if model.position_embedding is None else model.position_embedding.weight.numel()
+    assert isinstance(model.embedding, Embedding) and counts.embedding == model.embedding.weight.numel() + positions
 
 
 def test_every_combination() -> None:
