@@ -175,7 +175,7 @@ def test_a_wrong_tokenizer_is_refused(tokenizer: str, data: dict[str, Any], mess
 
 
 @pytest.mark.parametrize(("name", "settings", "changes", "message"), [
-    ("Llama", {}, {"architectures": ["GemmaForCausalLM"]}, "Octant converts LlamaForCausalLM, MistralForCausalLM"),
+    ("Llama", {}, {"architectures": ["FalconForCausalLM"]}, "Octant converts LlamaForCausalLM, MistralForCausalLM"),
     ("Llama", {}, {"architectures": None, "model_type": None}, "Octant converts"),
     ("Llama", {}, {"architectures": ["LlamaModel"]}, "Octant converts"),
     ("Llama", {}, {"model_type": "mistral"}, "architectures is .'LlamaForCausalLM'., but model_type 'mistral'"),
