@@ -24,7 +24,8 @@ from engine.errors import CheckpointError
 from tests.kit.checkpoints import KINDS, MEGATRON_KINDS, model, write_random
 
 ROOT = Path(__file__).resolve().parents[2]
-UNKNOWN = {"phi3": "rope_share", "gpt2": "norm", "gemma": "norm", "starcoder2": "norm", "gpt-neox": "norm", "opt": "norm"}
+UNKNOWN = {"phi3": "rope_share",
+           **dict.fromkeys(("gpt2", "gemma", "starcoder2", "gpt-neox", "opt"), "norm")}
 needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 
