@@ -22,6 +22,7 @@ from engine.plan.memory import require_room
 from engine.reliability.rewind import with_rewinds
 from engine.reliability.wishes import STOP_FILE
 from engine.rl.calling import require_functions
+from engine.rl.prompts import Prompts
 from engine.train.corpora import Corpora
 from engine.train.introduction import introduction, introduction_of_roles
 from engine.train.run_folder import locked, require_at_home
@@ -63,7 +64,6 @@ def _load(args: argparse.Namespace) -> Config:
 def _run_launched(config: Config, launched: LaunchEnvironment, stop: StopRequest) -> int:
     """One rank of several; of local ones the parent has introduced the job."""
     if launched.rank == 0 and launched.launcher != "octant":
-        require_functions(config.roles.reward)
         _introduce(config, _opened(config), stamped=True)
     return _run_rank(config, launched, stop)
 
@@ -96,19 +96,27 @@ def _processes(config: Config) -> int:
     return data * parallel.model_parallel_size
 
 
-def _opened(config: Config) -> Corpora | None:
-    """The corpora of a run that learns from such."""
-    return None if learns_from_own_texts(config) else open_corpora(config)
+def _opened(config: Config) -> Corpora | Prompts:
+    """What a run reads.
+
+    Raises:
+        DataError, ConfigError: it cannot be used.
+        RequestError: a reward function cannot.
+    """
+    require_functions(config.roles.reward)
+    return Prompts.open(config) if learns_from_own_texts(config) else open_corpora(config)
 
 
-def _introduce(config: Config, corpora: Corpora | None, stamped: bool = False) -> None:
+def _introduce(config: Config, opened: Corpora | Prompts, stamped: bool = False) -> None:
     console = Console(config.steps, is_terminal=False, stamped=stamped)
-    for line in introduction(config, corpora) if corpora is not None else introduction_of_roles(config):
+    lines = introduction(config, opened) if isinstance(opened, Corpora) else \
+        [*introduction_of_roles(config), *(file.about() for file in opened.files)]
+    for line in lines:
         console.note(line)
 
 
-def _refuse_early(config: Config) -> Corpora | None:
-    """What can be seen without torch, before any process is started; the corpora, where they are all right.
+def _refuse_early(config: Config) -> Corpora | Prompts:
+    """What can be seen without torch, before any process is started; what the run reads, where it is all right.
 
     Raises:
         RequestError: data, checkpoints or packages that the configuration names cannot be used, or the memory of this
@@ -120,7 +128,6 @@ def _refuse_early(config: Config) -> Corpora | None:
         if path not in (None, "auto", "never") and not any(found.is_dir() for found in checkpoints_at(Path(path))):
             raise no_checkpoint(Path(path))
     require_packages(config.log)
-    require_functions(config.roles.reward)
     if config.run.device == "cpu" and not learns_from_own_texts(config):
         require_room(config, range(config.parallel.world_size), host_memory(), on_gpu=False)
     return _opened(config)

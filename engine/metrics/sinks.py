@@ -32,6 +32,7 @@ from engine.errors import RequestError
 Record = Mapping[str, Any]
 
 METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"        # some texts of every step, of runs that learn from their own
 
 
 class Sink(Protocol):

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.metrics.sinks import JsonlSink
+from engine.metrics.sinks import ROLLOUTS_FILE, JsonlSink
 from engine.rl.rollouts import Rollouts
 from engine.train.run_folder import writing
 
-ROLLOUTS_FILE = "rollouts.jsonl"
 PROMPTS, SAMPLES = 4, 2                # of a step: its first prompts, and the first texts of each
 
 

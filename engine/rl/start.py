@@ -10,6 +10,7 @@ from engine.checkpoint.compatibility import require_compatible
 from engine.checkpoint.metadata import CARRIED
 from engine.config import Config
 from engine.config.rl import CRITIC_OBJECTIVES
+from engine.data.skipping import require_same_past
 from engine.distributed.agree import Group
 from engine.distributed.mesh import Job
 from engine.distributed.topology import Topology
@@ -100,6 +101,8 @@ def _take_over(state: TrainState, carried: Carried, cast: Cast, config: Config, 
                                   "roles.actor.load")
         differing = require_compatible(saved, state.metadata(config, fingerprint), reader.path)
         require_same_windows(reader, config)
+        require_same_past(saved.get("data", {}).get("skip", ()), config.data.skip,
+                          int(saved[CARRIED]["next_prompt"]), f"{reader.path}: ")
         cast.require_same(saved[CARRIED].get("contents", {}), carried.contents, Path(reader.path))
         state.load(reader)
         carried = carried.restored(saved[CARRIED])

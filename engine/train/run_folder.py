@@ -23,7 +23,7 @@ from pathlib import Path
 from engine.checkpoint.folder import BEST, CHECKPOINTS, committed_steps
 from engine.errors import RequestError
 from engine.metrics.events import EVENTS_FILE
-from engine.metrics.sinks import METRICS_FILE
+from engine.metrics.sinks import METRICS_FILE, ROLLOUTS_FILE
 from engine.reliability.rewind import REWINDS_FILE
 from engine.reliability.wishes import DONE_FILE
 
@@ -111,7 +111,7 @@ def begin_another_line(run_dir: Path, after_step: int | None) -> Path | None:
         RequestError: something cannot be moved.
     """
     folders, files = (run_dir / CHECKPOINTS, run_dir / BEST), (
-        run_dir / METRICS_FILE, run_dir / REWINDS_FILE, run_dir / DONE_FILE)
+        run_dir / METRICS_FILE, run_dir / ROLLOUTS_FILE, run_dir / REWINDS_FILE, run_dir / DONE_FILE)
     if after_step is None:
         later = [path for path in (*folders, *files) if path.exists()]
     else:
@@ -124,7 +124,7 @@ def begin_another_line(run_dir: Path, after_step: int | None) -> Path | None:
             target = earlier / path.relative_to(run_dir)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
-        for name in (METRICS_FILE, CONFIG_FILE, DOCTOR_FILE, EVENTS_FILE, REWINDS_FILE):
+        for name in (METRICS_FILE, ROLLOUTS_FILE, CONFIG_FILE, DOCTOR_FILE, EVENTS_FILE, REWINDS_FILE):
             if (run_dir / name).exists():
                 shutil.copy2(run_dir / name, earlier / name)
     except OSError as error:
