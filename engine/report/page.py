@@ -17,6 +17,7 @@ from engine.metrics.console import mfu_text
 from engine.report.charts import Chart, line_chart
 from engine.report.facts import facts, fixed, layout_text, progress, rounded
 from engine.report.layout import layout_svg, schedule_picture
+from engine.report.rollout_texts import texts_section
 from engine.report.run_charts import charts
 from engine.report.runs import Run
 from engine.report.svg import STYLE, standalone
@@ -101,6 +102,7 @@ def _page(runs: Sequence[Run], drawn: dict[str, Chart], refresh: int | None) -> 
 <h1>{escape(title)}</h1><p class="muted">{escape(_subtitle(runs))}</p>
 {_tiles(runs[0]) if len(runs) == 1 else ""}
 <div class="charts">{"".join(cards)}</div>
+{texts_section(runs[0].directory) if len(runs) == 1 else ""}
 <h2>Facts</h2><div class="card scroll">{_facts_table(runs)}</div>
 {"".join(layouts)}{"".join(schedules)}{"".join(configs)}
 </body></html>

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.report.charts import Chart, Series, central, moving_median
+from engine.report.rl_charts import rl_charts
 from engine.report.runs import Run
 
 
@@ -13,6 +14,7 @@ def charts(runs: Sequence[Run]) -> dict[str, Chart]:
     """The charts of one run, or of several on the same axes, by file name."""
     found = {
         "loss": _loss_chart(runs),
+        **rl_charts(runs),
         "grad_norm": replace(_chart(runs, "grad_norm", "Gradient norm", "norm"), log=_wide(runs, "grad_norm"),
                              clipped=True),
         "lr": replace(_chart(runs, "lr", "Learning rate", "lr", smooth=False), from_zero=True),
