@@ -19,8 +19,10 @@ from pydantic import ValidationError
 from checkpoints_tools.families import FAMILIES, Family, family_of
 from checkpoints_tools.hf_values import Settings
 from engine.config import ModelConfig
+from engine.config.model import OF_ROPE_TYPES
 from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError
+from engine.model.rope import stretched_base
 from engine.reading import read_object, shown
 
 Json = dict[str, Any]
@@ -28,10 +30,11 @@ Json = dict[str, Any]
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WITH_HEAD = {"language_model": "ForCausalLM", "score": "ForSequenceClassification"}       # how their classes' names end
 ONE_LABEL: Json = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-ROPE_KEYS = {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
-             "original_max_seq_len": "original_max_position_embeddings"}
 LAYER_KINDS = frozenset({"full_attention", "sliding_attention"})
-KNOWN_ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_KEYS.values()})
+# What each kind of scaling has in our section and, where it is called otherwise, in theirs; `ntk` is another base.
+OF_ROPE = {kind: ("factor", *needed, *optional) for kind, (needed, optional) in OF_ROPE_TYPES.items() if kind != "ntk"}
+ROPE_NAMES = {"original_max_seq_len": "original_max_position_embeddings"}
+KNOWN_ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
 # A setting of any class, what is true of it where Octant computes something else, and why that is refused.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -43,16 +46,13 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 def hf_config(config: ModelConfig, dtype: str, special_ids: Json) -> Json:
     """`config.json`; `dtype` as in `float32`."""
     family = family_of(config)
-    scaling = None
-    if config.rope_scaling is not None:
-        scaling = {"rope_type": "llama3",
-                   **{theirs: getattr(config.rope_scaling, ours) for ours, theirs in ROPE_KEYS.items()}}
+    theta, scaling = _their_rope(config)
     common = {
         "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
         "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
         "vocab_size": config.vocab_size, "max_position_embeddings": config.max_seq_len,
-        "rope_theta": config.rope_theta, "rope_scaling": scaling, "rms_norm_eps": config.norm_eps,
+        "rope_theta": theta, "rope_scaling": scaling, "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings, "hidden_act": family.hidden_act(config), "attention_dropout": 0.0,
         **({"partial_rotary_factor": config.rope_share} if family.partial_rotary else {})}
     return {
@@ -61,6 +61,17 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: Json) -> Json:
         **family.required,
         **{flag: getattr(config, flag) for flag in family.flags}, **special_ids,
         **(ONE_LABEL if config.head == "score" else {}), "torch_dtype": dtype}
+
+
+def _their_rope(config: ModelConfig) -> tuple[float, Json | None]:
+    """Base and scaling."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return config.rope_theta, None
+    if scaling.type == "ntk":
+        return stretched_base(config), None
+    stated = {ROPE_NAMES.get(key, key): getattr(scaling, key) for key in OF_ROPE[scaling.type]}
+    return config.rope_theta, {"rope_type": scaling.type} | {key: x for key, x in stated.items() if x is not None}
 
 
 def architecture_of(family: str, head: str) -> str:
@@ -188,23 +199,33 @@ def _rope(found: Settings, family: Family) -> tuple[float, Json | None, float]:
     beside = {key: found.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     rope = Settings(found.path, {**beside, **stated}, found.names)
     theta, kind = rope.number("rope_theta"), stated.get("rope_type", stated.get("type", "default"))
-    plain = kind == "default" or (kind == "linear" and rope.number("factor") == 1)
     share = 1.0 if rope.get("partial_rotary_factor") is None else rope.number("partial_rotary_factor")
     if share > 1 or (share < 1 and not family.partial_rotary):
         raise rope.refuse("partial_rotary_factor", f"and RoPE turns whole heads in a {family.name}")
-    if not (plain or kind == "llama3"):
+    plain = kind == "default" or (kind == "linear" and rope.number("factor") == 1)
+    if not plain and kind not in OF_ROPE:
         raise CheckpointError(f"{found.path}: RoPE is of the kind {shown(kind)} ({shown(dict(rope.values))}); Octant "
-                              "has the plain kind and llama3")
-    if unknown := rope.values.keys() - KNOWN_ROPE_KEYS:
+                              f"has the plain kind, {', '.join(OF_ROPE)}")
+    known = {ROPE_NAMES.get(key, key) for keys in OF_ROPE.values() for key in keys}
+    if unknown := rope.values.keys() - KNOWN_ROPE_KEYS - known:
         raise CheckpointError(f"{found.path}: RoPE has the setting {shown(min(unknown))} ({shown(dict(rope.values))}), "
                               "which Octant's model does not have")
-    if plain:
-        return theta, None, share
-    whole = "original_max_position_embeddings"
+    return theta, None if plain else _our_scaling(found, rope, kind), share
+
+
+def _our_scaling(found: Settings, rope: Settings, kind: str) -> Json:
+    """Of a kind that is in `OF_ROPE`."""
+    needed, optional = OF_ROPE_TYPES[kind]
+    whole = ROPE_NAMES["original_max_seq_len"]
     if found.get(whole) is not None or rope.get(whole) is None:         # beside the section, it counts more than in it
         rope = Settings(found.path, {**rope.values, whole: found.get(whole) or found.get("max_position_embeddings")})
-    return theta, {"type": "llama3", "original_max_seq_len": rope.count(whole),
-                   **{key: rope.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}}, share
+    section: Json = {"type": kind, "factor": rope.number("factor")}
+    if "original_max_seq_len" in needed:
+        section["original_max_seq_len"] = rope.count(whole)
+    for key in (*needed, *optional):
+        if key not in section and (key in needed or rope.get(key) is not None):
+            section[key] = rope.number(key)
+    return section
 
 
 def _require_whole_attention(found: Settings, family: Family, config: ModelConfig) -> None:

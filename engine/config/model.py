@@ -11,13 +11,38 @@ from engine.config.kinds import AttentionName, MLPName, NormName
 
 
 class RopeScalingConfig(Section):
-    """Llama-3's stretching of RoPE: low frequencies divided by `factor`, high ones kept, a smooth ramp between."""
+    """How RoPE is stretched over a longer context (`engine.model.rope`)."""
 
-    type: Literal["llama3"] = "llama3"
-    factor: Positive
-    low_freq_factor: Positive
-    high_freq_factor: Positive
-    original_max_seq_len: Size
+    type: Literal["llama3", "linear", "ntk", "yarn"] = "llama3"
+    factor: Positive                                         # longer by so much
+    original_max_seq_len: Size | None = None                 # llama3, yarn: what the model was trained with before
+    low_freq_factor: Positive | None = None                  # llama3
+    high_freq_factor: Positive | None = None                 # llama3
+    beta_fast: Positive | None = None                        # yarn: null is 32
+    beta_slow: Positive | None = None                        # yarn: null is 1
+    attention_factor: Positive | None = None                 # yarn: null is 0.1·ln(factor) + 1
+
+    @model_validator(mode="after")
+    def _what_its_type_has(self) -> RopeScalingConfig:
+        needed, optional = OF_ROPE_TYPES[self.type]
+        given = {key for key in self.model_fields_set if getattr(self, key) is not None} - {"type", "factor"}
+        if missing := [key for key in needed if key not in given]:
+            raise ValueError(f"type: {self.type} needs {', '.join(missing)}")
+        if foreign := sorted(given - {*needed, *optional}):
+            raise ValueError(f"{foreign[0]} is not of type: {self.type}, which has "
+                             f"{', '.join(('factor', *needed, *optional))}")
+        if self.high_freq_factor and self.low_freq_factor and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(f"high_freq_factor({self.high_freq_factor:g}) is not above "
+                             f"low_freq_factor({self.low_freq_factor:g})")
+        return self
+
+
+# Keys that a type of scaling must have, and may have.
+OF_ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "llama3": (("original_max_seq_len", "low_freq_factor", "high_freq_factor"), ()),
+    "linear": ((), ()),
+    "ntk": ((), ()),
+    "yarn": (("original_max_seq_len",), ("beta_fast", "beta_slow", "attention_factor"))}
 
 
 class ModelConfig(Section):
