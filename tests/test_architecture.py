@@ -58,8 +58,8 @@ RANK_CEILINGS = {
     "distributed": 1_000,     # and moving live weights between roles
     "kernels": 1_000,     # and implementations for a GPU of each operation
     "metrics": 450,
-    "model": 770,         # and kinds of layers and norms, of all families that convert
-    "optim": 150,         # and learning-rate shapes
+    "model": 820,         # and kinds of layers and norms, of all families that convert, stretched RoPE
+    "optim": 260,         # and learning-rate shapes, optimizers besides AdamW
     "parallel": 1_400,
     "precision": 250,     # FP8
     "reliability": 450,   # and the watchdog, what to do about a bad step, goodput
