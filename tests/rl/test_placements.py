@@ -68,7 +68,8 @@ def run_config(directory: Path, reward: Path, placement: dict[str, Any], **secti
     """Eight texts a step; scored by a function and by a model."""
     roles = dict(placement.get("roles", {}))
     model = {"load": str(reward), "weight": 0.5} | roles.pop("reward", {})
-    settings = {"model": MODEL, "steps": NUM_STEPS, "batch": {"micro": 1}, "rollout": {"prompts": 4},
+    settings = {"model": MODEL, "steps": NUM_STEPS, "batch": {"micro": 1},
+                "rollout": {"prompts": 4, "temperature": 0.8},
                 "ppo": {"minibatch": 4, "kl_target": 1.0, "kl_horizon": 50, "reward_norm": True},
                 "parallel": placement.get("parallel", {}),
                 "roles": roles | {"reward": [{"function": "places"}, model]}}

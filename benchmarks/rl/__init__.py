@@ -1,0 +1,1 @@
+"""Benchmarks of learning from one's own texts."""
