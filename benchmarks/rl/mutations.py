@@ -71,7 +71,8 @@ MUTATIONS = (
     Mutation("non-finite old log-probabilities in the denominator", "engine/rl/experience.py",
              "numbers[LOG_PROBS], finite, config)", "numbers[LOG_PROBS], there, config)", (BAD,)),
     Mutation("a received buffer reused before its copy", "engine/rl/move.py", "else torch.empty(sum(received))",
-             "else BUFFER[: sum(received)]", (APART,), ("class Move:", "BUFFER = torch.empty(1 << 16)\n\n\nclass Move:")),
+             "else BUFFER[: sum(received)]", (APART,),
+             ("class Move:", "BUFFER = torch.empty(1 << 16)\n\n\nclass Move:")),
     Mutation("random numbers by rank", "engine/rl/making.py", 'f"{prompts[row // samples].number}/{row % samples}"',
              'f"{mesh.data.index}/{row - own.start}"', (TENSOR,)),
 )

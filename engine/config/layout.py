@@ -60,7 +60,7 @@ def role_configs(config: Config, world_size: int) -> dict[str, tuple[range, Conf
         ConfigError: a placement is impossible; with every equation that does not hold, one per line.
     """
     asked = roles_asked(config, world_size)
-    problems = [*overall_problems(config, asked, world_size)]
+    problems = [*unsupported(config), *overall_problems(config, asked, world_size)]
     found: dict[str, tuple[range, Config]] = {}
     for role in asked:
         try:
