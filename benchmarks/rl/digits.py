@@ -29,7 +29,7 @@ import torch
 from engine import cli
 from engine.config import Config, resolve_layout
 from engine.distributed.mesh import Job
-from engine.rl.functions import KNOWN, FunctionScorer
+from engine.rl.function_scorer import open_scorers
 from engine.rl.prompts import Prompts
 from engine.rl.rollouts import Rollouts
 from engine.rl.start import start
@@ -86,7 +86,8 @@ def spoilt(text: str, draw: random.Random) -> str:
 def base(folder: Path, name: str, objective: str, **sections: Any) -> dict[str, Any]:
     """What all runs have in common."""
     return {"run": {"dir": str(folder / name), "objective": objective, "seed": 1, "device": "cpu"},
-            "model": dict(MODEL), "precision": {"compute": "fp32"}, "eval": {"every": 0}, "checkpoint": {"every": 0, "keep_best": False},
+            "model": dict(MODEL), "precision": {"compute": "fp32"}, "eval": {"every": 0},
+            "checkpoint": {"every": 0, "keep_best": False},
             "reliability": {"watchdog": None}, "log": {"every": 100},
             "data": {"tokenizer": "bytes", "template": "plain", "seq_len": 16, "pack": False},
             "optim": {"lr": 2e-3, "warmup_steps": 20, "weight_decay": 0.0}, "parallel": {"data": 1}} | sections
@@ -121,9 +122,8 @@ def learn(folder: Path, objective: str, beta: float, seed: int, steps: int) -> l
         right = [text == rollouts.prompt_of(row).record["answer"] for row, text in enumerate(rollouts.texts)]
         seen.append({"accuracy": float(np.mean(right)), "score": float(rollouts.scores.mean())})
 
-    scorers = [FunctionScorer("exact_match", 1.0, KNOWN["exact_match"], job.world)] if exact else []
-    learner = start(config, job, prompts, scorers, prompts.tokenizer.vocab_size, prompts.end_ids, lambda: False,
-                    told=look)
+    learner = start(config, job, prompts, open_scorers(config, None), prompts.tokenizer.vocab_size, prompts.end_ids,
+                    lambda: False, told=look)
     try:
         learner.run()
     finally:
