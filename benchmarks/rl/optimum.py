@@ -53,6 +53,7 @@ class FirstIsGood:
 
     name: str = "first is good"
     weight: float = 1.0
+    complaints: tuple[str, ...] = ()
 
     def __call__(self, rollouts: Rollouts) -> Numbers:
         return np.array([float(response.tokens[0] < GOOD) for response in rollouts.responses])
