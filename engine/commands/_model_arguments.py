@@ -14,7 +14,10 @@ def generate(p: Parser) -> None:
     p.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest; 0: all (default: %(default)s)")
     p.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest of this total probability")
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (default: %(default)s)")
+    p.add_argument("--num-samples", type=int, default=1, metavar="N", help="of each prompt (default: %(default)s)")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
+                   help="above 1: ids that the text has already become less likely (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="texts at a time (default: %(default)s)")
     p.add_argument("--bos", action="store_true", help="begin prompts with the tokenizer's beginning-of-text id, which "
                                                       "most models from Hugging Face expect")
     p.add_argument("--chat", action="store_true", help="prompts are what a user says; only the answers are printed")

@@ -17,10 +17,11 @@ def run(args: argparse.Namespace) -> int:
     """Refuse what can be seen at once; then generate."""
     request = TextRequest(
         args.checkpoint, [*args.prompt, *_lines(args.prompt_file)],
-        Sampling(args.temperature, args.top_k, args.top_p, args.seed), args.max_new_tokens, tokenizer=args.tokenizer,
-        token_ids=args.token_ids, begin=args.bos, batch_size=args.batch_size, as_json=args.json, dtype=args.dtype,
-        device=args.device, chat=args.chat, template=args.template, best_of=args.best_of,
-        reward_model=args.reward_model, keep_all=args.keep_all)
+        Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.repetition_penalty),
+        args.max_new_tokens, tokenizer=args.tokenizer, token_ids=args.token_ids, begin=args.bos,
+        batch_size=args.batch_size, as_json=args.json, dtype=args.dtype, device=args.device, chat=args.chat,
+        template=args.template, best_of=args.best_of, reward_model=args.reward_model, keep_all=args.keep_all,
+        num_samples=args.num_samples)
 
     def on_this_rank(topology: Topology, launched: LaunchEnvironment | None) -> None:
         import_module("engine.generate.text").generate_text(request, topology, launched)     # torch from here on

@@ -79,10 +79,11 @@ def all_reduce(x: Tensor, axis: Axis, *, op: dist.ReduceOp.RedOpType = dist.Redu
     return dist.all_reduce(x, op=op, group=axis.group, async_op=asynchronous) or DONE
 
 
-def broadcast(x: Tensor, axis: Axis, index: int) -> None:
+def broadcast(x: Tensor, axis: Axis, index: int, *, asynchronous: bool = False) -> Work:
     """Overwrites `x` with that of the rank at `index` along the axis."""
-    if axis.size > 1:
-        dist.broadcast(x, axis.ranks[index], group=axis.group)
+    if axis.size == 1:
+        return DONE
+    return dist.broadcast(x, axis.ranks[index], group=axis.group, async_op=asynchronous) or DONE
 
 
 def all_to_all_into(out: Tensor, x: Tensor, axis: Axis) -> Work:

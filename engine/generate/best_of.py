@@ -77,14 +77,10 @@ def best_of(request: TextRequest, generator: Generator, prompts: Sequence[Ids], 
         raise RequestError(f"{reader.path} was trained with another tokenizer than {request.checkpoint}: {difference}")
     count, texts, tokens = request.best_of, list[str](), list[list[int]]()
     num_tokens = 0
-    each = [prompt for prompt in prompts for _ in range(count)]
-    for first in range(0, len(each), request.batch_size):
-        part = each[first : first + request.batch_size]
-        for prompt, new in zip(part, generator.generate(part, request.sampling, limits, first), strict=True):
-            said = new[:-1] if new and new[-1] in limits.stop_ids else new
-            num_tokens += len(new)
-            texts.append(tokenizer.decode(said))
-            tokens.append([*prompt, *new])
+    for number, made in enumerate(generator.generate(prompts, request.sampling, limits, samples=count)):
+        num_tokens += len(made.tokens)
+        texts.append(tokenizer.decode(made.tokens[:-1] if made.end == "eod" else made.tokens))
+        tokens.append([*prompts[number // count], *made.tokens])
     if encoder is not None:
         asked = (words for words in request.prompts for _ in range(count))
         tokens = [encoder.encode((Turn(USER, words), Turn(ASSISTANT, text)), "last").tokens.tolist()

@@ -1,60 +1,90 @@
-"""Keys and values of the tokens so far.
+"""Keys and values of the tokens so far, in blocks.
 
 Attention of token s needs the keys and values of tokens 0 … s, and those never change.  Keeping them makes the cost of
 one more token a single pass over the weights and one over the cache, instead of a pass over the whole text again.
 
 The memory is allocated once, per layer of this rank and for its key-value groups only (shape letters as in
-`engine.model.context`, T the longest text):
+`engine.model.context`, N blocks):
 
-    keys   [layers, T, B, G, D]        2 · layers · T · B · G · D elements with the values: for LLaMA-65B in bf16
-    values [layers, T, B, G, D]        2.6 MB per token, 1/8 of it on each of 8 tensor ranks
+    keys   [layers, N, 16, G, D]       2 · layers · G · D elements per token with the values: for LLaMA-65B in bf16
+    values [layers, N, 16, G, D]       2.6 MB, 1/8 of it on each of 8 tensor ranks
 
-Prompts of different lengths are padded on the left, so that the newest token of every row stands at the same place,
-and a mask hides the padding.  A row then sees exactly what it would see alone.
+One pass feeds tokens of many texts, one behind the other as if they were one sequence, [tokens, 1]: nothing but
+attention minds whose they are.  First come whole beginnings of texts, whose tokens see those of their own before them
+and nothing that is cached; then one token for each text that is to go on, which sees what its table names:
+
+    beginnings    p₀ p₁ p₂ p₃ │ p₀ p₁          stored, and attended to as documents are
+    newest        a₄ │ b₂ │ c₉                 stored, then attention over the blocks of each
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engine.generate.blocks import BLOCK_TOKENS
+from engine.kernels.documents import Documents
+
+
+@dataclass(frozen=True)
+class Fed:
+    """Where the tokens of one pass belong.
+
+    Attributes:
+        slots_S: place of every token: block · 16 + place in it.
+        beginnings: the documents that the first tokens make up; None: there are none.
+        copies_2C: blocks to copy from and to before the newest tokens are stored; None: none.
+        tables_BN: the blocks of every text, in order; what is behind its last does not matter.
+        visible_B11T: bool, the keys of these blocks that its newest token sees.
+    """
+
+    slots_S: Tensor
+    beginnings: Documents | None
+    copies_2C: Tensor | None
+    tables_BN: Tensor
+    visible_B11T: Tensor
+
 
 class Cache:
-    """Room for `max_tokens` tokens of `rows` texts in some layers of the model; see `KeyValueCache`."""
+    """Room for so many blocks in some layers of the model."""
 
-    def __init__(self, layers: Iterable[int], max_tokens: int, rows: int, groups: int, head_dim: int, *,
-                 dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layers: Iterable[int], num_blocks: int, groups: int, head_dim: int, *, dtype: torch.dtype,
+                 device: torch.device) -> None:
         self._place = {layer: place for place, layer in enumerate(layers)}
-        shape = (len(self._place), max_tokens, rows, groups, head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
-        self.num_tokens = 0
+        shape = (len(self._place), num_blocks, BLOCK_TOKENS, groups, head_dim)
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)          # what is masked must be finite: 0 · NaN
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def append(self, layer: int, k_SBGD: Tensor, v_SBGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new keys and values of a layer and returns all so far: [T, B, G, D] each, views of the cache."""
-        place, stop = self._place[layer], self.num_tokens + k_SBGD.shape[0]
-        self._keys[place, self.num_tokens : stop] = k_SBGD
-        self._values[place, self.num_tokens : stop] = v_SBGD
-        return self._keys[place, :stop], self._values[place, :stop]
-
-    def advance(self, num_tokens: int) -> None:
-        """Every layer has stored `num_tokens` more."""
-        self.num_tokens += num_tokens
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Its keys and values, [N, 16, G, D]."""
+        return self._keys[self._place[layer]], self._values[self._place[layer]]
 
 
-def visible(start: int, stop: int, padding_B: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which keys the queries at places start … stop - 1 may see: bool [B or 1, 1, S, T]; None: plain causal.
+class Pass:
+    """The cache as one pass sees it; see `engine.model.context.KeyValueCache`."""
 
-    Args:
-        padding_B: how many places at the left of each row are padding; None: none in any row.
-    """
-    if padding_B is None and start == 0:
-        return None
-    queries = torch.arange(start, stop, device=device)[None, None, :, None]
-    keys = torch.arange(stop, device=device)[None, None, None, :]
-    if padding_B is None:
-        return keys <= queries
-    text = (keys <= queries) & (keys >= padding_B[:, None, None, None])
-    return text | (keys == queries)                  # padding sees itself: a softmax over nothing would be NaN
+    def __init__(self, cache: Cache, fed: Fed) -> None:
+        self._cache, self._fed = cache, fed
+        self._first = 0 if fed.beginnings is None else fed.beginnings.bounds[0][-1]         # of the newest tokens
+
+    def attend(self, layer: int, q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor,
+               attention: Callable[..., Tensor]) -> Tensor:
+        """Stores keys and values and attends to those of each text; [S, 1, G·Q·D]."""
+        first, fed = self._first, self._fed
+        stores = self._cache.of(layer)
+        done = []
+        if first:
+            for store, new in zip(stores, (k_SBGD, v_SBGD), strict=True):
+                store.flatten(0, 1).index_copy_(0, fed.slots_S[:first], new[:first, 0])
+            done.append(attention(q_SBGQD[:first], k_SBGD[:first], v_SBGD[:first], None, fed.beginnings))
+        length, seen = fed.visible_B11T.shape[-1], []
+        for store, new in zip(stores, (k_SBGD, v_SBGD), strict=True):
+            if fed.copies_2C is not None:
+                store.index_copy_(0, fed.copies_2C[1], store[fed.copies_2C[0]])
+            store.flatten(0, 1).index_copy_(0, fed.slots_S[first:], new[first:, 0])
+            seen.append(store[fed.tables_BN].flatten(1, 2)[:, :length].transpose(0, 1))
+        done.append(attention(q_SBGQD[first:].transpose(0, 1), *seen, fed.visible_B11T).transpose(0, 1))
+        return torch.cat(done) if first else done[0]

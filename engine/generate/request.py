@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from engine.errors import RequestError
@@ -17,12 +17,14 @@ class Sampling:
         top_k: choose among the k likeliest; 0: all.
         top_p: choose among the likeliest whose probabilities first add up to this.
         seed: names the random numbers.
+        repetition_penalty: above 1, ids that the text has already become less likely; 1: off.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -31,6 +33,8 @@ class Sampling:
             raise RequestError(f"--top-k {self.top_k}: it must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"--top-p {self.top_p}: it is a probability, more than 0 and at most 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise RequestError(f"--repetition-penalty {self.repetition_penalty}: more than 0; 1 changes nothing")
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,12 @@ class Limits:
     Attributes:
         max_new_tokens: after so many; earlier where the model's maximum length is reached.
         stop_ids: after one of these tokens; none: never.
+        watch: makes for each text what is told its new tokens one by one, and says after which it ends; None: nothing.
     """
 
     max_new_tokens: int
     stop_ids: Collection[int] = ()
+    watch: Callable[[], Callable[[int], bool]] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,15 @@ class TextRequest:
         tokenizer: where the model's tokenizer is now; None: where the run found it.
         token_ids: prompts and results are numbers, without a tokenizer.
         begin: start every prompt with the tokenizer's beginning-of-text id.
-        batch_size: prompts at a time.
-        as_json: print one JSON object per prompt.
+        batch_size: texts at a time.
+        as_json: print one JSON object per text.
         dtype: of the arithmetic, `fp32` or `bf16`; None: as in training.
         device: auto, cpu or cuda.
         chat: prompts are what a user says, and texts the answers.
         template: of conversations; None: the run's.
         best_of: answers to each prompt, of which `reward_model` says which is best; 1: no choice.
         keep_all: print all of them, best first.
+        num_samples: texts of each prompt.
     """
 
     checkpoint: str
@@ -81,8 +88,14 @@ class TextRequest:
     best_of: int = 1
     reward_model: str | None = None
     keep_all: bool = False
+    num_samples: int = 1
 
     def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise RequestError(f"--num-samples {self.num_samples}: at least 1")
+        if self.num_samples > 1 and (self.best_of > 1 or self.sampling.temperature == 0):
+            raise RequestError("--num-samples goes with neither --best-of, which has its own number, nor --temperature "
+                               "0, at which all texts of a prompt are the same")
         if self.best_of < 1:
             raise RequestError(f"--best-of {self.best_of}: at least 1")
         if (self.best_of > 1) != (self.reward_model is not None):

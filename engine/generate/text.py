@@ -1,7 +1,7 @@
 """`octant generate` on one rank: prompts in, text out.
 
-One prompt is printed as it grows: an incremental decoder holds back the bytes of an unfinished character.  Several are
-generated in batches and printed as each batch is done.  Rank 0 prints; the text goes to stdout and everything
+One text is printed as it grows: an incremental decoder holds back the bytes of an unfinished character.  Several
+are printed in their order, each as soon as it and those before it are complete.  Rank 0 prints; the text goes to stdout and everything
 about it to stderr, so the output of one can be piped on.
 """
 
@@ -25,7 +25,7 @@ from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
 from engine.errors import RequestError
 from engine.generate.best_of import best_of
-from engine.generate.generator import Generator, check_prompts
+from engine.generate.generator import Generator, Made, check_prompts
 from engine.generate.load import Wanted, inference_config, load_model, load_tokenizer_of, open_shared
 from engine.generate.request import Limits, TextRequest
 from engine.hints import hint
@@ -92,16 +92,16 @@ def generate_text(request: TextRequest, topology: Topology, launched: LaunchEnvi
         prompts = [encode(prompt, tokenizer, request.begin) if encoder is None else
                    encoder.prompt((Turn(USER, prompt),)).tolist() for prompt in request.prompts]
         check_prompts(prompts, config.model)
-        generator = Generator(load_model(reader, config, mesh), tokenizer.vocab_size)
+        generator = Generator(load_model(reader, config, mesh), tokenizer.vocab_size, rows=request.batch_size)
         limits = Limits(request.max_new_tokens, {tokenizer.eod_id, *(() if request.token_ids else reader.end_ids)})
         say: Write = _print if mesh.rank == 0 else _keep_quiet
         timer = Timer(time.perf_counter())
         if request.best_of > 1:
             timer.num_tokens = best_of(request, generator, prompts, limits, tokenizer, encoder, topology, mesh, say)
-        elif len(prompts) == 1 and not request.as_json:
+        elif len(prompts) * request.num_samples == 1 and not request.as_json:
             _stream(generator, prompts[0], tokenizer, request, limits, say, timer)
         else:
-            _batches(generator, prompts, tokenizer, request, limits, say, timer)
+            _all(generator, prompts, tokenizer, request, limits, say, timer)
         if mesh.rank == 0:
             print(f"{reader.path}: {timer}\n{hint('checkpoint', 'inspect', request.checkpoint)}", file=sys.stderr)
 
@@ -132,28 +132,37 @@ def _stream(generator: Generator, prompt: list[int], tokenizer: Tokenizer, reque
     decoder = tokenizer.stream()
     before = "".join(map(decoder.push, prompt))
     say("" if request.chat else before)
-    for [token] in generator.stream([prompt], request.sampling, limits):
-        assert token is not None                             # the stream ends with its only text
+    for new in generator.stream([prompt], request.sampling, limits):
         timer.add_one()
-        if not (request.chat and token in limits.stop_ids):
-            say(decoder.push(token))
+        if not (request.chat and new.end == "eod"):
+            say(decoder.push(new.token))
     say(decoder.flush() + "\n")
 
 
-def _batches(generator: Generator, prompts: list[list[int]], tokenizer: Tokenizer, request: TextRequest,
-             limits: Limits, say: Write, timer: Timer) -> None:
-    """All prompts, `batch_size` at a time."""
-    for first in range(0, len(prompts), request.batch_size):
-        part = prompts[first : first + request.batch_size]
-        for number, new in enumerate(generator.generate(part, request.sampling, limits, first), first):
-            timer.num_tokens += len(new)
-            said = new[:-1] if request.chat and new[-1] in limits.stop_ids else new
-            text = tokenizer.decode(said if request.chat else [*prompts[number], *new])
-            if request.as_json:
-                say(json.dumps({"prompt": request.prompts[number], "text": text, "tokens": new,
-                                "stop": "eod" if new[-1] in limits.stop_ids else "length"}, ensure_ascii=False) + "\n")
-            else:
-                say(f"── {number + 1} ──\n{text}\n")
+def _all(generator: Generator, prompts: list[list[int]], tokenizer: Tokenizer, request: TextRequest,
+         limits: Limits, say: Write, timer: Timer) -> None:
+    """All texts, each printed when it and those before it are complete."""
+    count, printed = request.num_samples, 0
+    texts = [Made([], [], "") for _ in range(len(prompts) * count)]
+    for new in generator.stream(prompts, request.sampling, limits, samples=count):
+        timer.add_one()
+        texts[new.text].add(new)
+        while printed < len(texts) and texts[printed].end:
+            say(_said(request, *divmod(printed, count), prompts, texts[printed], tokenizer))
+            printed += 1
+
+
+def _said(request: TextRequest, prompt: int, sample: int, prompts: list[list[int]], made: Made,
+          tokenizer: Tokenizer) -> str:
+    """One text as it is printed."""
+    said = made.tokens[:-1] if request.chat and made.end == "eod" else made.tokens
+    text = tokenizer.decode(said if request.chat else [*prompts[prompt], *said])
+    if request.as_json:
+        numbered = {"sample": sample} if request.num_samples > 1 else {}
+        return json.dumps({"prompt": request.prompts[prompt], **numbered, "text": text, "tokens": made.tokens,
+                           "stop": made.end}, ensure_ascii=False) + "\n"
+    number = f"{prompt + 1}" if request.num_samples == 1 else f"{prompt + 1}.{sample + 1}"
+    return f"── {number} ──\n{text}\n"
 
 
 def _print(text: str) -> None:

@@ -65,5 +65,5 @@ class GroupedQueryAttention(Attention):
             qkv = torch.cat((self.q_layernorm(q)[1], self.k_layernorm(k)[1], v), dim=-2)
         q, k, v = self._split_and_rotate(qkv, *angles)
         if batch.cache is not None:
-            k, v = batch.cache.append(self.index, k, v)
-        return self.linear_proj(self.core_attention(q, k, v, batch.attention_mask, batch.documents))
+            return self.linear_proj(batch.cache.attend(self.index, q, k, v, self.core_attention))
+        return self.linear_proj(self.core_attention(q, k, v, None, batch.documents))

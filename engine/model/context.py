@@ -20,8 +20,9 @@ from engine.model.fields import OWN, Field
 class KeyValueCache(Protocol):
     """Keys and values of earlier tokens, for generation."""
 
-    def append(self, layer: int, k_SBGD: Tensor, v_SBGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new keys and values of a layer and returns all so far: [T, B, G, D] each."""
+    def attend(self, layer: int, q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor,
+               attention: Callable[..., Tensor]) -> Tensor:
+        """Stores new keys and values of a layer; what `attention` makes of queries and all so far, [S, B, G·Q·D]."""
         ...
 
 
@@ -34,7 +35,6 @@ class Batch:
         positions_SB: int64 [S, B] or [S, 1], position of each token for rotary embedding.
         labels_SB: int64 ids of the next tokens; None when generating.
         loss_mask_SB: bool, True where a label counts; None: everywhere.
-        attention_mask: bool [B or 1, 1, S, T], True where a query may look, over cached keys; None: causal.
         documents: of the whole sequences, also where this rank has a part of them; None: each is one document.
         cache: keys and values of earlier tokens; None when training.
         extra: what the objective's samples add (`Objective.fields`).
@@ -44,7 +44,6 @@ class Batch:
     positions_SB: Tensor
     labels_SB: Tensor | None = None
     loss_mask_SB: Tensor | None = None
-    attention_mask: Tensor | None = None
     documents: Documents | None = None
     cache: KeyValueCache | None = None
     extra: Mapping[Field, Tensor] = field(default_factory=dict)

@@ -29,8 +29,7 @@ TOKENS = Field("tokens_SB")
 POSITIONS = Field("positions_SB")
 LABELS = Field("labels_SB")
 LOSS_MASK = Field("loss_mask_SB")
-ATTENTION_MASK = Field("attention_mask", sequence_dim=2, batch_dim=0)      # of its two sequences the queries' is cut
-OWN = (TOKENS, POSITIONS, LABELS, LOSS_MASK, ATTENTION_MASK)
+OWN = (TOKENS, POSITIONS, LABELS, LOSS_MASK)
 
 NOISE = Field("noise_SB")                                    # int64: the tokens' numbers in random masks
 PTX = Field("is_ptx_B", sequence_dim=None, batch_dim=0)      # in fine-tuning: which rows are pretraining data

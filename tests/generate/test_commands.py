@@ -20,7 +20,7 @@ from engine import cli
 from engine.data.tokenizer import ByteTokenizer, load_tokenizer
 from engine.errors import DataError
 from engine.generate import text
-from engine.generate.generator import Generator
+from engine.generate.generator import Generator, New
 from engine.generate.load import load_tokenizer_of
 from engine.generate.request import Limits, Sampling
 from tests.kit.finished_run import STEP, make_corpus, make_run, run_config
@@ -43,7 +43,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def expected(prompts: Sequence[str], sampling: Sampling, num_tokens: int) -> list[list[int]]:
     generator = Generator(inference_model(run_config()))
     limits = Limits(num_tokens, [BYTES.eod_id])
-    return generator.generate([BYTES.encode(prompt) for prompt in prompts], sampling, limits)
+    return [made.tokens for made in generator.generate([BYTES.encode(prompt) for prompt in prompts], sampling, limits)]
 
 
 def octant(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -83,7 +83,7 @@ def test_an_empty_prompt_begins_a_document(run: str, capsys: pytest.CaptureFixtu
     assert cli.run(["generate", run, "--prompt", "", "--max-new-tokens", "4", "--temperature", "0", "--json"]) == 0
     generator = Generator(inference_model(run_config()))
     [new] = generator.generate([[BYTES.eod_id]], Sampling(temperature=0), Limits(4, [BYTES.eod_id]))
-    assert json.loads(capsys.readouterr().out)["tokens"] == new
+    assert json.loads(capsys.readouterr().out)["tokens"] == new.tokens
 
 
 def test_ids_need_no_tokenizer(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +92,7 @@ def test_ids_need_no_tokenizer(run: str, tmp_path: Path, capsys: pytest.CaptureF
     assert cli.run(["generate", other, "--token-ids", "--prompt", "1 2 3", "--max-new-tokens", "5", "--temperature",
                     "0"]) == 0
     [new] = Generator(inference_model(config)).generate([[1, 2, 3]], Sampling(temperature=0), Limits(5))
-    assert capsys.readouterr().out == " ".join(map(str, [1, 2, 3, *new])) + "\n"
+    assert capsys.readouterr().out == " ".join(map(str, [1, 2, 3, *new.tokens])) + "\n"
     assert cli.run(["generate", other, "--prompt", "text"]) == 2
     assert "names no tokenizer" in capsys.readouterr().err
 
@@ -103,8 +103,8 @@ class Scripted:
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = tokens
 
-    def stream(self, *_: object) -> Iterator[list[int]]:
-        return ([token] for token in self.tokens)
+    def stream(self, *_: object) -> Iterator[New]:
+        return (New(0, token, 0.0, "") for token in self.tokens)
 
 
 def test_characters_are_printed_whole_and_early(monkeypatch: pytest.MonkeyPatch) -> None:

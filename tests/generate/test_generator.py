@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from engine.errors import RequestError
-from engine.generate.generator import Generator
+from engine.generate.blocks import BLOCK_TOKENS
+from engine.generate.cache import Cache
+from engine.generate.generator import Generator, Made
 from engine.generate.request import Limits, Sampling
+from engine.generate.scheduler import Plan
 from engine.model.context import Batch
 from engine.model.transformer import Transformer
 from tests.kit.models import PROMPTS, inference_model, model_config, whole_model
@@ -26,67 +31,121 @@ def full_logits(model: Transformer, text: list[int]) -> Tensor:
     return model(tokens, Batch(tokens, torch.arange(len(text)).unsqueeze(1)))[:, 0]
 
 
+def tokens_of(texts: list[Made]) -> list[list[int]]:
+    return [text.tokens for text in texts]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_cached_logits_are_those_of_the_full_forward_pass(variant: str) -> None:
+def test_logits_of_every_pass_are_those_of_the_full_forward_pass(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of prompts, coming in one after the other, in a cache that is too small for all."""
     config = model_config(**VARIANTS[variant])
-    generator, whole = Generator(inference_model(config)), whole_model(config)
-    texts = torch.randint(0, 97, (4, 20), generator=torch.Generator().manual_seed(1))
-    lengths = torch.tensor([9, 3, 9, 1])                     # of the part that is fed at once
-    padding = 9 - lengths
-    rows = [[0] * int(p) + text[:n].tolist() for p, n, text in zip(padding, lengths, texts, strict=True)]
-    cache, fed = generator.new_cache(9 + 10, 4), torch.tensor(rows).T
-    want = [full_logits(whole, text.tolist()) for text in texts]
-    for step in range(11):
-        logits = generator.next_logits(fed, cache, padding)
+    generator, whole = Generator(inference_model(config), rows=3), whole_model(config)
+    compared = 0
+
+    def watched(plan: Plan, cache: Cache) -> Tensor:
+        nonlocal compared
+        logits = Generator.next_logits(generator, plan, cache)
         assert logits is not None
-        for row, length in enumerate(lengths.tolist()):
-            torch.testing.assert_close(logits[row], want[row][length + step - 1], rtol=1e-5, atol=1e-5)
-        fed = texts[torch.arange(4), lengths + step].unsqueeze(0)
+        for row, text in zip(logits, plan.texts, strict=True):
+            torch.testing.assert_close(row, full_logits(whole, text.tokens)[-1], rtol=1e-5, atol=1e-5)
+        compared += len(logits)
+        return logits
+
+    monkeypatch.setattr(generator, "next_logits", watched)
+    made = generator.generate(PROMPTS, SAMPLED, Limits(12), samples=2)
+    assert compared == sum(len(text.tokens) for text in made) == 2 * 4 * 12
+
+
+def test_log_probabilities_are_those_of_the_full_forward_pass_at_the_temperature() -> None:
+    generator, whole = Generator(inference_model(model_config()), num_ids=90), whole_model(model_config())
+    for prompt, text in zip(PROMPTS, generator.generate(PROMPTS, SAMPLED, Limits(12)), strict=True):
+        logits = full_logits(whole, [*prompt, *text.tokens])[len(prompt) - 1 : -1, :90] / SAMPLED.temperature
+        want = logits.log_softmax(-1).gather(1, torch.tensor(text.tokens).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(torch.tensor(text.log_probs), want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_batch_of_unequal_prompts_is_its_prompts_one_by_one(sampling: Sampling) -> None:
     generator = Generator(inference_model(model_config()))
-    together = generator.generate(PROMPTS, sampling, Limits(12))
-    alone = [generator.generate([prompt], sampling, Limits(12), first_index=number)[0]
+    together = tokens_of(generator.generate(PROMPTS, sampling, Limits(12)))
+    alone = [generator.generate([prompt], sampling, Limits(12), numbers=[number])[0].tokens
              for number, prompt in enumerate(PROMPTS)]
     assert together == alone
     assert len({tuple(text) for text in together}) == len(PROMPTS)
-    parts = [text for first in (0, 2)
-             for text in generator.generate(PROMPTS[first : first + 2], sampling, Limits(12), first)]
-    assert parts == together
 
 
-def test_a_seed_decides_and_the_same_prompt_twice_gives_two_texts() -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("blocks", [None, 5, 9])
+def test_texts_do_not_depend_on_who_is_beside_them(rows: int, blocks: int | None) -> None:
+    """Places and memory for one text, for some, and for all: 3 samples of each prompt, across several blocks."""
+    model = inference_model(model_config())
+    block_bytes = 2 * BLOCK_TOKENS * 4 * 4 * model.config.model.head_dim * 4         # 4 layers, 4 groups, fp32
+    prompts, limits = [[*range(40)], [3] * 17, [2], [*range(16)]], Limits(20, [7])
+    want = tokens_of(Generator(model).generate(prompts, SAMPLED, limits, samples=3))
+    generator = Generator(model, rows=rows, cache_bytes=None if blocks is None else blocks * block_bytes)
+    assert tokens_of(generator.generate(prompts, SAMPLED, limits, samples=3)) == want
+    least = sum(len(prompt) - 1 for prompt in prompts) + sum(map(len, want))
+    assert generator.tokens_fed == least or blocks is not None, "a beginning was computed twice"
+
+
+def test_a_text_that_the_cache_cannot_hold_is_refused() -> None:
+    generator = Generator(inference_model(model_config()), cache_bytes=1000)
+    with pytest.raises(RequestError, match=r"a text of up to 48 tokens needs .* MiB of keys and values on each rank"):
+        generator.generate(PROMPTS, GREEDY, Limits(30))
+
+
+def test_a_seed_decides_and_samples_steps_and_prompts_have_texts_of_their_own() -> None:
     generator = Generator(inference_model(model_config()))
-    first, second = generator.generate([PROMPTS[0]] * 2, SAMPLED, Limits(12))
-    assert first != second
-    assert generator.generate([PROMPTS[0]], SAMPLED, Limits(12)) == [first]
-    assert generator.generate([PROMPTS[0]], Sampling(seed=4), Limits(12)) != [first]
+    samples = tokens_of(generator.generate([PROMPTS[0]] * 2, SAMPLED, Limits(12), samples=2))
+    assert len({tuple(text) for text in samples}) == 4
+    assert tokens_of(generator.generate([PROMPTS[0]], SAMPLED, Limits(12))) == samples[:1]
+    for other in (generator.generate([PROMPTS[0]], Sampling(seed=4), Limits(12)),
+                  generator.generate([PROMPTS[0]], SAMPLED, Limits(12), step=1)):
+        assert other[0].tokens != samples[0]
 
 
 def test_texts_end_at_the_stop_id_each_by_itself() -> None:
     generator = Generator(inference_model(model_config()))
-    free = generator.generate(PROMPTS, GREEDY, Limits(12))
+    free = tokens_of(generator.generate(PROMPTS, GREEDY, Limits(12)))
     stop = free[0][4]
     stopped = generator.generate(PROMPTS, GREEDY, Limits(12, [stop]))
     for text, whole in zip(stopped, free, strict=True):
-        assert text == (whole[: whole.index(stop) + 1] if stop in whole else whole)
-    assert len(stopped[0]) <= 5 < max(map(len, stopped))
-    assert len(list(generator.stream([PROMPTS[0]], GREEDY, Limits(12, [stop])))) == len(stopped[0])
+        assert text.tokens == (whole[: whole.index(stop) + 1] if stop in whole else whole)
+        assert text.end == ("eod" if stop in whole else "length")
+    lengths = [len(text.tokens) for text in stopped]
+    assert lengths[0] <= 5 < max(lengths)
+    assert len(list(generator.stream([PROMPTS[0]], GREEDY, Limits(12, [stop])))) == lengths[0]
+
+
+def test_who_watches_a_text_ends_it() -> None:
+    generator = Generator(inference_model(model_config()))
+    told: list[list[int]] = []
+
+    def watch() -> Callable[[int], bool]:
+        heard: list[int] = []
+        told.append(heard)
+
+        def end_after_three(token: int) -> bool:
+            heard.append(token)
+            return len(heard) == 3
+
+        return end_after_three
+
+    made = generator.generate(PROMPTS, GREEDY, Limits(12, watch=watch))
+    assert told == tokens_of(made) and {text.end for text in made} == {"stop"} and {len(text) for text in told} == {3}
 
 
 def test_the_model_s_maximum_ends_a_text() -> None:
     generator = Generator(inference_model(model_config(max_seq_len=16)))
     texts = generator.generate([[1] * 15, [2] * 4], GREEDY, Limits(100))
-    assert [len(text) for text in texts] == [1, 12]
+    assert [len(text.tokens) for text in texts] == [1, 12]
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_chosen() -> None:
     model = inference_model(model_config())
-    texts = Generator(model, num_ids=7).generate([[1]] * 8, Sampling(temperature=50.0), Limits(20))
-    assert max(max(text) for text in texts) == 6
-    assert max(max(text) for text in Generator(model).generate([[1]] * 8, Sampling(temperature=50.0), Limits(20))) > 6
+    texts = tokens_of(Generator(model, num_ids=7).generate([[1]] * 8, Sampling(temperature=50.0), Limits(20)))
+    assert max(map(max, texts)) == 6
+    assert max(map(max, tokens_of(Generator(model).generate([[1]] * 8, Sampling(temperature=50.0), Limits(20))))) > 6
 
 
 @pytest.mark.parametrize(("prompts", "message"), [

@@ -21,10 +21,10 @@ def test_greedy_text_is_that_of_transformers(family: str) -> None:
     weights = {spec_of(p).name: p.detach() for p in whole_model(config).parameters()}
     load_twin(twin, twin_names(weights, config.model))
     generator = Generator(inference_model(config))
-    stop = generator.generate(PROMPTS[:1], Sampling(temperature=0), Limits(20))[0][5]
+    stop = generator.generate(PROMPTS[:1], Sampling(temperature=0), Limits(20))[0].tokens[5]
     ours = generator.generate(PROMPTS, Sampling(temperature=0), Limits(20, [stop]))
     for prompt, text in zip(PROMPTS, ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = twin.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False,
                                use_cache=True, eos_token_id=stop, pad_token_id=0)
-        assert text == theirs[0, len(prompt):].tolist()
+        assert text.tokens == theirs[0, len(prompt):].tolist()

@@ -40,7 +40,7 @@ def documents_config(folder: Path, steps: int = 3) -> Config:
 
 
 def same(a: Batch, b: Batch) -> bool:
-    names = ("tokens_SB", "positions_SB", "labels_SB", "loss_mask_SB", "attention_mask")
+    names = ("tokens_SB", "positions_SB", "labels_SB", "loss_mask_SB")
     pairs = [(getattr(a, name), getattr(b, name)) for name in names]
     bounds = [each.documents and each.documents.bounds for each in (a, b)]
     return bounds[0] == bounds[1] and all(x is y is None or torch.equal(x, y) for x, y in pairs)
@@ -117,7 +117,7 @@ def test_documents_become_positions_and_masks(tmp_path: Path) -> None:
         documents = Documents.of(torch.from_numpy(want.document_ids).unsqueeze(0))
         assert torch.equal(batch.positions_SB, documents.positions())
         assert batch.documents is not None and batch.documents.bounds == documents.bounds
-        assert torch.equal(batch.documents.cu_seqlens, documents.cu_seqlens) and batch.attention_mask is None
+        assert torch.equal(batch.documents.cu_seqlens, documents.cu_seqlens)
         assert batch.loss_mask_SB[:, 0].tolist() == want.loss_mask.tolist()
 
 
