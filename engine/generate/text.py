@@ -1,8 +1,8 @@
 """`octant generate` on one rank: prompts in, text out.
 
 One text is printed as it grows: an incremental decoder holds back the bytes of an unfinished character.  Several
-are printed in their order, each as soon as it and those before it are complete.  Rank 0 prints; the text goes to stdout and everything
-about it to stderr, so the output of one can be piped on.
+are printed in their order, each as soon as it and those before it are complete.  Rank 0 prints; the text goes to stdout
+and everything about it to stderr, so the output of one can be piped on.
 """
 
 from __future__ import annotations
