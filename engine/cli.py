@@ -155,6 +155,18 @@ def _plan(p: Parser) -> None:
     p.add_argument("--schedule-svg", metavar="FILE", help="draw the pipeline schedule, at costs as the model's")
 
 
+def _rehearse(p: Parser) -> None:
+    p.add_argument("config", metavar="CONFIG.yaml", help=CONFIG)
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as parallel.zero=3")
+    p.add_argument("--rank", type=int, metavar="R", help="the rank to walk through (default: 0)")
+    p.add_argument("--world", type=int, metavar="N", help="processes of the job (default: as parallel.data says)")
+    p.add_argument("--all-stages", action="store_true", help="one rank of every pipeline stage and tensor position")
+    p.add_argument("--device", choices=("auto", "cuda", "cpu", "pretend"), default="auto",
+                   help="pretend: tensors without memory, which find what would go wrong on a GPU (default: a GPU, or "
+                        "without one pretend)")
+    p.add_argument("--json", action="store_true", help="print peak_bytes, step_seconds, phases and faults")
+
+
 def _schedule(p: Parser) -> None:
     p.add_argument("name", metavar="NAME", choices=schedule_names(), help=", ".join(schedule_names()))
     p.add_argument("--stages", type=int, required=True, metavar="P")
@@ -231,6 +243,8 @@ VERBS = (
     Verb("presets", "the models that model.preset knows", "presets llama3-8b", _presets),
     Verb("plan", "a job of any size on paper: what a rank holds and does, and the schedule as a picture",
          "plan llama-65b --explain-rank 777", _plan),
+    Verb("rehearse", "one rank of a job of any size walked through here, its peers left out",
+         "rehearse llama-65b --rank 777", _rehearse),
     Verb("schedule", "a pipeline schedule as a grid, with its bubble and peak activations",
          "schedule 1f1b --stages 4 --microbatches 8", _schedule),
     Verb("bench", "measured tables", "bench matmul", _bench),

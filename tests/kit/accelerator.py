@@ -7,9 +7,7 @@ Run as a program, in a process of its own because it registers a device with tor
 For each it does on the first or last rank of the layout (the collectives are torch's fake ones) what a run does: two
 steps that are not logged, an evaluation and a save; or with `use: true` what is done with its model: `octant eval`'s
 sums and a few tokens of two texts.  It prints one JSON line: how often the host read something where it may, or what
-went wrong.  Two faults that otherwise only a GPU shows are errors here: an operation that mixes devices, and a value
-that the host reads back (`.item()`, `.tolist()`, `bool(…)`), which would make it wait for the device.  Copying a number
-to the device waits as well: so `torch.tensor(x, device=…)` is refused.  `read: true` has the loop read a value back, to
+went wrong; `engine.plan.pretend` says what is an error on it.  `read: true` has the loop read a value back, to
 see that it is noticed.
 """
 
@@ -19,9 +17,8 @@ import json
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,116 +30,33 @@ from engine.checkpoint.staging import Staging
 from engine.checkpoint.write import CheckpointWriter
 from engine.config import Config
 from engine.data.sources import open_corpus
-from engine.distributed.agree import maximum
-from engine.distributed.mesh import Mesh, single_mesh
 from engine.distributed.pieces import Piece
 from engine.distributed.topology import Topology
+from engine.errors import RequestError
 from engine.generate.evaluate import sum_of_losses
 from engine.generate.generator import Generator
 from engine.generate.request import Limits, Sampling
 from engine.metrics.phases import Moment
-from engine.model.context import Batch
 from engine.parallel.parallelize import parallelize
-from engine.train.batches import HostBatch, HostStep, Loader
+from engine.plan import pretend
+from engine.plan.pretend import DEVICE, install, one_rank
 from engine.train.loop import Trainer
-from engine.train.tally import LateRead
-from tests.kit.fake import fake_rank
 from tests.kit.runs import run_config
 
-try:                                       # none of this is promised by torch
-    from torch._C import _swap_tensor_impl
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-    from torch.testing._internal.distributed import fake_pg  # noqa: F401
-    from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
-except ImportError as error:
-    print(f"torch {torch.__version__} has not what the make-believe accelerator is made of: {error}", file=sys.stderr)
-    raise SystemExit(77) from None         # as test programs say that they cannot run here
-
-DEVICE = "pretend"
 FIRST, LAST = 5, 6                         # steps, none of which is logged
-READ = Loader._read
 TEXTS = [[1, 2, 3, 4], [5, 6]]
 NEW_TOKENS = 3
-
-
-class _Module(_DummyBackendModule):
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
-
-    def is_autocast_enabled(self) -> bool:
-        return False
-
-    def get_autocast_dtype(self) -> torch.dtype:
-        return torch.bfloat16
-
-    def current_device(self) -> int:
-        return 0
 
 
 class Enough(Exception):
     """The steps have been done."""
 
 
-def install() -> None:
-    """Registers the device, and makes torch do on it what it would do on a GPU."""
-    _setup_privateuseone_for_python_backend(DEVICE, backend_module=_Module())
-    torch.utils.swap_tensors = _swap
-    for name in ("tensor", "as_tensor"):
-        setattr(torch, name, _without_copies(getattr(torch, name)))
-    LateRead.exchange = _late                                                          # type: ignore[method-assign]
-
-
-def _swap(a: torch.Tensor, b: torch.Tensor) -> None:
-    """`torch.utils.swap_tensors`, which refuses tensors that a FakeTensorMode knows of."""
-    a.__class__, b.__class__ = b.__class__, a.__class__
-    a.__dict__, b.__dict__ = b.__dict__, a.__dict__
-    _swap_tensor_impl(a, b)
-
-
-def _without_copies(make: Any) -> Any:
-    def refusing(data: Any, **options: Any) -> torch.Tensor:
-        if str(options.get("device", "cpu")).startswith(DEVICE) and not isinstance(data, torch.Tensor):
-            raise RuntimeError(f"{data!r} is copied to the device, and the host waits for it: use torch.full")
-        result: torch.Tensor = make(data, **options)
-        return result
-
-    return refusing
-
-
-def _late(self: LateRead, numbers: torch.Tensor) -> list[float]:
-    """The one thing that the host reads after every step, and need not wait for."""
-    assert numbers.device.type == DEVICE
-    return [0.0] * len(numbers)
-
-
-def _without_values(mode: FakeTensorMode) -> Callable[[HostBatch, Mesh], Batch]:
-    """`HostBatch.part` of a batch whose values have been forgotten: a copy of real ones would really be made."""
-    part = HostBatch.part
-
-    def forgetful(batch: HostBatch, mesh: Mesh) -> Batch:
-        own = batch.batch.map(lambda _, x: mode.from_tensor(x))
-        if own.documents is not None:
-            own = replace(own, documents=replace(own.documents, cu_seqlens=mode.from_tensor(own.documents.cu_seqlens)))
-        return part(HostBatch(own), mesh)
-
-    return forgetful
-
-
-def _with_values(loader: Loader, first: int) -> HostStep:
-    """`Loader._read`: what happens on the host is real."""
-    with unset_fake_temporarily():
-        return READ(loader, first)
-
-
-def _alone(values: list[int], group: object) -> list[int]:
-    """`maximum`, of one rank whose peers are not there; also on the host."""
-    with unset_fake_temporarily():
-        return maximum(values, None)
-
-
 @contextmanager
 def host_reads() -> Iterator[list[str]]:
     """Inside, the host may read values back (there are none: it gets ones); what it read, by shape."""
+    from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
     reads: list[str] = []
 
     def ones(tensor: torch.Tensor) -> Any:
@@ -164,22 +78,9 @@ def _copied(writer: CheckpointWriter, step: int, pieces: list[Piece], metadata: 
 
 
 @contextmanager
-def one_rank(config: Config, rank: int) -> Iterator[Mesh]:
-    """The mesh of one rank whose peers are not there: what it receives has no values anyway."""
-    world_size = config.parallel.world_size
-    if world_size == 1:
-        yield single_mesh(DEVICE)
-        return
-    with fake_rank(rank, world_size, DEVICE, f"cpu:fake,{DEVICE}:fake") as job:
-        yield job.mesh(Topology.of(config))
-
-
-@contextmanager
 def pretending() -> Iterator[None]:
-    """What is made inside has no values, but for what is read from files."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, \
-            patch.object(HostBatch, "part", _without_values(mode)), patch.object(Loader, "_read", _with_values), \
-            patch("engine.train.batches.maximum", _alone), patch.object(CheckpointWriter, "save", _copied):
+    """What is made inside has no values, but for what is read from files; nothing is saved."""
+    with pretend.pretending(), patch.object(CheckpointWriter, "save", _copied):
         yield
 
 
@@ -191,7 +92,7 @@ def train(config: Config, rank: int, read: bool) -> dict[str, list[str]]:
         if read and moment.phase == "update":
             trainer.state.optimizer.num_steps()
 
-    with one_rank(config, rank) as mesh, pretending():
+    with one_rank(Topology.of(config), rank, DEVICE) as mesh, pretending():
         trainer = Trainer.start(config, mesh, open_corpora(config, say=lambda line: None), lambda: False)
         trainer.state.step = FIRST - 1
         trainer.phases.listeners.append(stop)
@@ -213,7 +114,7 @@ def train(config: Config, rank: int, read: bool) -> dict[str, list[str]]:
 def use(config: Config, rank: int) -> dict[str, list[str]]:
     """The sums of an evaluation and a few tokens of two texts, with a model that is not trained."""
     [source] = config.data.valid
-    with one_rank(config, rank) as mesh, pretending():
+    with one_rank(Topology.of(config), rank, DEVICE) as mesh, pretending():
         model = parallelize(config, mesh, training=False)
         data = open_corpus(source, config.data.seq_len, config.model.vocab_size, None, config.data.document_mask)
         found = {}
@@ -236,7 +137,11 @@ def _short(text: str) -> str:
 
 def main() -> None:
     """One line for each case."""
-    install()
+    try:
+        install()
+    except RequestError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(77) from None     # as test programs say that they cannot run here
     with tempfile.TemporaryDirectory() as folder:
         for number, case in enumerate(json.loads(sys.argv[1])):
             last, read, used = (case.pop(name, False) for name in ("last", "read", "use"))
