@@ -9,12 +9,14 @@ from pathlib import Path
 
 from engine.config import Config, load_config, resolve_layout
 from engine.config.length import read_tokens
+from engine.config.placement import learns_from_own_texts, processes_needed
 from engine.errors import RequestError
 from engine.hints import hint
 from engine.parallel.pipeline.timeline import timeline
 from engine.plan import search as searching
 from engine.plan.devices import Device, device, device_named_in
 from engine.plan.job import Planned
+from engine.plan.roles import PlannedRoles, actor_of, roles_summary
 from engine.plan.scaling import scaling_table, search_table
 from engine.plan.summary import summary
 from engine.report.plan_picture import plan_svg
@@ -34,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     """
     loaded = _lengthened(load_config(args.config, args.overrides), args.tokens)
     sizes, on = _sizes(args.gpus), _device(args)
+    if learns_from_own_texts(loaded):
+        return _with_roles(args, loaded, sizes, on)
     if args.search or len(sizes) > 1:
         return _compare(args, loaded, sizes or [_default_size(loaded, on)], on)
     config = resolve_layout(loaded, sizes[0] if sizes else _default_size(loaded, on))
@@ -53,6 +57,28 @@ def run(args: argparse.Namespace) -> int:
         if loaded.parallel.data == "auto" and not sizes:
             print(f"parallel.data is auto, so this is for {job.world} processes; --gpus N plans for more\n")
     print(hint(*_next(args, config)))
+    return 0
+
+
+def _with_roles(args: argparse.Namespace, loaded: Config, sizes: list[int], on: Device) -> int:
+    """Who is where, and the memory of each rank.
+
+    Raises:
+        RequestError: something was asked for that there is of runs with one model only.
+    """
+    asked = {"--search": args.search, "--explain-rank": args.explain_rank is not None,
+             "--schedule-svg": args.schedule_svg is not None, "--svg": args.svg is not None,
+             "--gpus with several numbers": len(sizes) > 1}
+    if given := [name for name, is_asked in asked.items() if is_asked]:
+        raise RequestError(f"{given[0]}: a run of {loaded.run.objective} has several models, each with a layout of "
+                           "its own: plan without it, which says who is where and what each rank holds")
+    world = sizes[0] if sizes else processes_needed(loaded) or _default_size(actor_of(loaded), on)
+    job = PlannedRoles(resolve_layout(loaded, world), on)
+    if args.json:
+        print(json.dumps(job.record(), indent=1))
+        return 0
+    print(roles_summary(job) + "\n")
+    print(hint("train", args.config, *args.overrides))
     return 0
 
 

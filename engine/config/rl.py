@@ -91,13 +91,20 @@ def _several(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 
 
+def _one_or_several(schema: dict[str, Any]) -> None:
+    """A list in the schema of editors, or what is in it."""
+    listed = {key: schema.pop(key) for key in ("type", "items")}
+    schema["anyOf"] = [listed, listed["items"]]
+
+
 class RolesConfig(Section):
     """The models of a run of reinforcement learning."""
 
     actor: ActorConfig = ActorConfig()
     critic: CriticConfig = CriticConfig()
     reference: RoleConfig = RoleConfig()
-    reward: Annotated[tuple[RewardSource, ...], BeforeValidator(_several)] = ()
+    reward: Annotated[tuple[RewardSource, ...], BeforeValidator(_several),
+                      Field(json_schema_extra=_one_or_several)] = ()
     rollout: Place | None = None                             # texts are made on ranks of their own
 
 

@@ -12,7 +12,7 @@ be the same each time, by the hash of what they are read from.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from engine.checkpoint.adapted import open_model
 from engine.checkpoint.compatibility import require_compatible
 from engine.checkpoint.read import CheckpointReader
 from engine.config import Config, RoleConfig, role_configs
-from engine.config.placement import ACTOR, CRITIC, REFERENCE, ROLLOUT, reward_name
+from engine.config.placement import ACTOR, CRITIC, REFERENCE, REWARD, ROLLOUT, reward_name
 from engine.distributed.agree import Group
 from engine.distributed.mesh import Job
 from engine.errors import CheckpointError, ConfigError
+from engine.generate.score import Scale
 from engine.model.adapter import SCORE
 from engine.model.objective import NEXT_TOKEN, Objective
 from engine.rl.objectives import Policy, Value
@@ -57,9 +58,15 @@ class Member:
 
 @dataclass(frozen=True)
 class Cast:
-    """All roles of a run, by name."""
+    """All roles of a run, by name.
+
+    Attributes:
+        scales: of reward models whose run held samples back: their scores count in standard deviations from the mean
+            over those.
+    """
 
     members: Mapping[str, Member]
+    scales: dict[str, Scale] = field(default_factory=dict)
 
     @staticmethod
     def build(config: Config, job: Job) -> Cast:
@@ -119,6 +126,8 @@ class Cast:
                 reader = open_model(Path(source), group)
                 notes += _load(name, member, reader, data)
                 contents[name] = reader.content
+                if name.startswith(REWARD) and (scale := Scale.of(reader)) is not None:
+                    self.scales[name] = scale
             member.state.publish()
         return notes, contents
 
@@ -158,7 +167,7 @@ def _load(name: str, member: Member, reader: CheckpointReader, data: Mapping[str
         require_compatible(reader.metadata, own, reader.path, weights_only=True)
     except CheckpointError as error:
         raise CheckpointError(f"roles.{name}: {error}") from None
-    if name.startswith("reward") and SCORE_KEY not in reader:
+    if name.startswith(REWARD) and SCORE_KEY not in reader:
         raise CheckpointError(f"roles.reward: {reader.path} is no reward model: it has no score")
     state = member.state
     pieces = state.masters() if state.role.trainable else state.weights()

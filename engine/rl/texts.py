@@ -103,7 +103,9 @@ class Texts:
             parts: dict[str, Numbers] = {}
             weights: list[float] = []
             for name, weight in self._cast.scoring(self._config):
-                parts[name] = model_scores(self._cast[name], rollouts, self._world)
+                scores = model_scores(self._cast[name], rollouts, self._world)
+                scale = self._cast.scales.get(name)
+                parts[name] = scores if scale is None else (scores - scale.mean) / scale.std
                 weights.append(weight)
             for scorer in self._scorers:
                 parts[scorer.name] = checked(scorer(rollouts), rollouts.num_rows, scorer.name)

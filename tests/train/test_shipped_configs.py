@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from engine.config import Config, load_config, resolve_layout
+from engine.config.placement import learns_from_own_texts, processes_needed
+from engine.distributed.mesh import Job
+from engine.metrics.phases import Phases
+from engine.plan.devices import device, device_named_in
+from engine.plan.roles import PlannedRoles
 from engine.plan.stages import all_stages
+from engine.rl.start import begin
 from tests.align.test_comparisons import write_pairs
 from tests.align.test_sft import write_chats
 from tests.kit.runs import metrics, saved_steps, train, write_corpus
@@ -18,7 +24,8 @@ SMALL = ["model.num_layers=4", "model.hidden_size=64", "model.num_heads=4", "mod
          "model.ffn_hidden_size=128", "model.vocab_size=257", "model.max_seq_len=128", "data.seq_len=64",
          "data.tokenizer=bytes", "batch.global=8", "batch.micro=1", "run.device=cpu", "steps=2", "eval.every=2",
          "eval.batches=1"]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS, WITH_ROLES = ([path for path in sorted((ROOT / "configs").glob("*.yaml"))
+                        if learns_from_own_texts(load_config(path)) == with_roles] for with_roles in (False, True))
 
 
 def small_config(path: Path, overrides: list[str]) -> Config:
@@ -71,3 +78,38 @@ def test_first_lines_say_what_the_planner_counts(path: Path) -> None:
     assert found is not None
     fullest = max(stage.total for stage in all_stages(config, on_gpu=True)) / 2**30
     assert f"{fullest:.1f}" == found[1] and fullest < float(found[2])
+
+
+@pytest.mark.parametrize("path", WITH_ROLES, ids=lambda path: path.stem)
+def test_first_lines_of_roles_say_what_the_planner_counts(path: Path) -> None:
+    config, on = load_config(path), device(device_named_in(str(path)) or "")
+    job = PlannedRoles(resolve_layout(config, processes_needed(config) or on.per_node), on)
+    head = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    parts = job.fullest.parts
+    numbers = [job.fullest.total, on.memory, *(sum(getattr(part.state, name) for part in parts)
+                                               for name in ("parameters", "gradients", "optimizer")),
+               job.fullest.longest.turn]
+    found = re.search(r"on the fullest rank, ([\d.]+) of ([\d.]+) GiB: weights ([\d.]+), gradients ([\d.]+), optimizer "
+                      r"state ([\d.]+), [a-z ]+ ([\d.]+)\.", head)
+    assert found is not None and [*found.groups()] == [f"{number / 2**30:.1f}" for number in numbers]
+    assert job.fits
+
+
+@pytest.mark.parametrize("path", WITH_ROLES, ids=lambda path: path.stem)
+def test_shipped_configuration_with_roles_trains(path: Path, tmp_path: Path) -> None:
+    """Its own settings, with everybody on one rank."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{i} + 1?", "answer": "#### {i + 1}"}}\n' for i in range(9)))
+    shipped = load_config(path)
+    small = load_config(path, [*(each for each in SMALL if not each.startswith("batch.global")), "data.template=plain",
+                               "rollout.prompts=4", "rollout.max_new_tokens=8", f"run.dir={tmp_path}/run",
+                               f"{shipped.learning_section}.minibatch=4", f"data.train=[{{path: {prompts}}}]"])
+    functions = [{"function": source.function or "exact_match"} for source in shipped.roles.reward]
+    alone = {"parallel": {"data": 1}, "batch": {"micro": 1}, "roles": {"reward": functions}}
+    config = resolve_layout(Config.model_validate(small.to_dict() | alone), 1)
+    learner = begin(config, lambda: False, False)(Job("cpu"), Phases(Job("cpu").device))
+    learner.run()
+    learner.close()
+    _, second = metrics(config)
+    assert second["step"] == 2 and second["skipped"] == 0 and second["actor/entropy"] > 3
+    assert saved_steps(config) == [2]

@@ -1,0 +1,239 @@
+"""A run that learns from its own texts on paper: who lives where, and what every rank holds of all who live on it.
+
+    actor, critic            weights, gradients, optimizer state; and in their turn activations and workspace
+    reference, reward …      weights; and in their turn what a forward pass takes
+    rollout                  weights once more, in the layout that makes texts; and in its turn keys and values of
+                             `rollout.batch` texts of `data.seq_len` tokens, and the numbers from which a token is drawn
+
+Roles on a rank take turns, so what a rank needs is all that stays, and the most that any of them takes in its turn.
+Layouts, stages and what a training step holds are those of `engine.plan.stages`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+from engine.config import Config, role_configs, world_size_of
+from engine.config.placement import ACTOR, CRITIC, ROLLOUT
+from engine.distributed.topology import Topology
+from engine.model.flops import count_parameters
+from engine.plan.devices import Device
+from engine.plan.layer import FP32, Sizes, embedding_bytes, head_bytes, layer_bytes
+from engine.plan.stages import CONTEXT, MARGIN, stage_memory
+from engine.plan.state import StateBytes, dealt_layers, stage_state, width_of
+from engine.plan.text import counted, memory_size, table
+
+BAR = 48                                 # characters of a row of the picture
+TRAINED = (ACTOR, CRITIC)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one role takes of a rank's memory.
+
+    Attributes:
+        role: its name; `stage` of its pipeline, on which the rank is.
+        state: what stays.
+        turn: the most that comes and goes while it works.
+    """
+
+    role: str
+    stage: int
+    state: StateBytes
+    turn: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.role} {self.stage}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Ranks side by side on which the same lives.
+
+    Attributes:
+        parts: a role each, in the order in which they were asked for.
+    """
+
+    ranks: range
+    parts: tuple[Part, ...]
+
+    @property
+    def stays(self) -> int:
+        return sum(part.state.total for part in self.parts)
+
+    @property
+    def longest(self) -> Part:
+        """The role that takes the most in its turn."""
+        return max(self.parts, key=lambda part: part.turn)
+
+    @property
+    def total(self) -> float:
+        """Bytes of tensors at the worst moment."""
+        return self.stays + self.longest.turn
+
+    @property
+    def needed(self) -> float:
+        """Bytes of a GPU's memory, with margin and context."""
+        return self.total * (1 + MARGIN) + CONTEXT
+
+
+@dataclass(frozen=True)
+class PlannedRoles:
+    """The resolved `config`, which has roles, on `device`."""
+
+    config: Config
+    device: Device
+
+    @property
+    def world(self) -> int:
+        return world_size_of(self.config)
+
+    @cached_property
+    def roles(self) -> dict[str, tuple[range, Config]]:
+        """Ranks and configuration of each."""
+        return role_configs(self.config, self.world)
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """All ranks, those beside each other with the same on them together."""
+        parts = {name: [self._part(name, own, stage) for stage in range(own.parallel.pipeline)]
+                 for name, (_, own) in self.roles.items()}
+        topologies = {name: Topology.of(own) for name, (_, own) in self.roles.items()}
+
+        def on(rank: int) -> tuple[Part, ...]:
+            return tuple(parts[name][topologies[name].coordinates(rank - ranks.start)["pipeline"]]
+                         for name, (ranks, _) in self.roles.items() if rank in ranks)
+
+        alike = groupby(range(self.world), key=on)
+        runs = [(found, [*ranks]) for found, ranks in alike]
+        return [Place(range(ranks[0], ranks[-1] + 1), found) for found, ranks in runs]
+
+    @property
+    def fullest(self) -> Place:
+        return max(self.places, key=lambda place: place.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.fullest.needed <= self.device.memory
+
+    def _part(self, name: str, own: Config, stage: int) -> Part:
+        if name in TRAINED:
+            memory = stage_memory(own, stage, on_gpu=self.device.name != "cpu")
+            return Part(name, stage, memory.state, memory.activations + memory.workspace)
+        state = StateBytes(stage_state(_whole(own), stage).bytes.parameters, 0, 0)
+        if name == ROLLOUT:
+            return Part(name, stage, state, texts_in_the_making(self.config, own, stage))
+        return Part(name, stage, state, _forward_pass(own, on_gpu=self.device.name != "cpu"))
+
+    def record(self) -> dict[str, Any]:
+        """The object of `octant plan --json`."""
+        roles = {name: {"ranks": [ranks.start, ranks.stop], "parameters": count_parameters(own.model).total,
+                        "layout": {axis: getattr(own.parallel, axis) for axis in ("tensor", "pipeline", "context")}
+                        | {"data": own.parallel.data_size, "zero": own.parallel.zero}}
+                 for name, (ranks, own) in self.roles.items()}
+        memory = [{"ranks": [place.ranks.start, place.ranks.stop], "roles": [part.role for part in place.parts],
+                   "parameters": sum(part.state.parameters for part in place.parts),
+                   "gradients": sum(part.state.gradients for part in place.parts),
+                   "optimizer": sum(part.state.optimizer for part in place.parts),
+                   "turn": round(place.longest.turn), "turn_of": place.longest.role, "total": round(place.total)}
+                  for place in self.places]
+        return {"world": self.world, "gpu": self.device.name, "roles": roles, "memory": memory, "fits": self.fits,
+                "needed_bytes": round(self.fullest.needed), "device_bytes": round(self.device.memory)}
+
+
+def actor_of(config: Config) -> Config:
+    """The configuration as if the actor, whose layout may be open, were alone and learned a minibatch a step."""
+    parallel = (config.roles.actor.parallel or config.parallel).model_dump(mode="json")
+    batch = config.batch.model_dump(by_alias=True) | {"global": config.learning.minibatch}
+    return Config.model_validate(config.to_dict() | {
+        "run": config.run.model_dump() | {"objective": "pretrain"}, "parallel": parallel, "batch": batch,
+        "data": config.data.model_dump() | {"train": (), "valid": ()}})
+
+
+def _whole(own: Config) -> Config:
+    """The same with all weights on each rank, as roles have them that are not trained."""
+    return own.model_copy(update={"parallel": own.parallel.model_copy(update={"zero": 0})})
+
+
+def texts_in_the_making(run: Config, own: Config, stage: int) -> float:
+    """Bytes of keys and values of a batch of texts at their longest, and of the numbers a token is drawn from."""
+    model, tensor, texts = own.model, own.parallel.tensor, run.rollout.batch
+    placement, deal = dealt_layers(own)
+    layers = sum(len(deal[chunk]) for chunk, owner in enumerate(placement) if owner == stage)
+    each = 2 * max(1, model.num_kv_heads // tensor) * model.head_dim * width_of(own)
+    cache = texts * run.data.seq_len * layers * each
+    return cache + (2 * texts * model.vocab_size / tensor * FP32 if stage == own.parallel.pipeline - 1 else 0)
+
+
+def _forward_pass(own: Config, on_gpu: bool) -> float:
+    """The most that a pass without gradients holds: one layer's, or the head's."""
+    sizes = Sizes.of(own, on_gpu)
+    units = (embedding_bytes(sizes), layer_bytes(sizes, "none", split=False), head_bytes(sizes, split=False))
+    return max(sum(unit.forward.at_peak.values()) for unit in units)
+
+
+def roles_summary(job: PlannedRoles) -> str:
+    """All of it in one screen, without a trailing newline."""
+    sections = {f"Who is where, on {job.world:,} × {job.device.name}": _picture(job),
+                "A step": _step(job.config),
+                "Memory of a rank at the worst moment of a step": _memory(job)}
+    return "\n\n".join("\n".join([title, *(f"  {line}".rstrip() for line in lines)])
+                       for title, lines in sections.items())
+
+
+def _picture(job: PlannedRoles) -> Iterator[str]:
+    rows = [("role", "ranks", _bar(range(job.world), job.world), "layout", "parameters")]
+    for name, (ranks, own) in job.roles.items():
+        parallel = own.parallel
+        cut = [f"{axis} {degree}" for axis, degree in (
+            ("tensor", parallel.tensor), ("pipeline", parallel.pipeline), ("context", parallel.context),
+            ("data", parallel.data_size), ("ZeRO", parallel.zero)) if degree > (axis != "ZeRO")]
+        rows.append((name, _named(ranks), _bar(ranks, job.world), " × ".join(cut) or "one process",
+                     counted(count_parameters(own.model).total)))
+    yield from table(rows, right=(4,))
+
+
+def _bar(ranks: range, world: int) -> str:
+    """A row of the picture: the part of all ranks that these are, at least one character."""
+    width = min(BAR, world) if world < BAR else BAR
+    first, last = ranks.start * width // world, max(ranks.start * width // world + 1, ranks.stop * width // world)
+    return "·" * first + "█" * (last - first) + "·" * (width - last)
+
+
+def _step(config: Config) -> Iterator[str]:
+    rollout, learning = config.rollout, config.learning
+    updates = config.texts_per_step // learning.minibatch
+    yield (f"{rollout.prompts:,} prompts × {config.samples_per_prompt} = {config.texts_per_step:,} texts of at most "
+           f"{rollout.max_new_tokens:,} new tokens, {config.data.seq_len:,} with their prompt")
+    yield (f"{learning.epochs} epoch{'s' * (learning.epochs > 1)} of {updates:,} update{'s' * (updates > 1)}, "
+           f"{learning.minibatch:,} texts each")
+
+
+def _memory(job: PlannedRoles) -> Iterator[str]:
+    rows: list[tuple[str, ...]] = [("ranks", "roles and their stages", "weights", "gradients", "optimizer", "in turn",
+                                    "whose turn", "together")]
+    for place in job.places:
+        sums = (sum(getattr(part.state, name) for part in place.parts)
+                for name in ("parameters", "gradients", "optimizer"))
+        rows.append((_named(place.ranks), ", ".join(part.name for part in place.parts), *map(memory_size, sums),
+                     memory_size(place.longest.turn), place.longest.role, memory_size(place.total)))
+    yield from table(_shortened(rows), right=(2, 3, 4, 5, 7))
+    fullest = job.fullest
+    yield (f"{'fits' if job.fits else 'DOES NOT FIT'}: {memory_size(fullest.needed)} on ranks {_named(fullest.ranks)} "
+           f"with the allocator's margin and a CUDA context, {memory_size(job.device.memory)} are there")
+
+
+def _shortened(rows: Sequence[tuple[str, ...]], most: int = 24) -> list[tuple[str, ...]]:
+    """The first and the last rows of many."""
+    if len(rows) <= most:
+        return [*rows]
+    return [*rows[:most // 2], ("…", *[""] * (len(rows[0]) - 1)), *rows[-most // 2:]]
+
+
+def _named(ranks: range) -> str:
+    return str(ranks.start) if len(ranks) == 1 else f"{ranks.start} to {ranks.stop - 1}"
