@@ -60,12 +60,13 @@ def _onednn(place: Place) -> Any:
 
 def _onednn_linear(place: Place) -> Any:
     place.require(dtypes=(torch.float32,))
-    product = _onednn(place)
+    product, shaped = _onednn(place), torch_operator("aten", "_unsafe_view")
 
     def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.numel() * weight.shape[0] < SMALLEST_PRODUCT:
             return F.linear(x, weight, bias)
-        return product(x, weight, bias, "none", [], "")
+        # Of more than two dimensions it returns a view, to which autograd lets nobody add in place, as adapters do.
+        return shaped(product(x.flatten(0, -2), weight, bias, "none", [], ""), (*x.shape[:-1], weight.shape[0]))
 
     return onednn_linear
 

@@ -17,6 +17,12 @@ forward) that is `12·s·h`.  A causal query attends to `s/2` keys on average:
     attention  = 6 · L · h · s      causal: the operations the mathematics needs
                = 12 · L · h · s     full: what much of the literature counts (PaLM, Chowdhery et al. 2022, appendix B)
 
+A weight that stays as it is has no gradient and takes two products.  With low-rank adapters, of N_adapter elements,
+
+    matrices   = 4 · N_matmul + 6 · N_adapter          (a score head is trained besides, and counts 6)
+
+which leaves it at that the lowest layer need not pass its gradient on.
+
 Grouped-query attention shares keys and values among queries; it changes N_matmul but not the attention term, which
 counts query heads.  Recomputed activations do not count: model FLOPs measure useful work, so recomputation lowers the
 utilisation and never raises it.
@@ -99,13 +105,22 @@ def count_adapter(model: ModelConfig, adapter: AdapterConfig) -> int:
     return model.num_layers * of_a_layer + of_the_ends
 
 
-def flops_per_token(model: ModelConfig, seq_len: int, attention: AttentionCount = "causal") -> int:
+def flops_per_token(model: ModelConfig, seq_len: int, attention: AttentionCount = "causal",
+                    adapter: AdapterConfig | None = None) -> int:
     """Floating-point operations of training on one token of a sequence of `seq_len` tokens, forward and backward.
 
     Args:
         model: the resolved model.
         seq_len: tokens in one sequence (`s`), not the model's maximum.
         attention: `causal` counts half of the score matrix (`6·L·h·s`), `full` all of it (`12·L·h·s`).
+        adapter: what is trained in place of the weights.
+
+    Raises:
+        ConfigError: a projection is to have an adapter that the model does not have.
     """
-    factor = 6 if attention == "causal" else 12
-    return 6 * count_parameters(model).matmul + factor * model.num_layers * products(model, seq_len)
+    factor, counts = 6 if attention == "causal" else 12, count_parameters(model)
+    matrices = 6 * counts.matmul
+    if adapter is not None:
+        frozen = counts.matmul - (counts.head if model.head == "score" else 0)
+        matrices += 6 * count_adapter(model, adapter) - 2 * frozen
+    return matrices + factor * model.num_layers * products(model, seq_len)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from engine.config import Config
-from engine.model.flops import flops_per_token
+from engine.model.flops import AttentionCount, flops_per_token
 from engine.plan.cost import Clock, Group, Pass, UnitCost
 from engine.plan.devices import Device
 from engine.plan.practice import OCTANT, Practice
@@ -95,8 +95,8 @@ def step_time(config: Config, device: Device, practice: Practice = OCTANT, *, ro
     tokens = config.batch.global_ * config.data.seq_len / seconds
     peak = device.peaks["bf16" if config.precision.compute == "bf16" else "fp32"] * parallel.world_size
 
-    def mfu(attention: str) -> float:
-        return tokens * flops_per_token(config.model, config.data.seq_len, attention) / peak  # type: ignore[arg-type]
+    def mfu(attention: AttentionCount) -> float:
+        return tokens * flops_per_token(config.model, config.data.seq_len, attention, config.adapter) / peak
 
     return StepTime(seconds, breakdown, mfu("causal"), mfu("full"), tokens)
 

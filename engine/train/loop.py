@@ -207,8 +207,8 @@ class Trainer(Running):
         peak = peak_tflops(torch.cuda.get_device_name(device)) if known else None
         samples = (self.state.consumed_samples - self.logged_samples) / taken.steps
         self.logged_samples = self.state.consumed_samples
-        speed = throughput(samples * config.data.seq_len, seconds,
-                           flops_per_token(config.model, config.data.seq_len), self.mesh.world.size, peak)
+        flops = flops_per_token(config.model, config.data.seq_len, adapter=config.adapter)
+        speed = throughput(samples * config.data.seq_len, seconds, flops, self.mesh.world.size, peak)
         split = {f"timing_s/{phase}": taken.by_phase.get(phase, 0.0) / (taken.steps if phase in IN_STEP else 1)
                  for phase in (*IN_STEP, *BESIDES)}
         return {"step_seconds": seconds, **speed.record(), **split}

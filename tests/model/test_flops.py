@@ -7,8 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.config import ModelConfig, load_config
+from engine.config import AdapterConfig, ModelConfig, load_config
 from engine.metrics.throughput import throughput
+from engine.model.adapter import attach_adapters
 from engine.model.context import Batch
 from engine.model.flops import count_parameters, flops_per_token
 from engine.model.transformer import Transformer
@@ -59,6 +60,24 @@ def test_full_count_equals_torchs_counter_over_forward_and_backward(num_kv_heads
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens, batch).sum().backward()
     assert counter.get_total_flops() == flops_per_token(config, seq_len, "full") * tokens.numel()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["all-linear", "lm_head"]])
+def test_frozen_weights_take_two_products(targets: str | list[str]) -> None:
+    """As torch counts them; the lowest layer's q, k and v pass nothing on to an embedding that is frozen."""
+    seq_len, micro, adapter = 24, 2, AdapterConfig(rank=4, targets=targets)           # type: ignore[arg-type]
+    model = Transformer(TINY)
+    attach_adapters(model, adapter)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens = torch.randint(0, TINY.vocab_size, (seq_len, micro))
+    batch = Batch(tokens, torch.arange(seq_len).unsqueeze(1))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, batch).sum().backward()
+    lowest = model.layers["0"].self_attention.linear_qkv
+    not_passed_on = 2 * (lowest.weight.numel() + lowest.adapter.a.numel())
+    counted = flops_per_token(TINY, seq_len, "full", adapter) - not_passed_on
+    assert counter.get_total_flops() == counted * tokens.numel()
 
 
 def test_causal_counts_half_of_the_attention() -> None:
