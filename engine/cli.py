@@ -37,9 +37,12 @@ class Verb:
 
 
 def _demo(p: Parser) -> None:
-    p.add_argument("--dir", default="runs/demo", help="folder for everything it writes (default: %(default)s)")
-    p.add_argument("--processes", type=int, default=4, choices=(1, 2, 4),
-                   help="processes of the run: 4 is tensor 2 × pipeline 2 (default: %(default)s)")
+    p.add_argument("what", nargs="?", choices=("pretrain", "align"), default="pretrain",
+                   help="pretrain: text to a model; align: a model to an instructed and a preferred one "
+                        "(default: %(default)s)")
+    p.add_argument("--dir", help="folder for everything it writes (default: runs/demo, runs/demo-align)")
+    p.add_argument("--processes", type=int, choices=(1, 2, 4),
+                   help="processes of the runs: 4 is tensor 2 × pipeline 2 (default: 4; for align 1)")
 
 
 def _tokenizer(p: Parser) -> None:

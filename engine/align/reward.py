@@ -20,16 +20,22 @@ from engine.model.fields import END, MARGIN
 from engine.model.objective import Head, Objective
 
 MEAN, STD = "score/mean", "score/std"
+SURE = (55, 65, 75, 85, 95)                          # middles of classes of σ(|Δ|), in percent
+
+
+def _calibration(name: str) -> tuple[str, ...]:
+    return tuple(f"{name}/{middle}" for middle in SURE)
 
 
 class RewardModel(Objective):
     """What `run.objective: reward` trains.
 
     Logged are the loss, the share of pairs in the right order, the mean difference of their scores, and mean and
-    standard deviation of all scores.
+    standard deviation of all scores.  `calibration/85` is the share of right ones among pairs of which the model is 80
+    to 90 % sure: σ(|Δ|), the probability that Bradley and Terry give the better one.
     """
 
-    sums = ("loss", "accuracy", "margin", "texts", "scores", "squares")
+    sums = ("loss", "accuracy", "margin", "texts", "scores", "squares", *_calibration("pairs"), *_calibration("right"))
     head = "score"
     fields = (END, MARGIN)
 
@@ -54,16 +60,26 @@ class RewardModel(Objective):
             losses = losses + self.center * off_centre(chosen, rejected)
         of_pairs = ((each * weights).sum() for each in (losses, (chosen > rejected).float(), chosen - rejected))
         of_texts = ((each * there * counts).sum() for each in (torch.ones_like(scores), scores, scores.square()))
-        return [head.once(each) for each in (*of_pairs, *of_texts)]
+        return [head.once(each) for each in (*of_pairs, *of_texts, *_by_sureness(chosen - rejected, weights))]
 
     def count(self, batch: Batch) -> Tensor:
         return count_samples(batch, self.rows_per_sample)
 
     def numbers(self, totals: Sequence[float], divisor: float) -> dict[str, float]:
-        loss, accuracy, margin, texts, scores, squares = totals
+        loss, accuracy, margin, texts, scores, squares, *classes = totals
         mean = scores / max(texts, 1)
+        named = zip(_calibration("calibration"), classes[:len(SURE)], classes[len(SURE):], strict=True)
         return {"loss": loss / divisor, "accuracy": accuracy / divisor, "margin": margin / divisor, MEAN: mean,
-                STD: max(squares / max(texts, 1) - mean * mean, 0.0) ** 0.5}
+                STD: max(squares / max(texts, 1) - mean * mean, 0.0) ** 0.5,
+                **{name: right / pairs for name, pairs, right in named if pairs > 0}}
+
+
+def _by_sureness(difference: Tensor, weights: Tensor) -> Sequence[Tensor]:
+    """Weights of all pairs and of the right ones, in classes of how sure the model is; each a scalar."""
+    sure = torch.sigmoid(difference.detach().abs())
+    which = (sure.sub(0.5) * 2 * len(SURE)).long().clamp(max=len(SURE) - 1)
+    counted = torch.stack((weights, weights * (difference > 0))).flatten(1)
+    return weights.new_zeros(2, len(SURE)).index_add_(1, which.flatten(), counted).flatten().unbind()
 
 
 def count_samples(batch: Batch, rows: int) -> Tensor:

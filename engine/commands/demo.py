@@ -2,37 +2,32 @@
 
 Every stage is a command that the user could have typed, and is shown as such: tokenizer, corpus, a tensor 2 × pipeline
 2 training run, an exact resume, the export to Hugging Face with its logits check, a sample, the report.  Nothing is
-downloaded and nothing outside the folder of the demo is written.
+downloaded and nothing outside the folder of the demo is written.  `octant demo align` (`engine.commands._demo_align`)
+goes on where this ends.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from corpus_tools.example import as_json_lines, standard_library
-from engine.errors import OctantError, RequestError
+from engine.commands import _demo_align
+from engine.commands._stages import LAYOUTS, MARK, make_room, octant
+from engine.errors import OctantError
 from engine.hints import hint
 from engine.report.runs import read_run
-from engine.writing import write_errors
 
 CORPUS_BYTES = 3_000_000              # of the standard library's sources
 HELD_OUT_EVERY = 20                   # one module in so many is kept for validation
 VOCAB_SIZE = 2048
 STEPS, SAVED_STEP = 160, 120          # the run, and the checkpoint from which its end is trained a second time
-LAYOUTS = {1: {"tensor": 1, "pipeline": 1}, 2: {"tensor": 1, "pipeline": 2}, 4: {"tensor": 2, "pipeline": 2}}
 PROMPT = "def main():\n"
 
 OURS = {"demo.yaml", "tokenizer.model", "tokenizer.vocab", "run", "resumed", "hf",
         *(f"{part}{suffix}" for part in ("train", "valid") for suffix in (".jsonl", ".bin", ".idx", ".json", ".parts"))}
-MARK = "# Written by `octant demo`."
 CONFIG = MARK + """
 run: {{dir: {directory}/run}}
 model: {{num_layers: 4, hidden_size: 192, num_heads: 6, num_kv_heads: 2, ffn_hidden_size: 512, max_seq_len: 256}}
@@ -54,12 +49,14 @@ log: {{every: 1}}
 
 def run(args: argparse.Namespace) -> int:
     """Run all stages; stops at the first that fails."""
-    directory, started = Path(args.dir), time.monotonic()
+    if args.what == "align":
+        return _demo_align.run(Path(args.dir or "runs/demo-align"), args.processes or 1)
+    directory, processes, started = Path(args.dir or "runs/demo"), args.processes or 4, time.monotonic()
     config = directory / "demo.yaml"
-    _make_room(directory, config)
+    make_room(config, OURS)
     num_bytes = write_texts(directory)
     print(f"text: {num_bytes / 1e6:.1f} MB of the Python standard library's sources in {directory}")
-    config.write_text(CONFIG.format(directory=directory, steps=STEPS, saved_step=SAVED_STEP, **LAYOUTS[args.processes]),
+    config.write_text(CONFIG.format(directory=directory, steps=STEPS, saved_step=SAVED_STEP, **LAYOUTS[processes]),
                       encoding="utf-8")
     _prepare(directory)
     octant("train", str(config))
@@ -68,26 +65,11 @@ def run(args: argparse.Namespace) -> int:
     _export(directory)
     octant("generate", f"{directory}/run", "--prompt", PROMPT, "--max-new-tokens", "60", "--temperature", "0.7")
     octant("report", f"{directory}/run")
-    layout = " × ".join(f"{axis} {degree}" for axis, degree in LAYOUTS[args.processes].items())
+    layout = " × ".join(f"{axis} {degree}" for axis, degree in LAYOUTS[processes].items())
     print(f"\ndemo: {layout}, loss {losses[0]:.2f} → {losses[-1]:.2f} in {STEPS} steps, "
           f"everything in {time.monotonic() - started:.0f} s")
     print(hint("train", config, f"steps={2 * STEPS}", why="goes on from the last checkpoint"))
     return 0
-
-
-def _make_room(directory: Path, config: Path) -> None:
-    """An empty folder; an earlier demo in it is replaced, anything else is left alone and refused."""
-    content = sorted(directory.iterdir()) if directory.is_dir() else []
-    if content and not (config.is_file() and config.read_bytes().startswith(MARK.encode())):
-        raise RequestError(f"{directory} is not empty and no earlier demo; give another folder with --dir")
-    if foreign := [path.name for path in content if path.name not in OURS]:
-        raise RequestError(f"{directory} holds an earlier demo and other files ({', '.join(foreign[:3])}); move them "
-                           "elsewhere, or give another folder with --dir")
-    with write_errors(directory):
-        if content:
-            print(f"replacing the earlier demo in {directory}")
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True, exist_ok=True)
 
 
 def write_texts(directory: Path) -> int:
@@ -125,19 +107,3 @@ def _export(directory: Path) -> None:
     if skip:
         print('transformers is not installed, so the export is not compared with it: pip install "octant[hf]"')
     octant("convert", "to-hf", f"{directory}/run", f"{directory}/hf", *skip)
-
-
-def octant(*arguments: str) -> None:
-    """Shows a command and runs it.
-
-    Raises:
-        OctantError: it failed.
-    """
-    print(f"\n$ octant {shlex.join(arguments)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", "engine", *arguments], check=False).returncode
-    if code:
-        raise OctantError(f"`octant {_verb(arguments)}` ended with exit code {code}; its message is above")
-
-
-def _verb(arguments: Sequence[str]) -> str:
-    return " ".join(arguments[:2]) if arguments[0] in ("tokenizer", "convert") else arguments[0]

@@ -62,6 +62,7 @@ class Chart:
         marks: steps to be marked at the foot of the plot.
         mark_label: what the marks mean.
         width, height: of the picture in pixels.
+        across: what the x-axis counts.
     """
 
     title: str
@@ -73,6 +74,7 @@ class Chart:
     mark_label: str = ""
     width: int = 560
     height: int = 260
+    across: str = "step"
 
     @property
     def right(self) -> int:
@@ -164,7 +166,7 @@ def _frame(chart: Chart, x: Axis, y: Axis) -> list[str]:
                   text(LEFT - 8, y(tick) + 4, number(tick), anchor="end")]
     lines += [text(x(tick), chart.foot + 17, number(tick), anchor="middle")
               for tick in x.ticks(chart.width // 80) if tick.is_integer()]
-    return [*lines, text(chart.right, chart.height - 5, "step", anchor="end")]
+    return [*lines, text(chart.right, chart.height - 5, chart.across, anchor="end")]
 
 
 def _legend(chart: Chart, y: Axis) -> list[str]:
@@ -256,7 +258,7 @@ def _strip(chart: Chart, known: list[list[tuple[float, float]]], step: float, le
 
 
 def _readout(chart: Chart, known: list[list[tuple[float, float]]], step: float) -> str:
-    parts = [f"step {step:,.0f}"]
+    parts = [f"{chart.across} {step:,.0f}"]
     for series, points in zip(chart.series, known, strict=True):
         if series.label and (point := _at(points, step)):
             parts.append(f"{series.label} {number(point[1])}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.report.charts import Chart, Series, central, moving_median
+from engine.report.preference_charts import preference_charts
 from engine.report.rl_charts import rl_charts
 from engine.report.runs import Run
 
@@ -14,6 +15,7 @@ def charts(runs: Sequence[Run]) -> dict[str, Chart]:
     """The charts of one run, or of several on the same axes, by file name."""
     found = {
         "loss": _loss_chart(runs),
+        **preference_charts(runs),
         **rl_charts(runs),
         "grad_norm": replace(_chart(runs, "grad_norm", "Gradient norm", "norm"), log=_wide(runs, "grad_norm"),
                              clipped=True),
