@@ -65,8 +65,8 @@ class Base:
         try:
             reader = open_model(path or self.path, group, progress)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}\n  it should be the model under an adapter; checkpoint.load says where "
-                                  "that is now (for a conversion: --base)") from None
+            raise CheckpointError(f"{error}\n  it should be the model under an adapter; --base says where that "
+                                  "is now (for a run: checkpoint.load)") from None
         if reader.content != self.content:
             raise CheckpointError(f"{reader.path} is not the model that the adapter was trained on: its manifest has "
                                   f"the hash {reader.content[:12]}…, that one's has {self.content[:12]}…")

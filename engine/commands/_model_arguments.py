@@ -58,6 +58,8 @@ def _inference(p: Parser) -> None:
                                                                         "T × P processes are started here")
     p.add_argument("--tokenizer", metavar="T",
                    help="where the model's tokenizer is now (default: where the run found it)")
+    p.add_argument("--base", metavar="CHECKPOINT",
+                   help="where the model under the checkpoint's adapter is now (default: where it was)")
     p.add_argument("--dtype", choices=("fp32", "bf16"), help="of the arithmetic (default: as in training)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
 

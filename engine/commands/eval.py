@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tasks:
         return _tasks(args)
     request = EvalRequest(args.checkpoint, args.data, args.seq_len, args.batches, args.batch_size, args.tokenizer,
-                          args.json, args.dtype, args.device)
+                          args.json, args.dtype, args.device, args.base)
     IndexedDataset(args.data).close()
 
     def on_this_rank(topology: Topology, launched: LaunchEnvironment | None) -> None:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _tasks(args: argparse.Namespace) -> int:
     request = TaskRequest(args.checkpoint, args.tasks, args.bos, args.batch_size, args.tokenizer, args.json, args.dtype,
-                          args.device)
+                          args.device, args.base)
 
     def on_this_rank(topology: Topology, launched: LaunchEnvironment | None) -> None:
         import_module("engine.generate.tasks").answer_tasks(request, topology, launched)     # torch from here on

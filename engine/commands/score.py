@@ -20,7 +20,7 @@ from engine.generate.request import ScoreRequest
 def run(args: argparse.Namespace) -> int:
     """Refuse what can be seen at once; then score."""
     request = ScoreRequest(args.checkpoint, args.data, args.template, args.batch_size, args.tokenizer, args.json,
-                           args.dtype, args.device)
+                           args.dtype, args.device, args.base)
     files = expand_inputs([args.data])
 
     def encode(tokenizer: Tokenizer, template: str) -> list[list[list[int]]]:

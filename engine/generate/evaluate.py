@@ -101,7 +101,7 @@ def evaluate_corpus(request: EvalRequest, topology: Topology, launched: LaunchEn
         CheckpointError, DataError, ConfigError: what was asked cannot be done.
     """
     with joined_mesh(launched, topology, request.device) as mesh:
-        reader = open_shared(request.checkpoint, mesh)
+        reader = open_shared(request.checkpoint, mesh, request.base)
         fill = 1 if topology.pipeline == 1 else 2 * topology.pipeline          # microbatches that keep the stages busy
         config = inference_config(reader, topology, Wanted(request.dtype, request.seq_len, request.batch_size, fill))
         tokenizer, reason = _tokenizer(reader, request)

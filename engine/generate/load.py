@@ -45,13 +45,16 @@ class Wanted:
     num_microbatches: int = 1
 
 
-def open_shared(path: str | Path, mesh: Mesh) -> CheckpointReader:
+def open_shared(path: str | Path, mesh: Mesh, base: str | None = None) -> CheckpointReader:
     """The checkpoint at `path`, or a run's newest, with what lies under its adapter; the same one on every rank.
+
+    Args:
+        base: where the model under the adapter is now; None: where it was.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    return open_model(Path(path), mesh.world.group)
+    return open_model(Path(path), mesh.world.group, base=None if base is None else Path(base))
 
 
 def inference_config(reader: CheckpointReader, topology: Topology, wanted: Wanted = Wanted()) -> Config:

@@ -65,6 +65,7 @@ class TextRequest:
         as_json: print one JSON object per text.
         dtype: of the arithmetic, `fp32` or `bf16`; None: as in training.
         device: auto, cpu or cuda.
+        base: where the model under the checkpoint's adapter is now; None: where it was.
         chat: prompts are what a user says, and texts the answers.
         template: of conversations; None: the run's.
         best_of: answers to each prompt, of which `reward_model` says which is best; 1: no choice.
@@ -83,6 +84,7 @@ class TextRequest:
     as_json: bool = False
     dtype: str | None = None
     device: str = "auto"
+    base: str | None = None
     chat: bool = False
     template: str | None = None
     best_of: int = 1
@@ -122,7 +124,7 @@ class EvalRequest:
         seq_len: tokens per window; None: as in training.
         batches: only the first so many; None: the whole corpus.
         batch_size: windows at a time.
-        tokenizer, dtype, device, as_json: as in `TextRequest`.
+        tokenizer, dtype, device, base, as_json: as in `TextRequest`.
     """
 
     checkpoint: str
@@ -134,6 +136,7 @@ class EvalRequest:
     as_json: bool = False
     dtype: str | None = None
     device: str = "auto"
+    base: str | None = None
 
     def __post_init__(self) -> None:
         for option, value in (("seq-len", self.seq_len), ("batches", self.batches), ("batch-size", self.batch_size)):
@@ -150,7 +153,7 @@ class ScoreRequest:
         data: a file of conversations or comparisons.
         template: None: the run's.
         batch_size: texts at a time.
-        tokenizer, dtype, device, as_json: as in `TextRequest`.
+        tokenizer, dtype, device, base, as_json: as in `TextRequest`.
     """
 
     checkpoint: str
@@ -161,6 +164,7 @@ class ScoreRequest:
     as_json: bool = False
     dtype: str | None = None
     device: str = "auto"
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -176,7 +180,7 @@ class TaskRequest:
         tasks: files of questions.
         begin: start every question with the tokenizer's beginning-of-text id.
         batch_size: answers at a time.
-        tokenizer, dtype, device, as_json: as in `TextRequest`.
+        tokenizer, dtype, device, base, as_json: as in `TextRequest`.
     """
 
     checkpoint: str
@@ -187,6 +191,7 @@ class TaskRequest:
     as_json: bool = False
     dtype: str | None = None
     device: str = "auto"
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

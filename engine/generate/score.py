@@ -64,7 +64,7 @@ def score_texts(request: ScoreRequest, encode: Encode, topology: Topology, launc
         CheckpointError, DataError, ConfigError: what was asked cannot be done.
     """
     with joined_mesh(launched, topology, request.device) as mesh:
-        reader = open_shared(request.checkpoint, mesh)
+        reader = open_shared(request.checkpoint, mesh, request.base)
         require_scores(reader)
         data = (reader.metadata.get("config") or {}).get("data") or {}
         records = encode(load_tokenizer_of(reader, request.tokenizer),

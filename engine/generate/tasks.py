@@ -179,7 +179,7 @@ def answer_tasks(request: TaskRequest, topology: Topology, launched: LaunchEnvir
         CheckpointError, DataError, ConfigError: what was asked cannot be done.
     """
     with joined_mesh(launched, topology, request.device) as mesh:
-        reader = open_shared(request.checkpoint, mesh)
+        reader = open_shared(request.checkpoint, mesh, request.base)
         tokenizer = load_tokenizer_of(reader, request.tokenizer)
         tasks = {path: read_questions(path) for path in request.tasks}
         rows = [row_of(question.context, answer, tokenizer, request.begin)

@@ -84,7 +84,7 @@ def generate_text(request: TextRequest, topology: Topology, launched: LaunchEnvi
         CheckpointError, DataError, ConfigError, RequestError: what was asked cannot be done.
     """
     with joined_mesh(launched, topology, request.device) as mesh:
-        reader = open_shared(request.checkpoint, mesh)
+        reader = open_shared(request.checkpoint, mesh, request.base)
         config = inference_config(reader, topology, Wanted(request.dtype))
         tokenizer = TokenIds(config.model.vocab_size) if request.token_ids else \
             load_tokenizer_of(reader, request.tokenizer)

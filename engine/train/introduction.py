@@ -78,7 +78,8 @@ def _about_comparisons(source: ComparisonSource) -> str:
 
 
 def _did_not_fit(source: ConversationSource | ComparisonSource) -> str:
-    told = ((source.num_cut, "cut at their end"), (source.num_left_out, "too long and left out"),
+    told = ((source.num_cut, "cut at their end, with no end token to learn there"),
+            (source.num_left_out, "too long and left out"),
             (source.corpus.about["skipped"], "unusable and left out"))
     return "".join(f", {count:,} {what}" for count, what in told if count)
 

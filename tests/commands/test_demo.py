@@ -113,7 +113,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(demo: Demo) -> None:
 def test_another_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(RequestError, match="is not empty and no earlier demo; give another folder with --dir"):
-        command.run(Namespace(dir=str(tmp_path), processes=1))
+        command.run(Namespace(what="pretrain", dir=str(tmp_path), processes=1))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -125,6 +125,6 @@ def test_the_first_failure_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for start in ("text: ", "replacing the earlier demo"):
         with pytest.raises(OctantError, match="`octant tokenizer train` ended with exit code 2; its message is above"):
-            command.run(Namespace(dir=str(tmp_path / "demo"), processes=1))
+            command.run(Namespace(what="pretrain", dir=str(tmp_path / "demo"), processes=1))
         output = capfd.readouterr()
         assert output.out.startswith(start) and "octant tokenizer: " in output.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +97,23 @@ def test_what_was_chosen_is_what_computes(name: str) -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             linear(x, x)
         assert ("mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}) == onednn
+
+
+@every(LINEAR)
+def test_what_comes_out_may_be_added_to(name: str) -> None:
+    """Behind a function with a backward pass of its own, as adapters do it."""
+    product = found(LINEAR, name, torch.device("cpu"), torch.float32)
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(weight)
+            return product(x, weight)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+            return grads[0] @ ctx.saved_tensors[0], None
+
+    x, weight = torch.randn(64, 3, 128, requires_grad=True), torch.randn(192, 128)
+    y = Product.apply(x, weight).add_(1.0)
+    torch.testing.assert_close(y, x @ weight.T + 1.0)
