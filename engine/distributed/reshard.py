@@ -12,12 +12,15 @@ the least that the two layouts imply.  Where several ranks hold a copy, receiver
 no rank sends or receives more than a buffer for one of them, and a round takes as many grains as fit.  What every rank
 sends and receives for a grain only it knows, so the ranks agree on the largest; all then cut the same rounds.  A round
 is one all-to-all, an operation of the whole group, whatever each rank has to say in it.
+
+*Changes only.*  With `delta` a rank remembers what it has sent, and from the second time on sends the elements whose
+bits are others (`engine.distributed.changes`).  That takes as much memory again as the pieces that it sends from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from math import prod
 from typing import NamedTuple
@@ -28,6 +31,7 @@ from torch import Tensor
 from engine.distributed.agree import maximum
 from engine.distributed.announce import gather_ledger
 from engine.distributed.boxes import Box
+from engine.distributed.changes import apply, encode, places_of_changes, size_of_changes
 from engine.distributed.collectives import exchange
 from engine.distributed.ledger import Ledger
 from engine.distributed.mesh import Axis, Mesh
@@ -139,22 +143,26 @@ class Reshard:
     """The way from one layout to another, on one rank.
 
     Attributes:
-        bytes_received: what this rank gets from others each time.
+        bytes_received: what this rank gets from others each time; the most that it gets where only changes are sent.
         num_rounds: all-to-alls each time, the same on every rank.
     """
 
-    def __init__(self, axis: Axis, local: list[LocalCopy], rounds: list[Round]) -> None:
-        self._axis, self._local, self._rounds = axis, local, rounds
+    def __init__(self, axis: Axis, local: list[LocalCopy], rounds: list[Round], delta: bool = False) -> None:
+        self._axis, self._local, self._rounds, self._delta = axis, local, rounds, delta
+        self._sent: dict[int, Piece] = {}                    # copies of pieces as they were sent, by number
+        self._is_first = True
         self.bytes_received = sum(sum(one.received) for one in rounds)
         self.num_rounds = len(rounds)
 
     @staticmethod
-    def plan(source: Sequence[Piece], target: Sequence[Piece], mesh: Mesh, bucket_bytes: int = BUCKET_BYTES) -> Reshard:
+    def plan(source: Sequence[Piece], target: Sequence[Piece], mesh: Mesh, bucket_bytes: int = BUCKET_BYTES,
+             delta: bool = False) -> Reshard:
         """Every rank of the mesh must call this, with no pieces where it holds none.
 
         Args:
             mesh: over all ranks that hold anything of either; one that is only data-parallel (`Topology(data=n)`).
             bucket_bytes: of each of the two buffers.  A single element may need more.
+            delta: send what has changed since the last run.  Nobody else may then write to the target.
 
         Raises:
             ValueError: see `routes`; on every rank.
@@ -166,17 +174,29 @@ class Reshard:
         shapes = {key: after.kind(key)[1] for key in after.keys}
         grains = _grains(own, sizes, shapes, bucket_bytes, lambda values: maximum(values, group))
         rounds = [_round(own, grains_of, mesh.data.size, sizes) for grains_of in _batches(grains, sizes, bucket_bytes)]
-        return Reshard(mesh.data, own.local, rounds)
+        return Reshard(mesh.data, own.local, rounds, delta)
 
     @torch.no_grad()
-    def run(self, source: Sequence[Piece], target: Sequence[Piece]) -> None:
+    def run(self, source: Sequence[Piece], target: Sequence[Piece]) -> int:
         """Brings the target's tensors up to date with the source's.  Every rank of the mesh must call this.
 
         The pieces are those of the plan, in the same order; their tensors may be others.
+
+        Returns:
+            The bytes of values that this rank has received.
         """
         for region, origin, goal in self._local:
             target[goal].view(region).copy_(source[origin].view(region))
         device = next((piece.tensor.device for piece in (*source, *target)), torch.device("cpu"))
+        if self._delta and not self._is_first:
+            received = sum(self._send_changes(one, source, target, device) for one in self._rounds)
+        else:
+            self._send_all(source, target, device)
+            received = self.bytes_received
+        self._remember(source)
+        return received
+
+    def _send_all(self, source: Sequence[Piece], target: Sequence[Piece], device: torch.device) -> None:
         outgoing, incoming = (torch.empty(max((sum(sizes) for sizes in all_sizes), default=0), dtype=torch.uint8,
                                           device=device)
                               for all_sizes in ([one.sent for one in self._rounds],
@@ -188,6 +208,39 @@ class Reshard:
             exchange(into, out, self._axis, one.received, one.sent)
             for packed, view in _laid_out(into, one.receives, target, one.itemsize):
                 view.copy_(packed)
+
+    def _send_changes(self, one: Round, source: Sequence[Piece], target: Sequence[Piece], device: torch.device) -> int:
+        """A round of what is not as it was sent last: first how much, then what; the bytes received."""
+        bits, peers = BITS[one.itemsize], range(self._axis.size)
+        now = [source[part.piece].view(part.region).detach().view(bits) for part in one.sends]
+        places = [places_of_changes(new, self._sent[part.piece].view(part.region).view(bits))
+                  for new, part in zip(now, one.sends, strict=True)]
+        told = torch.tensor([len(each) for each in places], dtype=torch.int64).to(device)
+        heard = torch.empty(len(one.receives), dtype=torch.int64, device=device)
+        exchange(heard, told, self._axis, *([sum(part.peer == peer for part in parts) for peer in peers]
+                                            for parts in (one.receives, one.sends)))
+        counts = heard.tolist()
+        leave = [size_of_changes(len(each), new.numel(), one.itemsize) for each, new in zip(places, now, strict=True)]
+        come = [size_of_changes(count, part.region.num_elements, one.itemsize)
+                for count, part in zip(counts, one.receives, strict=True)]
+        out, into = (torch.empty(sum(sizes), dtype=torch.uint8, device=device) for sizes in (leave, come))
+        for new, each, packed in zip(now, places, out.split(leave), strict=True):
+            encode(new, each, packed)
+        exchange(into, out, self._axis, *([sum(size for size, part in zip(sizes, parts, strict=True)
+                                               if part.peer == peer) for peer in peers]
+                                          for sizes, parts in ((come, one.receives), (leave, one.sends))))
+        for part, count, packed in zip(one.receives, counts, into.split(come), strict=True):
+            apply(target[part.piece].view(part.region).detach().view(bits), count, packed)
+        return sum(come)
+
+    def _remember(self, source: Sequence[Piece]) -> None:
+        """What has been sent, where changes alone are sent from now on."""
+        self._is_first = False
+        for number in {part.piece for one in self._rounds for part in one.sends} if self._delta else ():
+            if number in self._sent:
+                self._sent[number].tensor.copy_(source[number].tensor)
+            else:
+                self._sent[number] = replace(source[number], tensor=source[number].tensor.detach().clone())
 
 
 def _laid_out(buffer: Tensor, transfers: Sequence[Transfer], pieces: Sequence[Piece],

@@ -12,9 +12,11 @@ import torch
 from engine.config import load_config, resolve_layout
 from engine.distributed import reshard as module
 from engine.distributed.announce import catalogue_of, ranges_of
+from engine.distributed.changes import apply, encode, places_of_changes, size_of_changes
 from engine.distributed.ledger import Ledger
 from engine.distributed.mesh import meta_mesh
 from engine.distributed.pieces import Piece
+from engine.distributed.random import generator_for
 from engine.distributed.reshard import Reshard, routes
 from engine.distributed.topology import Topology
 from engine.parallel.parallelize import parallelize
@@ -105,6 +107,70 @@ def test_the_same_layout_moves_nothing_between_ranks() -> None:
     for received, _, largest, rounds in (results[0] for results in run_distributed(
             move, NUM_RANKS, [(layout, 0, layout, 0)], 1 << 20)):
         assert (received, largest, rounds) == (0, 0, 0)
+
+
+def move_changes(cases: list[tuple[Layout, int, Layout, int]]) -> list[tuple[int, int, int]]:
+    """On one rank, of every pair: bytes of all, of a step of AdamW in bf16, and of nothing; each bit for bit."""
+    mesh, rank, out = job().mesh(Topology(data=NUM_RANKS)), job().rank, []
+    for source_layout, source_first, target_layout, target_first in cases:
+        source = bf16(on(source_layout, source_first, rank))
+        target = bf16(on(target_layout, target_first, rank, empty=True))
+        way = Reshard.plan(source, target, mesh, 1 << 16, delta=True)
+        received = []
+        for weights in (begun, trained, trained):
+            fill_from(source, weights)
+            received.append(way.run(source, target))
+            for piece in target:
+                for box, values in piece.parts():
+                    assert torch.equal(values.view(torch.int16),
+                                       weights(piece.key, piece.global_shape)[box.slices].view(torch.int16))
+        assert received[0] == way.bytes_received
+        out.append(tuple(received))
+    return out
+
+
+def bf16(pieces: Sequence[Piece]) -> list[Piece]:
+    return [Piece(p.key, p.global_shape, p.box, p.tensor.bfloat16(), p.start) for p in pieces]
+
+
+def fill_from(pieces: Sequence[Piece], weights: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+    for piece in pieces:
+        for box, values in piece.parts():
+            values.copy_(weights(piece.key, piece.global_shape)[box.slices])
+
+
+def begun(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return masters(key, shape).bfloat16()
+
+
+def masters(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return 0.02 * torch.randn(shape, generator=generator_for(0, key))
+
+
+def trained(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """After a step of AdamW at 1e-6, whatever the gradients: their signs decide."""
+    weights = masters(key, shape).requires_grad_()
+    weights.grad = torch.randn(shape, generator=generator_for(1, key))
+    torch.optim.AdamW([weights], lr=1e-6).step()
+    return weights.detach().bfloat16()
+
+
+def test_changes_alone_are_sent_bit_for_bit() -> None:
+    """The tensors are so small that the rounding of every encoding to eight bytes counts."""
+    by_rank = run_distributed(move_changes, NUM_RANKS, pairs(3))
+    every, step, nothing = (sum(told[case][which] for told in by_rank for case in range(3)) for which in range(3))
+    assert nothing == 0 and 0 < step < every / 4
+
+
+def test_a_step_changes_few_of_the_weights_of_a_large_tensor() -> None:
+    before, now = (weights("w", (500, 1000)).view(torch.int16) for weights in (begun, trained))
+    places = places_of_changes(now, before)
+    size = size_of_changes(len(places), now.numel(), 2)
+    assert 0 < size < now.nbytes / 8 and size - 6 * len(places) in range(8)
+    data, into = torch.empty(size, dtype=torch.uint8), before.clone().T.contiguous().T              # any strides
+    encode(now, places, data)
+    apply(into, len(places), data)
+    assert torch.equal(into, now)
 
 
 def everyone(layout: Layout, first: int = 0) -> list[list[Piece]]:
