@@ -166,7 +166,7 @@ def test_a_step_changes_few_of_the_weights_of_a_large_tensor() -> None:
     before, now = (weights("w", (500, 1000)).view(torch.int16) for weights in (begun, trained))
     places = places_of_changes(now, before)
     size = size_of_changes(len(places), now.numel(), 2)
-    assert 0 < size < now.nbytes / 8 and size - 6 * len(places) in range(8)
+    assert 0.03 < len(places) / now.numel() < 0.05 and size - 6 * len(places) in range(8)     # an eighth of all bytes
     data, into = torch.empty(size, dtype=torch.uint8), before.clone().T.contiguous().T              # any strides
     encode(now, places, data)
     apply(into, len(places), data)
