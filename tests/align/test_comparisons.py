@@ -25,7 +25,7 @@ from engine.model.parameters import initial_values, spec_of
 from engine.model.transformer import Transformer
 from tests.align.test_sft import chat_config, write_chats
 from tests.kit.distributed import run_distributed
-from tests.kit.runs import ROOT, metrics, saved_steps, train_here
+from tests.kit.runs import ROOT, metrics, saved_steps, train_here, trained
 
 SEQ_LEN = 64
 
@@ -333,3 +333,22 @@ def test_impossible_choices_are_refused(place: Path, words: list[str], message: 
     words = [base if word == "BASE" else word for word in words]
     assert cli.run(["generate", base, "--prompt", "a", "--device", "cpu", "--max-new-tokens", "4", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", ["reward", "dpo", "orpo"])
+def test_stopped_in_the_middle_it_goes_on_in_any_layout(place: Path, objective: str) -> None:
+    """Bit for bit in the same layout, within fp32's noise in another."""
+    def config(name: str, **layout: Any) -> Config:
+        return comparison_config(place, f"{objective} {name}", objective, steps=5, parallel=layout,
+                                 batch={"global": 4, "micro": 2}, optim={"lr": 1e-3, "eps": 1e-2})
+
+    run(config("whole"))
+    for name, layout in (("same", {}), ("tensor", {"tensor": 2}), ("pipeline, sharded", {"pipeline": 2, "data": 2,
+                                                                                         "zero": 3})):
+        run(config(name), stop_at=3)
+        run(config(name, **layout))
+        got, want = trained(config(name)), trained(config("whole"))
+        if not layout:
+            assert got == want
+        for ours, theirs in zip(got, want, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
