@@ -8,7 +8,8 @@ can be learned from them is a number, their entropy; of N answers of such a mode
     sft       answers as it was shown                              the loss goes to the entropy of the demonstrations
     lora      the same with the base left alone, by an adapter     as far, with a tenth of the parameters
     reward    which of two answers is better                       nearly always
-    dpo       the policy from those comparisons                    its loss begins at log 2
+    dpo       the policy from those comparisons                    its loss begins at log 2, and a part for the answers
+                                                                   themselves, which otherwise become less likely, too
     best of N of sft's answers by the reward model                 rises with N
 
 Each stage is a command that is shown, and a configuration that stays in the folder.
@@ -33,7 +34,7 @@ from engine.report.svg import standalone
 from engine.writing import write_picture
 
 # How many records of each kind, no prompt in two of them.
-RECORDS = {"text": 40_000, "chats": 8_000, "held-chats": 1_000, "pairs": 4_000, "held-pairs": 500}
+RECORDS = {"text": 60_000, "chats": 30_000, "held-chats": 1_000, "pairs": 4_000, "held-pairs": 500}
 NUM_PROMPTS, BEST_OF = 200, 16
 COMMON = MARK + """  What all stages have in common.
 model: {{num_layers: 2, hidden_size: 64, num_heads: 4, num_kv_heads: 4, ffn_hidden_size: 160, max_seq_len: 64}}
@@ -47,23 +48,23 @@ log: {{every: 10}}
 STAGES = {
     "base": """
 data: {{document_mask: true, train: [{{path: {directory}/text}}]}}
-steps: 700
+steps: 1200
 optim: {{lr: 4e-3, warmup_steps: 20}}
 """,
     "sft": """
 data: {{template: plain, train: [{{path: {directory}/chats.jsonl}}], valid: [{{path: {directory}/held-chats.jsonl}}]}}
-steps: 300
-optim: {{lr: 2e-3, warmup_steps: 10, weight_decay: 0.0}}
+steps: 800
+optim: {{lr: 3e-3, warmup_steps: 10, weight_decay: 0.0}}
 checkpoint: {{load: {directory}/base}}
-eval: {{every: 100, batches: 8}}
+eval: {{every: 200, batches: 8}}
 """,
     "lora": """
 data: {{template: plain, train: [{{path: {directory}/chats.jsonl}}], valid: [{{path: {directory}/held-chats.jsonl}}]}}
 adapter: {{rank: 8}}
-steps: 300
+steps: 800
 optim: {{lr: 1e-2, warmup_steps: 10, weight_decay: 0.0}}
 checkpoint: {{load: {directory}/base}}
-eval: {{every: 100, batches: 8}}
+eval: {{every: 200, batches: 8}}
 """,
     "reward": """
 model: {{head: score}}
@@ -77,8 +78,9 @@ eval: {{every: 50, batches: 31}}
     "dpo": """
 data: {{template: plain, seq_len: 16, train: [{{path: {directory}/pairs.jsonl}}],
        valid: [{{path: {directory}/held-pairs.jsonl}}]}}
-steps: 200
-optim: {{lr: 5e-4, warmup_steps: 10, weight_decay: 0.0}}
+dpo: {{sft_weight: 1.0}}
+steps: 250
+optim: {{lr: 3e-4, warmup_steps: 10, weight_decay: 0.0}}
 checkpoint: {{load: {directory}/sft}}
 eval: {{every: 50, batches: 31}}
 """,
@@ -172,7 +174,8 @@ def _say(directory: Path, right: dict[str, float], best: dict[int, float]) -> No
         f"lora    loss {first['lora']:.3f} → {last['lora']:.3f}, {last['lora'] / last['sft'] - 1:+.1%} beside sft; "
         f"{right['lora']:.0%} right",
         f"reward  {accuracy:.1%} of held-out pairs in the right order",
-        f"dpo     loss {first['dpo']:.3f} → {last['dpo']:.3f} on held-out pairs, from log 2; {right['dpo']:.0%} right",
+        f"dpo     loss {first['dpo']:.3f} → {last['dpo']:.3f} on held-out pairs, log 2 of the first from comparing; "
+        f"{right['dpo']:.0%} right",
         "best of " + ", ".join(f"{number}: {share:.0%}" for number, share in best.items()) + "; 1 − 2^−N: "
         + ", ".join(f"{1 - 0.5 ** number:.0%}" for number in best))
     print("\n" + "─" * width + "\n" + "\n".join(lines))

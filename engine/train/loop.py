@@ -83,7 +83,8 @@ class Trainer(Running):
         config = self.config
         self.hooks = (
             Hook("check_replicas", self._check_replicas, every=config.parallel.check_replicas_every),
-            Hook("evaluate", self._evaluate, every=config.eval.every if self.corpora.valid else 0),
+            Hook("evaluate", self._evaluate, every=config.eval.every if self.corpora.valid else 0,
+                 when=lambda step: self._is_last(step) and self._measures_scores()),
             Hook("log", self._log, when=lambda _: bool(self.row)),
             Hook("anomaly", self._go_back, when=lambda _: self._anomaly() is not None),
             *self._saving_hooks(),
@@ -185,11 +186,15 @@ class Trainer(Running):
         if self.state.step >= self.config.steps and self.state.optimizer.num_steps() == 0:
             self.verdict = self.tally.read()[1]
             self._give_up(self.verdict.skips_in_a_row)
-        scores = self.state.model.objective.head == "score" and self.corpora.valid and self.config.eval.every
-        if self.saved_step != self.state.step and scores and self.evaluated[0] != self.state.step:
-            self._evaluate()
-            self._log()
         super()._finish()
+
+    def _is_last(self, step: int) -> bool:
+        return step >= self.config.steps or self.verdict.stop
+
+    def _measures_scores(self) -> bool:
+        """Whether the last weights are evaluated in any case, because of the scale of their scores."""
+        scores = self.state.model.objective.head == "score"
+        return scores and self.corpora.valid is not None and self.config.eval.every > 0
 
     def _record(self, line: Line, lr: float) -> dict[str, Any]:
         """The metrics of the step just done, but for those of time."""

@@ -37,7 +37,7 @@ def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     folder = tmp_path / "demo"
     assert command.run(folder, 1) == 0
     said = capsys.readouterr().out
-    assert re.search(r"^dpo +loss 0\.69\d → ", said, re.MULTILINE) and "best of 1: " in said
+    assert re.search(r"^dpo +loss \d\.\d+ → ", said, re.MULTILINE) and "best of 1: " in said
     assert said.splitlines()[-1] == hint("data", "preview", f"{folder}/sft.yaml", "--samples", "0:2",
                                          why="what sft saw, in colour")
     assert {path.name for path in folder.iterdir()} <= command.OURS
