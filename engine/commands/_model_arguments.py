@@ -17,6 +17,8 @@ def generate(p: Parser) -> None:
     p.add_argument("--num-samples", type=int, default=1, metavar="N", help="of each prompt (default: %(default)s)")
     p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
                    help="above 1: ids that the text has already become less likely (default: %(default)s)")
+    p.add_argument("--stop", nargs="+", default=[], metavar="STRING", help="texts end where one of these is complete")
+    p.add_argument("--beams", type=int, default=1, metavar="K", help="beam search for the likeliest text")
     p.add_argument("--batch-size", type=int, default=16, metavar="N", help="texts at a time (default: %(default)s)")
     p.add_argument("--bos", action="store_true", help="begin prompts with the tokenizer's beginning-of-text id, which "
                                                       "most models from Hugging Face expect")

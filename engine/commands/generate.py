@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
         args.max_new_tokens, tokenizer=args.tokenizer, token_ids=args.token_ids, begin=args.bos,
         batch_size=args.batch_size, as_json=args.json, dtype=args.dtype, device=args.device, chat=args.chat,
         template=args.template, best_of=args.best_of, reward_model=args.reward_model, keep_all=args.keep_all,
-        num_samples=args.num_samples, base=args.base)
+        num_samples=args.num_samples, stop=tuple(args.stop), beams=args.beams, base=args.base)
 
     def on_this_rank(topology: Topology, launched: LaunchEnvironment | None) -> None:
         import_module("engine.generate.text").generate_text(request, topology, launched)     # torch from here on

@@ -102,9 +102,9 @@ class Generator:
         """
         [self._chunk] = model.chunks.values()
         self._model, self._mesh = model.config.model, model.mesh
-        self._num_ids = min(num_ids or self._model.vocab_size, self._model.vocab_size)
+        self.num_ids = min(num_ids or self._model.vocab_size, self._model.vocab_size)
         self._weight = next(self._chunk.parameters())        # its dtype is the model's
-        self._rows, self._cache_bytes = rows, cache_bytes
+        self.rows, self._cache_bytes = rows, cache_bytes
         self._sending: deque[tuple[Work, Tensor]] = deque()
         self.tokens_fed = 0                                  # in all passes so far
 
@@ -150,13 +150,12 @@ class Generator:
         Raises:
             RequestError: see `check_prompts`; or a text does not fit the cache.
         """
-        check_prompts(prompts, self._model)
-        texts = self._texts(prompts, limits, samples, step, range(len(prompts)) if numbers is None else numbers)
-        lanes = max(1, min(self._mesh.pipeline.size, self._rows, len(texts)))
-        rows = -(-min(self._rows, len(texts)) // lanes)
-        blocks = Blocks(self._num_blocks([blocks_for(text.longest - 1) for text in texts], rows * lanes))
+        texts = self.texts(prompts, limits, samples, step, numbers)
+        lanes = max(1, min(self._mesh.pipeline.size, self.rows, len(texts)))
+        rows = -(-min(self.rows, len(texts)) // lanes)
+        blocks = Blocks(self.num_blocks([blocks_for(text.longest - 1) for text in texts], rows * lanes))
         scheduler, cache = Scheduler(texts, blocks, lanes, rows), self.new_cache(blocks.total)
-        watchers = {text.number: limits.watch() for text in texts} if limits.watch is not None else {}
+        watchers = {text.number: limits.watch(text.tokens) for text in texts} if limits.watch is not None else {}
         under_way: deque[tuple[int, Plan, Tensor, Work]] = deque()
         turn = 0
         while scheduler.busy:
@@ -197,7 +196,7 @@ class Generator:
             self._send(x_SBH)
             return None
         columns_BV = self._chunk.logits(x_SBH[-len(plan.texts):]).squeeze(1)
-        return all_gather(columns_BV.T, self._mesh.tensor).T[:, : self._num_ids]      # padding comes last
+        return all_gather(columns_BV.T, self._mesh.tensor).T[:, : self.num_ids]      # padding comes last
 
     def share(self, chosen: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor, Work]:
         """Starts telling every stage what the last one has chosen, fp64; None on ranks that chose nothing."""
@@ -267,11 +266,17 @@ class Generator:
         dist.recv(x_SBH, pipeline.ranks[pipeline.index - 1], group=pipeline.group)
         return x_SBH
 
-    def _texts(self, prompts: Sequence[Sequence[int]], limits: Limits, samples: int, step: int,
-               numbers: Sequence[int]) -> list[Text]:
-        """All that are asked for, none of them begun."""
+    def texts(self, prompts: Sequence[Sequence[int]], limits: Limits, samples: int = 1, step: int = 0,
+              numbers: Sequence[int] | None = None) -> list[Text]:
+        """All that are asked for, none of them begun.
+
+        Raises:
+            RequestError: see `check_prompts`.
+        """
+        check_prompts(prompts, self._model)
         texts = []
-        for place, (prompt, number) in enumerate(zip(prompts, numbers, strict=True)):
+        for place, prompt in enumerate(prompts):
+            number = place if numbers is None else numbers[place]
             beginning = Beginning(prompt[:-1], samples)
             longest = min(len(prompt) + limits.max_new_tokens, self._model.max_seq_len)
             texts += [Text(place * samples + sample, Name(step, number, sample), list(prompt), len(prompt), longest,
@@ -283,7 +288,7 @@ class Generator:
         """Key-value groups on this rank."""
         return self._model.num_kv_heads // self._mesh.tensor.size
 
-    def _num_blocks(self, needs: Sequence[int], rows: int) -> int:
+    def num_blocks(self, needs: Sequence[int], rows: int) -> int:
         """Of the cache, given what each text can need.
 
         Raises:

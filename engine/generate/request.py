@@ -44,12 +44,12 @@ class Limits:
     Attributes:
         max_new_tokens: after so many; earlier where the model's maximum length is reached.
         stop_ids: after one of these tokens; none: never.
-        watch: makes for each text what is told its new tokens one by one, and says after which it ends; None: nothing.
+        watch: makes of each prompt what is told its text's new tokens, and says after which it ends; None: nothing.
     """
 
     max_new_tokens: int
     stop_ids: Collection[int] = ()
-    watch: Callable[[], Callable[[int], bool]] | None = None
+    watch: Callable[[Sequence[int]], Callable[[int], bool]] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class TextRequest:
         best_of: answers to each prompt, of which `reward_model` says which is best; 1: no choice.
         keep_all: print all of them, best first.
         num_samples: texts of each prompt.
+        stop: a text ends with the token that completes one of these strings.
+        beams: of beam search; 1: none.
     """
 
     checkpoint: str
@@ -91,8 +93,19 @@ class TextRequest:
     reward_model: str | None = None
     keep_all: bool = False
     num_samples: int = 1
+    stop: Sequence[str] = ()
+    beams: int = 1
 
     def __post_init__(self) -> None:
+        if self.beams < 1:
+            raise RequestError(f"--beams {self.beams}: at least 1")
+        if self.beams > 1 and (self.num_samples > 1 or self.best_of > 1 or self.stop):
+            raise RequestError("--beams looks for the likeliest text: it goes with neither --num-samples, --best-of "
+                               "nor --stop")
+        if "" in self.stop:
+            raise RequestError('--stop "": an empty string is in every text')
+        if self.stop and self.token_ids:
+            raise RequestError("--token-ids has no texts, which --stop needs")
         if self.num_samples < 1:
             raise RequestError(f"--num-samples {self.num_samples}: at least 1")
         if self.num_samples > 1 and (self.best_of > 1 or self.sampling.temperature == 0):

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from engine.distributed.environment import LaunchEnvironment
 from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
 from engine.errors import RequestError
+from engine.generate.beams import beam_search
 from engine.generate.best_of import best_of
 from engine.generate.generator import Generator, Made, check_prompts
 from engine.generate.load import Wanted, inference_config, load_model, load_tokenizer_of, open_shared
@@ -52,6 +54,21 @@ class TokenIds(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
+
+
+class StopStrings:
+    """Watches a text for strings; see `Limits.watch`."""
+
+    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str], prompt: Sequence[int]) -> None:
+        self._decoder, self._strings, self._tail = tokenizer.stream(), strings, ""
+        self._reach = max(map(len, strings)) - 1
+        for token in prompt:
+            self._decoder.push(token)                        # what a token is may depend on what is before it
+
+    def __call__(self, token: int) -> bool:
+        text = self._tail + self._decoder.push(token)
+        self._tail = text[max(0, len(text) - self._reach) :]
+        return any(string in text for string in self._strings)
 
 
 @dataclass
@@ -93,11 +110,14 @@ def generate_text(request: TextRequest, topology: Topology, launched: LaunchEnvi
                    encoder.prompt((Turn(USER, prompt),)).tolist() for prompt in request.prompts]
         check_prompts(prompts, config.model)
         generator = Generator(load_model(reader, config, mesh), tokenizer.vocab_size, rows=request.batch_size)
-        limits = Limits(request.max_new_tokens, {tokenizer.eod_id, *(() if request.token_ids else reader.end_ids)})
+        limits = Limits(request.max_new_tokens, {tokenizer.eod_id, *(() if request.token_ids else reader.end_ids)},
+                        partial(StopStrings, tokenizer, request.stop) if request.stop else None)
         say: Write = _print if mesh.rank == 0 else _keep_quiet
         timer = Timer(time.perf_counter())
         if request.best_of > 1:
             timer.num_tokens = best_of(request, generator, prompts, limits, tokenizer, encoder, topology, mesh, say)
+        elif request.beams > 1:
+            _beams(generator, prompts, tokenizer, request, limits, say, timer)
         elif len(prompts) * request.num_samples == 1 and not request.as_json:
             _stream(generator, prompts[0], tokenizer, request, limits, say, timer)
         else:
@@ -150,6 +170,14 @@ def _all(generator: Generator, prompts: list[list[int]], tokenizer: Tokenizer, r
         while printed < len(texts) and texts[printed].end:
             say(_said(request, *divmod(printed, count), prompts, texts[printed], tokenizer))
             printed += 1
+
+
+def _beams(generator: Generator, prompts: list[list[int]], tokenizer: Tokenizer, request: TextRequest,
+           limits: Limits, say: Write, timer: Timer) -> None:
+    """The likeliest text of each prompt that beam search finds."""
+    for number, made in enumerate(beam_search(generator, prompts, request.beams, request.sampling, limits)):
+        timer.num_tokens += len(made.tokens)
+        say(_said(request, number, 0, prompts, made, tokenizer))
 
 
 def _said(request: TextRequest, prompt: int, sample: int, prompts: list[list[int]], made: Made,

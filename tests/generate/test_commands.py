@@ -20,6 +20,7 @@ from engine import cli
 from engine.data.tokenizer import ByteTokenizer, load_tokenizer
 from engine.errors import DataError
 from engine.generate import text
+from engine.generate.beams import beam_search
 from engine.generate.generator import Generator, New
 from engine.generate.load import load_tokenizer_of
 from engine.generate.request import Limits, Sampling
@@ -77,6 +78,31 @@ def test_many_prompts_in_batches(run: str, tmp_path: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert [out.index(f"── {i + 1} ──\n{prompt}") for i, prompt in enumerate(prompts)] == \
         sorted(out.index(prompt) - 8 for prompt in prompts)
+
+
+def test_samples_stop_strings_penalty_and_beams(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*options: str) -> list[dict[str, object]]:
+        assert cli.run(["generate", run, "--prompt", "one", "--prompt", "two", "--max-new-tokens", "9", "--json",
+                        *options]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    sampled = said("--num-samples", "3")
+    assert [(each["prompt"], each["sample"]) for each in sampled] == [(p, i) for p in ("one", "two") for i in range(3)]
+    assert [each["tokens"] for each in said()] == [sampled[0]["tokens"], sampled[3]["tokens"]]
+    assert len({str(each["tokens"]) for each in sampled}) == 6
+    assert [each["tokens"] for each in said("--repetition-penalty", "5", "--temperature", "0")] != \
+        [each["tokens"] for each in said("--temperature", "0")]
+    generator = Generator(inference_model(run_config()))
+    prompts = [BYTES.encode("one"), BYTES.encode("two")]
+    beams = beam_search(generator, prompts, 3, Sampling(), Limits(9, [BYTES.eod_id]))
+    assert [each["tokens"] for each in said("--beams", "3")] == [made.tokens for made in beams]
+
+
+def test_a_stop_string_ends_a_text_with_the_token_that_completes_it() -> None:
+    watch = text.StopStrings(BYTES, ["ü!", "wxyz"], BYTES.encode("ü"))
+    heard = [watch(token) for token in BYTES.encode("! wxy ü z wxyzü!")]
+    places = [place for place, hit in enumerate(heard) if hit]
+    assert places == [len(BYTES.encode("! wxy ü z wxyz")) - 1, len(heard) - 1]
 
 
 def test_an_empty_prompt_begins_a_document(run: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +179,13 @@ def test_a_layout_that_cannot_be_is_one_message(run: str) -> None:
     (["--prompt", "x", "--top-p", "0"], "--top-p 0.0"),
     (["--prompt", "x", "--temperature", "-1"], "--temperature -1.0"),
     (["--prompt", "x", "--batch-size", "0"], "--batch-size 0"),
+    (["--prompt", "x", "--num-samples", "0"], "--num-samples 0"),
+    (["--prompt", "x", "--num-samples", "2", "--temperature", "0"], "at which all texts of a prompt are the same"),
+    (["--prompt", "x", "--repetition-penalty", "0"], "--repetition-penalty 0.0"),
+    (["--prompt", "x", "--beams", "0"], "--beams 0"),
+    (["--prompt", "x", "--beams", "2", "--stop", "y"], "goes with neither --num-samples"),
+    (["--prompt", "x", "--beams", "200"], "looks at 400 continuations; there are 25"),
+    (["--prompt", "x", "--stop", ""], "an empty string is in every text"),
     (["--prompt", "x", "--tensor", "0"], "parallel.tensor is 0"),
     (["--prompt", "x", "--bos"], "has no beginning-of-text id"),
     (["--prompt", "x", "--tokenizer", "/nowhere/t.model"], "--tokenizer T says where"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -121,7 +121,8 @@ def test_who_watches_a_text_ends_it() -> None:
     generator = Generator(inference_model(model_config()))
     told: list[list[int]] = []
 
-    def watch() -> Callable[[int], bool]:
+    def watch(prompt: Sequence[int]) -> Callable[[int], bool]:
+        assert list(prompt) in PROMPTS
         heard: list[int] = []
         told.append(heard)
 
