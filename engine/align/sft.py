@@ -26,7 +26,7 @@ class Supervised(Objective):
 
     def __call__(self, x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
         assert batch.labels_SB is not None and batch.loss_mask_SB is not None
-        return [head.token_losses(x_SBH, batch.labels_SB).mul(batch.loss_mask_SB).sum()]
+        return [head.weighted_losses(x_SBH, batch.labels_SB, batch.loss_mask_SB)[0]]
 
     def count(self, batch: Batch) -> Tensor | int:
         assert batch.loss_mask_SB is not None
@@ -48,10 +48,9 @@ class SupervisedWithPretraining(Objective):
     def __call__(self, x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
         assert batch.labels_SB is not None
         mask, ptx = _mask(batch).float(), batch.extra[PTX].float()
-        losses = head.token_losses(x_SBH, batch.labels_SB) * mask
-        chat_loss, ptx_loss = (losses * (1 - ptx)).sum(), (losses * ptx).sum()
-        return [chat_loss + self.ptx_weight * ptx_loss, chat_loss, (mask * (1 - ptx)).sum(), ptx_loss,
-                (mask * ptx).sum()]
+        chat = mask * (1 - ptx)
+        loss, losses = head.weighted_losses(x_SBH, batch.labels_SB, chat + self.ptx_weight * mask * ptx)
+        return [loss, (losses * chat).sum(), chat.sum(), (losses * mask * ptx).sum(), (mask * ptx).sum()]
 
     def count(self, batch: Batch) -> Tensor | int:
         weights = torch.where(batch.extra[PTX], self.ptx_weight, 1.0)

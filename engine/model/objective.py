@@ -31,7 +31,21 @@ HeadKind = Literal["language_model", "score"]
 
 
 class Head(Protocol):
-    """The last chunk's end.  One of the first three is called, once per microbatch: it uses the head's parameters."""
+    """The last chunk's end.  One of the first four is called, once per microbatch: it uses the head's parameters.
+
+    Attributes:
+        scale: in a step of training what the sum that is differentiated is multiplied by; else None.
+    """
+
+    scale: Tensor | None
+
+    def weighted_losses(self, x_SBH: Tensor, labels_SB: Tensor, weights_SB: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Σ −weight·log p(label), weights of 1 for None, and −log p(label) itself, fp32 [S, B], not differentiable.
+
+        The cheapest way to train: the sum must be the objective's first one as it stands, because its gradients are
+        computed together with it.
+        """
+        ...
 
     def token_losses(self, x_SBH: Tensor, labels_SB: Tensor) -> Tensor:
         """−log p(label), fp32 [S, B]."""
@@ -96,8 +110,7 @@ class NextToken(Objective):
 
     def __call__(self, x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
         assert batch.labels_SB is not None
-        losses = head.token_losses(x_SBH, batch.labels_SB)
-        return [losses.sum() if batch.loss_mask_SB is None else losses.mul(batch.loss_mask_SB).sum()]
+        return [head.weighted_losses(x_SBH, batch.labels_SB, batch.loss_mask_SB)[0]]
 
     def count(self, batch: Batch) -> Tensor | int:
         return batch.tokens_SB.numel() if batch.loss_mask_SB is None else batch.loss_mask_SB.sum()

@@ -12,7 +12,7 @@ under any cut.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pkgutil import resolve_name
 from typing import Any
 
@@ -107,6 +107,11 @@ class Transformer(nn.Module):
         """Norm and output layer of the last chunk: [S, B, H] → [S, B, V]."""
         assert self.final_layernorm is not None and self.output_layer is not None
         return self.output_layer(self.final_layernorm(x_SBH)[1])
+
+    def through_output_layer(self, x_SBH: Tensor, instead: Callable[..., Any]) -> Any:
+        """As `logits`, which are not made: `instead` is given the norm's output and the layer."""
+        assert self.final_layernorm is not None and self.output_layer is not None
+        return self.output_layer(self.final_layernorm(x_SBH)[1], instead)
 
     def scores(self, x_SBH: Tensor) -> Tensor:
         """Norm and score of the last chunk: [S, B, H] → fp32 [S, B]."""

@@ -234,7 +234,7 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
     shape = (length, config.batch.micro * objective.rows_per_sample, config.model.hidden_size)
     messenger = Messenger(mesh.pipeline, len(schedule.placement), shape, dtype, mesh.device)
     last = chunks.get(len(schedule.placement) - 1)
-    head = None if last is None else ParallelHead(last, tensor, mesh.context)
+    head = None if last is None else ParallelHead(last, tensor, mesh.context, ahead=not parallel.reproducible)
     executor = Executor(chunks, schedule.placement, messenger, tensor.weight_grads, head)
     return ParallelModel(config, mesh, chunks, buckets, frozen, tensor, objective, schedule, executor)
 

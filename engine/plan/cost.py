@@ -196,8 +196,10 @@ class Clock:
         loss = self.stream(2 * self.sizes.logits + 3 * wide, 6)
         comm = self.collective(self.sizes.full, self.tensor)
         host = self._host(len(matrices), self.sizes.divided)
+        # Of a weighted sum all comes with the loss, and it takes as long; for others most logits are made again.
+        again = 0.0 if self.sizes.ahead else forward * (1 - self.sizes.chunk / max(self.sizes.logits, 1))
         return UnitCost(_at_least(Pass(forward + loss, comm), host),
-                        _at_least(Pass(backward + loss, comm), 2 * host), Pass(weight))
+                        _at_least(Pass(again + backward + loss, comm), 2 * host), Pass(weight))
 
     def embedding(self) -> UnitCost:
         """The look-up."""

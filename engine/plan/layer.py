@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.config import Config
+from engine.model.chunks import WEIGHTED_SUMS, rows_of_chunk
 from engine.model.inventory import end_specs
 from engine.model.kinds import FeedForward, mlp_of
 from engine.plan.tape import Tape
@@ -32,7 +33,7 @@ CHEAP = (ACTIVATION, "norms: first output", "norms: second output")
 # What products of weight gradients read: x and dy of each.  The dy of the two row-parallel layers is the gradient of
 # the layer's output, or of the state between its halves, gathered where it is divided.
 OPERANDS = (*CHEAP, "attention: output", "qkv's gradient", "projections' gradient", "gathered outputs' gradients",
-            "gathered inputs", "norms: last output", "logits' gradient", "outputs' gradients")
+            "gathered inputs", "outputs' gradients")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Sizes:
         statistic: one fp32 number for each token outside; `statistics` one for each token inside.
         query, key: all query heads of this rank, all its keys (or values).
         features: the feed-forward layer's; `inputs` so many of them come out of its first projection.
-        logits: of this rank's part of the vocabulary, padding included, in the compute dtype.
+        logits: of this rank's part of the vocabulary, padding included, in the compute dtype; `chunk` of so many tokens
+            as there are at once, and `ahead`: their gradient is computed in the forward pass.
         gathers: with sequence parallelism: hidden states are gathered in front of a region and scattered behind.
         grouped: several query heads share a key.
         ring: context ranks.
@@ -61,6 +63,8 @@ class Sizes:
     features: float
     inputs: int
     logits: float
+    chunk: float
+    ahead: bool
     padded: bool
     width: int
     heads: int
@@ -90,6 +94,8 @@ class Sizes:
             key=inside * model.num_kv_heads * model.head_dim * width / tensor,
             features=inside * model.ffn_hidden_size * width / tensor,
             inputs=kind.inputs if isinstance(kind, FeedForward) else 1, logits=inside * columns * width,
+            chunk=rows_of_chunk(int(inside), columns) * columns * width,
+            ahead=config.run.objective in WEIGHTED_SUMS and not parallel.reproducible,
             padded=columns * tensor != model.vocab_size, width=width, heads=model.num_heads // tensor,
             gathers=parallel.sequence and tensor > 1, divided=tensor > 1,
             grouped=model.num_heads > model.num_kv_heads, ring=parallel.context, qk_norm=model.qk_norm, on_gpu=on_gpu,
@@ -281,37 +287,60 @@ def _norm_backward(tape: Tape, sizes: Sizes, x: str) -> None:
     tape.rename("norm's gradient", GRADIENT)
 
 
-def head_bytes(sizes: Sizes, *, split: bool = False) -> LayerBytes:
-    """Final norm, output layer and loss; `split` as of `layer_bytes`."""
-    wide_logits = sizes.logits * FP32 / sizes.width
-    hidden = sizes.hidden
-    forward = Tape({INPUT: hidden})
+def head_bytes(sizes: Sizes) -> LayerBytes:
+    """Final norm, output layer and loss, chunk of tokens by chunk (`engine.parallel.tensor.vocabulary`)."""
+    forward = Tape({INPUT: sizes.hidden})
     forward.take("norms: statistics", sizes.statistic)
-    forward.take("norms: last output", hidden)
-    _entrance(forward, sizes, sizes.logits, "logits")
-    if not sizes.on_gpu and sizes.width < FP32:
-        forward.passing("logits in fp32", 2 * wide_logits)
-    forward.take(SOFTMAX, wide_logits)
-    forward.take("loss: statistics", sizes.statistics * 5)
-    forward.drop("logits")
-    kept = dict(forward.names)
-    backward = Tape(kept, OPERANDS if split else ())
-    if sizes.width < FP32:
-        backward.take("logits' gradient", sizes.logits)
-        backward.drop(SOFTMAX, "loss: statistics")
+    forward.take("norms: last output", sizes.hidden)
+    forward.take("gathered", sizes.full if sizes.gathers else 0)
+    if sizes.ahead:
+        _chunk_backward(forward, sizes)
+        forward.drop("norms: last output")
     else:
-        backward.take("padded", sizes.logits if sizes.padded else 0)
-        backward.rename(SOFTMAX, "logits' gradient")
-        backward.drop("padded", "loss: statistics")
-    if not sizes.on_gpu and sizes.width < FP32:
-        backward.passing("logits' gradient in fp32", wide_logits)
-    _entrance_backward(backward, sizes)
-    backward.drop("logits' gradient", "norms: last output")
-    wide = hidden * FP32 / sizes.width
-    backward.passing("norms", wide * (1 if sizes.on_gpu else 3))
-    backward.take(GRADIENT, hidden)
-    backward.drop("branch", INPUT)
+        _logits(forward, sizes)
+    forward.drop("gathered")
+    kept = dict(forward.names)
+    backward = Tape(kept)
+    if not sizes.ahead:
+        backward.take("gathered inputs", sizes.full if sizes.gathers else 0)
+        _chunk_backward(backward, sizes, kept=True)
+        backward.drop("gathered inputs", "norms: last output")
+    backward.passing("norms", sizes.hidden * FP32 / sizes.width * (1 if sizes.on_gpu else 3))
+    backward.take(GRADIENT, sizes.hidden)
+    backward.drop("loss: gradient", INPUT)
     return LayerBytes(kept, forward, backward)
+
+
+def _logits(tape: Tape, sizes: Sizes) -> None:
+    """A chunk's logits and what is made of them; a GPU's kernel reads them and keeps nothing as large."""
+    wide = 0.0 if sizes.on_gpu else sizes.chunk * FP32 / sizes.width
+    tape.take("logits", sizes.chunk)
+    if not sizes.on_gpu and sizes.width < FP32:
+        tape.passing("logits in fp32", 2 * wide)
+    tape.take(SOFTMAX, wide)
+    tape.take("loss: statistics", sizes.statistics * 5)
+
+
+def _chunk_backward(tape: Tape, sizes: Sizes, kept: bool = False) -> None:
+    """From a chunk's logits, `kept` or not, to its share of the gradients; `loss: gradient` of all tokens is left."""
+    several = sizes.chunk < sizes.logits
+    tape.take("gradient of all", sizes.full if several else 0)
+    if not kept:
+        _logits(tape, sizes)
+    if not sizes.on_gpu:                                   # a GPU's is written over the logits, fp32's over the softmax
+        tape.take("logits' gradient", sizes.chunk if sizes.width < FP32 or sizes.padded else 0)
+    if sizes.width < FP32 or sizes.padded:
+        tape.drop(SOFTMAX)
+    if not sizes.on_gpu:
+        tape.drop("logits")
+    tape.take("gradient of all", 0 if several else sizes.full)
+    if not sizes.on_gpu and sizes.width < FP32:
+        tape.passing("logits' gradient in fp32", sizes.chunk * FP32 / sizes.width)
+    tape.drop("logits", SOFTMAX, "logits' gradient", "loss: statistics")
+    tape.take("loss: gradient", sizes.hidden if sizes.gathers else 0)
+    if sizes.gathers:
+        tape.drop("gradient of all")
+    tape.rename("gradient of all", "loss: gradient")
 
 
 def embedding_bytes(sizes: Sizes) -> LayerBytes:

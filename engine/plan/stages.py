@@ -114,7 +114,10 @@ class _Chunk:
     def _forward(self) -> Iterator[_Moment]:
         done = dict(self.once)
         for i, each in enumerate(self.bytes):
-            yield self._moment(done, each.forward.at_peak, self.walk.gathered(self.units, i, i + 1))
+            around = self.walk.gathered(self.units, i, i + 1)
+            if self.units[i].what == "head" and self.walk.sizes.ahead:         # its weights' gradient comes already
+                around |= self.walk.reducing(self.units, i)
+            yield self._moment(done, each.forward.at_peak, around)
             done = _sum(done, each.kept)
 
     def _backward(self) -> Iterator[_Moment]:
@@ -145,7 +148,7 @@ class _Walk:
         split = recipe(config.parallel.schedule).splits_backward
         kinds: set[str] = {"none", config.parallel.recompute}
         self.layers = {kind: layer_bytes(sizes, kind, split=split) for kind in kinds}
-        self.ends = {"embedding": embedding_bytes(sizes), "head": head_bytes(sizes, split=split)}
+        self.ends = {"embedding": embedding_bytes(sizes), "head": head_bytes(sizes)}
         placement, deal = dealt_layers(config, even)
         self.num_chunks = len(placement)
         mine = [chunk for chunk, owner in enumerate(placement) if owner == stage]

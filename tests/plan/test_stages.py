@@ -20,10 +20,13 @@ from engine.distributed.collectives import DONE
 from engine.distributed.mesh import meta_mesh, single_mesh
 from engine.distributed.topology import Topology
 from engine.kernels.table import PORTABLE
+from engine.model import chunks
 from engine.optim.adamw import AdamW
 from engine.optim.gradients import sum_over_world
 from engine.parallel.parallelize import parallelize
 from engine.parallel.pipeline import p2p
+from engine.parallel.tensor.head import ParallelHead
+from engine.plan import layer
 from engine.plan.explain import describe
 from engine.plan.stages import all_stages, stage_memory
 from engine.plan.state import stage_state
@@ -99,6 +102,22 @@ def allocated_at_most(config: Config, rank: int, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_peak_is_what_the_allocator_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, rank = config_of(name)
+    stage = Topology.of(config).coordinates(rank)["pipeline"]
+    measured = allocated_at_most(config, rank, monkeypatch)
+    assert stage_memory(config, stage, on_gpu=False).total == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "ahead"), [
+    *((name, True) for name in ("one process", "tensor", "bf16", "zb-h1", "zero 3")),
+    *((name, False) for name in ("one process", "tensor", "bf16"))])
+def test_the_peak_where_the_loss_comes_in_chunks(name: str, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ahead:                                          # as of an objective that is no weighted sum
+        monkeypatch.setattr(layer, "WEIGHTED_SUMS", ())
+        monkeypatch.setattr(ParallelHead, "scale", property(lambda self: None, lambda self, value: None), raising=False)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(chunks, "ROWS", 64)
+    config, rank = config_of(name)
+    config = config.with_changes(model={"vocab_size": 4000, "num_layers": 2})       # or it would not matter
     stage = Topology.of(config).coordinates(rank)["pipeline"]
     measured = allocated_at_most(config, rank, monkeypatch)
     assert stage_memory(config, stage, on_gpu=False).total == pytest.approx(measured, rel=TOLERANCE)

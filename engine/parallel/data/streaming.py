@@ -37,9 +37,10 @@ class ParameterStream:
         def forward_begins(*_: Any) -> None:
             self._enter(needed[index], after)
 
-        def forward_ends(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(backward_begins)
+        def forward_ends(module: nn.Module, inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+            for each in output if isinstance(output, tuple) else (output,):
+                if each.requires_grad:
+                    each.register_hook(backward_begins)
 
         def backward_begins(_: Tensor) -> None:
             self._enter(needed[index], before)

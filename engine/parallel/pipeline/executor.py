@@ -78,6 +78,8 @@ class Executor:
         # Filled in on the device: a number that is copied there would make the host wait for all that was started.
         self._scale = scale if isinstance(scale, Tensor) else \
             torch.full((), scale, dtype=torch.float32, device=self.messenger.device)
+        if self.head is not None:
+            self.head.scale = self._scale if torch.is_grad_enabled() else None
         self.peak_in_flight = 0
         for action in program:
             with record_function(self._label(action)):

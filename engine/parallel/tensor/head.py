@@ -1,12 +1,13 @@
 """The end of the last chunk, cut over the tensor axis, with the sequence spread over the context axis.
 
 What an objective gets to see (`engine.model.objective.Head`).  The logits stay spread over the vocabulary: ranks
-exchange two or three numbers per token.  Everything that is returned is the same on all tensor ranks and covers this
+exchange two or three numbers per token.  And they are there for some tokens at a time only (`vocabulary`).  Everything that is returned is the same on all tensor ranks and covers this
 context rank's tokens.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,23 +19,41 @@ from engine.distributed.mesh import Axis
 from engine.model.parameters import spec_of
 from engine.model.transformer import Transformer
 from engine.parallel.tensor.layers import TensorContext
+from engine.parallel.tensor.vocabulary import per_token, weighted_sum
 
 
 class ParallelHead:
     """See `engine.model.objective.Head`."""
 
-    def __init__(self, chunk: Transformer, tensor: TensorContext, context: Axis) -> None:
-        self._chunk, self._tensor, self._context = chunk, tensor, context
+    def __init__(self, chunk: Transformer, tensor: TensorContext, context: Axis, *, ahead: bool = True) -> None:
+        """`ahead`: gradients of a weighted sum may be computed together with it, in the forward pass."""
+        self._chunk, self._tensor, self._context, self._ahead = chunk, tensor, context, ahead
         self._columns = {} if chunk.output_layer is None else self._own_columns(spec_of(chunk.output_layer.weight).box)
+        self.scale: Tensor | None = None
+
+    def weighted_losses(self, x_SBH: Tensor, labels_SB: Tensor, weights_SB: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.scale is not None and self._ahead:
+            ahead = partial(weighted_sum, labels=labels_SB, weights=weights_SB, scale=self.scale, compute=self._losses)
+            total, losses = self._chunk.through_output_layer(x_SBH, ahead)
+            return total, losses
+        losses = self.token_losses(x_SBH, labels_SB)
+        return (losses if weights_SB is None else losses.mul(weights_SB)).sum(), losses.detach()
 
     def token_losses(self, x_SBH: Tensor, labels_SB: Tensor) -> Tensor:
-        losses = self._tensor.operations.cross_entropy(self._chunk.logits(x_SBH), labels_SB, **self._columns)
+        [losses] = self._chunk.through_output_layer(x_SBH, partial(per_token, labels=labels_SB, compute=self._losses))
         return losses
 
     def token_log_probs_and_entropy(self, x_SBH: Tensor, labels_SB: Tensor,
                                     temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        compute = self._tensor.operations.log_probs
-        return compute(self._chunk.logits(x_SBH), labels_SB, temperature=temperature, **self._columns)
+        def compute(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+            return self._tensor.operations.log_probs(logits, labels, temperature=temperature, **self._columns)
+
+        log_probs, entropy = self._chunk.through_output_layer(x_SBH, partial(per_token, labels=labels_SB,
+                                                                             compute=compute))
+        return log_probs, entropy
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        return (self._tensor.operations.cross_entropy(logits, labels, **self._columns),)
 
     def scores(self, x_SBH: Tensor) -> Tensor:
         scores = self._chunk.scores(x_SBH)

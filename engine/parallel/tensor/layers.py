@@ -16,6 +16,7 @@ On one rank the same code runs with every collective skipped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -151,8 +152,13 @@ class ParallelLinear(nn.Module):
         self.gemms: Gemms = context.gemms(spec_of(weight))
         self.adapter = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[S or S/T, B, in] → [S or S/T, B, out]."""
+    def forward(self, x: Tensor, instead: Callable[[Tensor, ParallelLinear], Any] | None = None) -> Any:
+        """[S or S/T, B, in] → [S or S/T, B, out].
+
+        `instead`: what to do with the input where the output is too large to exist, and returned then.
+        """
+        if instead is not None:
+            return instead(x, self)
         y: Tensor = _Linear.apply(x, self.weight, self.bias, self)
         return y if self.adapter is None else self.adapter.add_to(y, x)
 
