@@ -86,6 +86,7 @@ class Sizes:
         outside = inside / tensor if parallel.sequence else inside
         kind = mlp_of(model)
         head = end_specs(model).get("output_layer.weight")
+        adapted = config.adapter is not None and config.adapter.adapts("lm_head")      # its logits are there at once
         columns = 0 if head is None else head.on_tensor_rank(tensor, 0, parallel.sequence).local_shape[0]
         return Sizes(
             hidden=outside * model.hidden_size * width, full=inside * model.hidden_size * width,
@@ -94,8 +95,8 @@ class Sizes:
             key=inside * model.num_kv_heads * model.head_dim * width / tensor,
             features=inside * model.ffn_hidden_size * width / tensor,
             inputs=kind.inputs if isinstance(kind, FeedForward) else 1, logits=inside * columns * width,
-            chunk=rows_of_chunk(int(inside), columns) * columns * width,
-            ahead=config.run.objective in WEIGHTED_SUMS and not parallel.reproducible,
+            chunk=(inside if adapted else rows_of_chunk(int(inside), columns)) * columns * width,
+            ahead=config.run.objective in WEIGHTED_SUMS and not parallel.reproducible and not adapted,
             padded=columns * tensor != model.vocab_size, width=width, heads=model.num_heads // tensor,
             gathers=parallel.sequence and tensor > 1, divided=tensor > 1,
             grouped=model.num_heads > model.num_kv_heads, ring=parallel.context, qk_norm=model.qk_norm, on_gpu=on_gpu,

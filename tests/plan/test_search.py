@@ -63,4 +63,4 @@ def test_with_less_memory_it_takes_another_or_none() -> None:
 def test_seven_billion_with_adapters_fit_24_gb() -> None:
     config = load_config(ROOT / "configs" / "llama-7b.yaml", ["batch.global=16", "adapter.rank=16"])
     best = search(config, 1, device("rtx-4090")).best[0]
-    assert best.config.parallel.recompute != "none" and best.fits
+    assert best.fits                                       # without recomputation, since no logits are kept

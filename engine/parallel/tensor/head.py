@@ -1,8 +1,8 @@
 """The end of the last chunk, cut over the tensor axis, with the sequence spread over the context axis.
 
 What an objective gets to see (`engine.model.objective.Head`).  The logits stay spread over the vocabulary: ranks
-exchange two or three numbers per token.  And they are there for some tokens at a time only (`vocabulary`).  Everything that is returned is the same on all tensor ranks and covers this
-context rank's tokens.
+exchange two or three numbers per token.  And they are there for some tokens at a time only (`vocabulary`).  Everything
+that is returned is the same on all tensor ranks and covers this context rank's tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engine.distributed.mesh import Axis
 from engine.model.parameters import spec_of
 from engine.model.transformer import Transformer
 from engine.parallel.tensor.layers import TensorContext
-from engine.parallel.tensor.vocabulary import per_token, weighted_sum
+from engine.parallel.tensor.vocabulary import PerToken, per_token, weighted_sum
 
 
 class ParallelHead:
@@ -32,7 +32,7 @@ class ParallelHead:
         self.scale: Tensor | None = None
 
     def weighted_losses(self, x_SBH: Tensor, labels_SB: Tensor, weights_SB: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.scale is not None and self._ahead:
+        if self.scale is not None and self._ahead and not self._adapted:
             ahead = partial(weighted_sum, labels=labels_SB, weights=weights_SB, scale=self.scale, compute=self._losses)
             total, losses = self._chunk.through_output_layer(x_SBH, ahead)
             return total, losses
@@ -40,17 +40,27 @@ class ParallelHead:
         return (losses if weights_SB is None else losses.mul(weights_SB)).sum(), losses.detach()
 
     def token_losses(self, x_SBH: Tensor, labels_SB: Tensor) -> Tensor:
-        [losses] = self._chunk.through_output_layer(x_SBH, partial(per_token, labels=labels_SB, compute=self._losses))
-        return losses
+        return self._per_token(x_SBH, labels_SB, self._losses)[0]
 
     def token_log_probs_and_entropy(self, x_SBH: Tensor, labels_SB: Tensor,
                                     temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         def compute(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
             return self._tensor.operations.log_probs(logits, labels, temperature=temperature, **self._columns)
 
-        log_probs, entropy = self._chunk.through_output_layer(x_SBH, partial(per_token, labels=labels_SB,
-                                                                             compute=compute))
+        log_probs, entropy = self._per_token(x_SBH, labels_SB, compute)
         return log_probs, entropy
+
+    @property
+    def _adapted(self) -> bool:
+        """Something is added to the logits, and has gradients of its own: they must be there as a whole."""
+        return self._chunk.output_layer is not None and self._chunk.output_layer.adapter is not None
+
+    def _per_token(self, x_SBH: Tensor, labels_SB: Tensor, compute: PerToken) -> tuple[Tensor, ...]:
+        if self._adapted:
+            return compute(self._chunk.logits(x_SBH), labels_SB)
+        found: tuple[Tensor, ...] = self._chunk.through_output_layer(x_SBH, partial(per_token, labels=labels_SB,
+                                                                                   compute=compute))
+        return found
 
     def _losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         return (self._tensor.operations.cross_entropy(logits, labels, **self._columns),)
