@@ -60,13 +60,13 @@ RANK_CEILINGS = {
     "metrics": 450,
     "model": 820,         # and kinds of layers and norms, of all families that convert, stretched RoPE
     "optim": 260,         # and learning-rate shapes, optimizers besides AdamW
-    "parallel": 1_400,
+    "parallel": 1_450,    # and the loss without the logits
     "precision": 250,     # FP8
     "reliability": 450,   # and the watchdog, what to do about a bad step, goodput
     "schedules": 430,
     "train": 1_540,       # and going back before spikes, what a reference says, what all kinds of runs share
 }
-RANK_CEILING = 12_200     # lower than the sum: who needs the whole of a room makes another smaller
+RANK_CEILING = 12_400     # lower than the sum: who needs the whole of a room makes another smaller
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)

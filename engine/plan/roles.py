@@ -12,7 +12,7 @@ Layouts, stages and what a training step holds are those of `engine.plan.stages`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -172,8 +172,8 @@ def texts_in_the_making(run: Config, own: Config, stage: int) -> float:
 
 def _forward_pass(own: Config, on_gpu: bool) -> float:
     """The most that a pass without gradients holds: one layer's, or the head's."""
-    sizes = Sizes.of(own, on_gpu)
-    units = (embedding_bytes(sizes), layer_bytes(sizes, "none", split=False), head_bytes(sizes, split=False))
+    sizes = replace(Sizes.of(own, on_gpu), ahead=False)
+    units = (embedding_bytes(sizes), layer_bytes(sizes, "none", split=False), head_bytes(sizes))
     return max(sum(unit.forward.at_peak.values()) for unit in units)
 
 
