@@ -33,6 +33,7 @@ from engine.config.fields import (
 from engine.config.length import BatchConfig, Ramp, Tokens, Warmup, read_tokens
 from engine.config.model import ModelConfig
 from engine.config.objectives import OBJECTIVES, PAIRS, ObjectiveName
+from engine.config.optimizers import OptimizerName
 from engine.config.parallel import ParallelConfig
 from engine.config.reliability import ReliabilityConfig
 from engine.config.rl import (
@@ -82,18 +83,30 @@ class SquareRootRule(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    name: OptimizerName = "adamw"
     lr: Rate = 1.5e-4
     warmup_steps: NonNegative = 0
     warmup: Warmup | None = None                             # instead: 2000 (steps), 1% (of the run), 375M (tokens)
     decay: Decay = Cosine()                                  # a name of `engine.config.decay`, or {shape: NAME, …}
     min_lr: RateOrZero = Field(default_factory=lambda values: values["decay"].floor(values["lr"]))
     square_root: SquareRootRule | None = None                # makes lr and min_lr, then of pretraining, smaller
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)           # of AdamW, which muon uses for what is no matrix
+    momentum: Fraction | None = None                         # of sgd (null: 0.9) and muon (null: 0.95)
     eps: Rate = 1e-8
     weight_decay: RateOrZero = 0.1
     grad_clip: Number = 1.0                                  # largest global gradient norm; 0: no clipping
+
+    @model_validator(mode="after")
+    def _of_this_optimizer(self) -> OptimConfig:
+        if self.momentum is not None and self.name == "adamw":
+            raise ValueError(f"momentum({self.momentum:g}) is of sgd and muon; adamw has betas")
+        return self
+
+    def momentum_or(self, default: float) -> float:
+        """Of an optimizer whose own default is `default`."""
+        return default if self.momentum is None else self.momentum
 
 
 class CheckpointConfig(Section):

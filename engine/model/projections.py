@@ -41,6 +41,12 @@ FUSED = {
 }
 
 
+def is_projection(name: str) -> bool:
+    """Whether a parameter is the weight of a linear layer inside a layer of the model."""
+    layer, _, kind = name.rpartition(".")
+    return kind == "weight" and name.startswith("layers.") and layer.rpartition(".")[2] in FUSED
+
+
 def adapter_specs(weight: ParamSpec, fused: Fused, targets: Sequence[tuple[str, int]],
                   rank: int) -> Iterator[ParamSpec]:
     """The adapters of one weight (uncut): one A for all `targets`, then a B for each name and number of indices."""

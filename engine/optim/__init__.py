@@ -1,1 +1,1 @@
-"""AdamW over flat shards, learning-rate schedules, gradient norm and clipping."""
+"""Optimizers over flat shards, learning-rate schedules, gradient norm and clipping."""

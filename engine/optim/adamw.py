@@ -14,41 +14,28 @@ from torch import Tensor
 
 from engine.config import OptimConfig
 from engine.kernels.table import Operations
+from engine.optim.optimizer import Optimizer
 from engine.parallel.data.buckets import Bucket
 
 
-class AdamW:
-    """Moments of every bucket's shard, and the update."""
+class AdamW(Optimizer):
+    """See the module docstring."""
 
     def __init__(self, buckets: Sequence[Bucket], config: OptimConfig, operations: Operations) -> None:
-        self.buckets, self.config, self._update = buckets, config, operations.adamw
+        super().__init__(buckets, config, operations)
         self.exp_avg = [torch.zeros_like(bucket.master) for bucket in buckets]
         self.exp_avg_sq = [torch.zeros_like(bucket.master) for bucket in buckets]
-        self.steps = [torch.zeros((), dtype=torch.float32, device=bucket.master.device) for bucket in buckets]
+        self.moments = {"exp_avg": dict(enumerate(self.exp_avg)), "exp_avg_sq": dict(enumerate(self.exp_avg_sq))}
 
     @torch.no_grad()
     def step(self, lr: float, grad_divisor: Tensor, found_inf: Tensor) -> None:
-        """Updates masters from the gradient shards.
-
-        Args:
-            lr: learning rate of this step.
-            grad_divisor: fp32 scalar; gradients are divided by it.
-            found_inf: fp32 scalar; 1 makes this step change nothing.
-        """
+        """As `Optimizer.step`."""
         for decay, rows in self._groups():
-            self._update([self.buckets[i].master for i in rows], [self.buckets[i].grad_shard for i in rows],
-                         [self.exp_avg[i] for i in rows], [self.exp_avg_sq[i] for i in rows],
-                         [self.steps[i] for i in rows], lr=lr, betas=self.config.betas, eps=self.config.eps,
-                         weight_decay=decay, grad_divisor=grad_divisor, found_inf=found_inf)
-
-    def num_steps(self) -> int:
-        """Updates made so far; skipped ones do not count."""
-        return int(self.steps[0].item()) if self.steps else 0
-
-    def set_num_steps(self, num_steps: int) -> None:
-        """Takes over the count of a checkpoint."""
-        for step in self.steps:
-            step.fill_(num_steps)
+            self.operations.adamw(
+                [self.buckets[i].master for i in rows], [self.buckets[i].grad_shard for i in rows],
+                [self.exp_avg[i] for i in rows], [self.exp_avg_sq[i] for i in rows], [self.steps[i] for i in rows],
+                lr=lr, betas=self.config.betas, eps=self.config.eps, weight_decay=decay, grad_divisor=grad_divisor,
+                found_inf=found_inf)
 
     def _groups(self) -> Iterator[tuple[float, list[int]]]:
         """Indices of the buckets with each weight decay."""

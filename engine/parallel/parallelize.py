@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from engine.config import Config
+from engine.config.optimizers import OPTIMIZERS
 from engine.distributed.boxes import Box
 from engine.distributed.mesh import Axis, Mesh
 from engine.distributed.pieces import Piece
@@ -225,7 +226,9 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
     if training:
         buckets, frozen = build_buckets(list(reversed(chunks.values())), mesh, level=parallel.zero, dtype=dtype,
                                         reduce_dtype=DTYPES[config.precision.grad_reduce],
-                                        reproducible=parallel.reproducible, bucket_elements=bucket_elements)
+                                        reproducible=parallel.reproducible,
+                                        matrices_apart=OPTIMIZERS[config.optim.name].of_matrices is not None,
+                                        bucket_elements=bucket_elements)
     else:
         allocate_weights(chunks.values(), dtype, mesh.device)
     if training and parallel.zero == 3:

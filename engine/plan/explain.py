@@ -19,7 +19,7 @@ from engine.distributed.topology import Topology
 from engine.errors import RequestError
 from engine.kernels.table import PORTABLE
 from engine.model.parameters import spec_of
-from engine.optim.adamw import AdamW
+from engine.optim.optimizer import Optimizer, make_optimizer
 from engine.parallel.data.buckets import Bucket
 from engine.parallel.data.flat import FlatParameters
 from engine.parallel.parallelize import ParallelModel, parallelize
@@ -99,11 +99,11 @@ def describe(model: ParallelModel, mesh: Mesh) -> Explanation:
         {chunk: tuple(map(int, module.layers)) for chunk, module in model.chunks.items()}, model.schedule.placement,
         tuple(Part(spec.name, spec.shape, spec.box, tuple(state.get(spec.name, ()))) for spec in specs),
         sum(spec.box.num_elements for spec in specs), len(model.buckets),
-        state_bytes(model.buckets, AdamW(model.buckets, model.config.optim, model.operations), model.frozen),
+        state_bytes(model.buckets, make_optimizer(model.buckets, model.config.optim, model.operations), model.frozen),
         model.program)
 
 
-def state_bytes(buckets: Iterable[Bucket], optimizer: AdamW, frozen: Iterable[FlatParameters] = ()) -> StateBytes:
+def state_bytes(buckets: Iterable[Bucket], optimizer: Optimizer, frozen: Iterable[FlatParameters] = ()) -> StateBytes:
     """Sizes of the storages behind buckets and moments; of views of one storage only one is counted."""
     parameters = [tensor for flat in frozen
                   for tensor in [flat.param_buffer, *([flat.param_shard] if flat.level >= 3 else [])]]
@@ -113,7 +113,8 @@ def state_bytes(buckets: Iterable[Bucket], optimizer: AdamW, frozen: Iterable[Fl
         gradients += [bucket.grad_buffer] + ([bucket.grad_shard] if bucket.per_microbatch else [])
         masters += [] if bucket.master is bucket.param_shard else [bucket.master]
     return StateBytes(_storage(parameters), _storage(gradients),
-                      _storage([*masters, *optimizer.exp_avg, *optimizer.exp_avg_sq]))
+                      _storage([*masters, *(moment for of_bucket in optimizer.moments.values()
+                                           for moment in of_bucket.values())]))
 
 
 def _storage(tensors: Iterable[Tensor]) -> int:

@@ -13,8 +13,9 @@ from functools import lru_cache
 from math import prod
 
 from engine.config import AdapterConfig, Config, ModelConfig
+from engine.config.optimizers import OPTIMIZERS
 from engine.model.inventory import Specs, end_specs, layer_specs
-from engine.model.projections import all_adapter_specs
+from engine.model.projections import all_adapter_specs, is_projection
 from engine.model.spec import ParamSpec
 from engine.parallel.pipeline.partition import deal_layers, layer_costs
 from engine.schedules.table import build_placement
@@ -32,7 +33,7 @@ class StateBytes:
     Attributes:
         parameters: in the compute dtype.
         gradients: fp32.
-        optimizer: both moments, and the fp32 masters unless they are the parameters themselves.
+        optimizer: moments, and the fp32 masters unless they are the parameters themselves.
     """
 
     parameters: int
@@ -67,12 +68,14 @@ class StageState:
         units: of its chunks, in forward order, chunk by chunk.
         buckets: elements of each, padding included, in the order in which a backward pass fills them.
         frozen: elements of what is not trained, under adapters.
+        matrices: elements of the buckets that hold the layers' matrices alone.
     """
 
     config: Config
     units: tuple[Unit, ...]
     buckets: tuple[int, ...]
     frozen: int = 0
+    matrices: int = 0
 
     @property
     def bytes(self) -> StateBytes:
@@ -83,7 +86,10 @@ class StageState:
         whole = shard if parallel.zero >= 3 else total
         gradients = shard if parallel.zero >= 2 else total + (shard if parallel.reproducible else 0)
         frozen = self.frozen // (shards_of(self.config) if parallel.zero >= 3 else 1)
-        return StateBytes((whole + frozen) * width, gradients * FP32, shard * (8 + (0 if width == FP32 else FP32)))
+        row, matrices = OPTIMIZERS[self.config.optim.name], self.matrices // shards_of(self.config)
+        moments = shard * row.moments - matrices * (row.moments - (row.of_matrices or 0))
+        masters = 0 if width == FP32 else shard
+        return StateBytes((whole + frozen) * width, gradients * FP32, (moments + masters) * FP32)
 
 
 def width_of(config: Config) -> int:
@@ -116,17 +122,22 @@ def stage_state(config: Config, stage: int, *, even: bool = False) -> StageState
     chunks = [chunk for chunk, owner in enumerate(placement) if owner == stage]
     by_chunk = {chunk: tuple(_units(config, chunk, len(placement), deal[chunk])) for chunk in chunks}
     sizes: list[int] = []
-    frozen = 0
+    frozen = matrices = 0
+    apart = OPTIMIZERS[config.optim.name].of_matrices is not None
     both = {0, len(placement) - 1} <= set(chunks)
     for chunk in reversed(chunks):
         portions = [_own(unit, both) for unit in by_chunk[chunk]]
         if config.parallel.zero < 3:
             portions = [[spec for portion in portions for spec in portion]]
         for portion in reversed(portions):
-            sizes += _bucket_sizes((spec for spec in reversed(portion) if spec.trainable), shards_of(config))
+            for size, of_matrices in _bucket_sizes((spec for spec in reversed(portion) if spec.trainable),
+                                                   shards_of(config), apart):
+                sizes.append(size)
+                matrices += size if of_matrices else 0
             rest = sum(_up(prod(spec.local_shape), ALIGNMENT) for spec in portion if not spec.trainable)
             frozen += _up(rest, ALIGNMENT * (shards_of(config) if config.parallel.zero == 3 else 1))
-    return StageState(config, tuple(unit for units in by_chunk.values() for unit in units), tuple(sizes), frozen)
+    return StageState(config, tuple(unit for units in by_chunk.values() for unit in units), tuple(sizes), frozen,
+                      matrices)
 
 
 def _units(config: Config, chunk: int, num_chunks: int, layers: Sequence[int]) -> Iterator[Unit]:
@@ -163,17 +174,18 @@ def _own(unit: Unit, both: bool) -> list[ParamSpec]:
     return [] if unit.what == "embedding" else [replace(spec, tied=False) for spec in unit.specs]
 
 
-def _bucket_sizes(specs: Iterable[ParamSpec], num_shards: int) -> Iterator[int]:
-    """Elements of the buckets that take in these parameters, given in backward order."""
-    filling: dict[tuple[bool, bool, bool], tuple[int, int]] = {}       # kind → elements so far, and with alignment
+def _bucket_sizes(specs: Iterable[ParamSpec], num_shards: int, matrices_apart: bool) -> Iterator[tuple[int, bool]]:
+    """Elements of the buckets that take in these parameters, given in backward order, and whether of matrices alone."""
+    filling: dict[tuple[bool, ...], tuple[int, int]] = {}              # kind → elements so far, and with alignment
     for spec in specs:
-        kind, size = (spec.decay, spec.partial_sum, spec.tied), prod(spec.local_shape)
+        matrix = matrices_apart and is_projection(spec.name)
+        kind, size = (matrix, spec.decay, spec.partial_sum, spec.tied), prod(spec.local_shape)
         elements, aligned = filling.get(kind, (0, 0))
         if elements and elements + size > BUCKET_ELEMENTS:
-            yield _up(aligned, num_shards * ALIGNMENT)
+            yield _up(aligned, num_shards * ALIGNMENT), matrix
             elements = aligned = 0
         filling[kind] = elements + size, aligned + _up(size, ALIGNMENT)
-    yield from (_up(aligned, num_shards * ALIGNMENT) for _, aligned in filling.values())
+    yield from ((_up(aligned, num_shards * ALIGNMENT), kind[0]) for kind, (_, aligned) in filling.items())
 
 
 def _up(number: int, step: int) -> int:

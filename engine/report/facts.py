@@ -38,7 +38,7 @@ def facts(run: Run) -> dict[str, str]:
                  f"(micro {batch.micro})",
         "Precision": f"{config.precision.compute}, gradients reduced in {config.precision.grad_reduce}, "
                      f"FP8 {config.precision.fp8}",
-        "Optimizer": f"AdamW, lr {config.optim.lr:g} → {config.optim.min_lr:g} ({config.optim.decay}, "
+        "Optimizer": f"{config.optim.name}, lr {config.optim.lr:g} → {config.optim.min_lr:g} ({config.optim.decay}, "
                      f"{config.rates.warmup_steps:,.10g} warm-up), weight decay {config.optim.weight_decay:g}, "
                      f"clip {config.optim.grad_clip:g}",
         "Data": ", ".join(source.path for source in config.data.train) or "n/a",

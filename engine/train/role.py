@@ -29,8 +29,8 @@ from engine.distributed.topology import Topology
 from engine.model.context import Batch
 from engine.model.objective import NEXT_TOKEN, Measure, Objective
 from engine.model.parameters import initialise
-from engine.optim.adamw import AdamW
 from engine.optim.gradients import StepSums, clip_divisor, sum_over_world
+from engine.optim.optimizer import Optimizer, make_optimizer
 from engine.parallel.parallelize import ParallelModel, parallelize
 
 
@@ -79,7 +79,7 @@ class RoleState:
     role: Role
     mesh: Mesh | None = None
     model: ParallelModel | None = None
-    optimizer: AdamW | None = None
+    optimizer: Optimizer | None = None
 
     @staticmethod
     def build(role: Role, run: Config, job: Job) -> RoleState:
@@ -97,7 +97,7 @@ class RoleState:
     def on(mesh: Mesh, role: Role, config: Config) -> RoleState:
         """A role that lives on this rank; `config` is its own."""
         model = parallelize(config, mesh, training=role.trainable, objective=role.objective)
-        optimizer = AdamW(model.buckets, config.optim, model.operations) if role.trainable else None
+        optimizer = make_optimizer(model.buckets, config.optim, model.operations) if role.trainable else None
         return RoleState(role, mesh, model, optimizer)
 
     def initialise(self, seed: int) -> None:
@@ -151,8 +151,8 @@ class RoleState:
             f"{prefix}model", [bucket.master for bucket in self.model.buckets])
 
     def moments(self, prefix: str = "") -> list[Piece]:
-        """This rank's part of the optimizer's two moments."""
+        """This rank's part of the optimizer's moments."""
         if self.model is None or self.optimizer is None:
             return []
-        return [*self.model.shards(f"{prefix}optimizer.exp_avg", self.optimizer.exp_avg),
-                *self.model.shards(f"{prefix}optimizer.exp_avg_sq", self.optimizer.exp_avg_sq)]
+        return [piece for name, of_bucket in self.optimizer.moments.items() for i, moment in of_bucket.items()
+                for piece in self.model.buckets[i].pieces(f"{prefix}optimizer.{name}", moment)]

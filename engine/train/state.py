@@ -1,8 +1,8 @@
 """The state of a run as a value: what is saved, loaded, and enough to make the next step bit-identical.
 
 It is a table of roles (`engine.train.role`), of which most runs have one, and a position.  Tensors are pieces of global
-tensors (`engine.distributed.pieces`): fp32 masters and AdamW's two moments of every role that is trained.  The compute
-weights follow from the masters, learning rate and random streams from the step, the order of data from
+tensors (`engine.distributed.pieces`): fp32 masters and the optimizer's moments of every role that is trained.  The
+compute weights follow from the masters, learning rate and random streams from the step, the order of data from
 `consumed_samples`; so besides the tensors a run is a handful of numbers.
 
 In a checkpoint the first role's tensors bear plain names (`model.…`, `optimizer.exp_avg.…`), so the checkpoint of any
@@ -25,7 +25,7 @@ from engine.config import Config
 from engine.distributed.boxes import Box
 from engine.distributed.pieces import Piece
 from engine.model.adapter import SCORE
-from engine.optim.adamw import AdamW
+from engine.optim.optimizer import Optimizer
 from engine.parallel.parallelize import ParallelModel
 from engine.train.role import RoleState
 
@@ -58,7 +58,7 @@ class TrainState:
         return model
 
     @property
-    def optimizer(self) -> AdamW:
+    def optimizer(self) -> Optimizer:
         """As `model`."""
         optimizer = self.roles[0].optimizer
         assert optimizer is not None

@@ -17,8 +17,8 @@ from engine.distributed.mesh import Mesh
 from engine.distributed.topology import Topology
 from engine.model.context import Batch
 from engine.model.parameters import take_local
-from engine.optim.adamw import AdamW
 from engine.optim.gradients import clip_divisor, sum_over_world
+from engine.optim.optimizer import make_optimizer
 from engine.optim.schedule import learning_rate
 from engine.parallel.context.zigzag import context_part
 from engine.parallel.data.buckets import Bucket
@@ -89,7 +89,7 @@ def train_layout(config: Config, num_steps: int, task: Task = PRETRAINING) -> Re
             if (values := adapter_values(entry.spec)) is not None:
                 bucket.set_master(entry, take_local(entry.spec, values))
     model.publish()
-    optimizer = AdamW(model.buckets, config.optim, model.operations)
+    optimizer = make_optimizer(model.buckets, config.optim, model.operations)
     out = Result(initial=shards(model.buckets, "master"))
     for step in range(1, num_steps + 1):
         batch = task.batch(config, step)

@@ -25,6 +25,7 @@ from engine.model.parameters import initial_values, initialise, spec_of
 from engine.model.spec import ParamSpec
 from engine.model.transformer import Transformer
 from engine.optim.schedule import learning_rate
+from tests.kit.muon import Muon
 
 
 @dataclass
@@ -93,6 +94,21 @@ def adapter_values(spec: ParamSpec) -> Tensor | None:
     return initial_values(replace(spec, init="normal", init_std=0.1), 11)
 
 
+def optimizers_of(named: dict[str, torch.nn.Parameter], config: Config) -> list[torch.optim.Optimizer]:
+    """Torch's own, and Muon by its definition (`tests.kit.muon`), of parameters by name."""
+    optim, matrices = config.optim, []
+    if optim.name == "muon":
+        matrices = [name for name, p in named.items() if name.startswith("layers.") and p.dim() > 1
+                    and name.endswith(".weight")]
+    rest = [p for name, p in named.items() if name not in matrices]
+    groups = [{"params": [p for p in rest if spec_of(p).decay], "weight_decay": optim.weight_decay},
+              {"params": [p for p in rest if not spec_of(p).decay], "weight_decay": 0.0}]
+    if optim.name == "sgd":
+        return [torch.optim.SGD(groups, momentum=optim.momentum or 0.9)]
+    others = [torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps)]
+    return [*others, *([Muon({name: named[name] for name in matrices}, config)] if matrices else [])]
+
+
 def train_reference(config: Config, num_steps: int, task: Task = PRETRAINING) -> Reference:
     """`num_steps` of training on the whole global batch at once."""
     model = Transformer(config.model)
@@ -104,15 +120,13 @@ def train_reference(config: Config, num_steps: int, task: Task = PRETRAINING) ->
             if (values := adapter_values(spec_of(p))) is not None:
                 p.copy_(values)
     named = {spec_of(p).name: p for p in model.parameters() if p.requires_grad}
-    groups = [{"params": [p for p in named.values() if spec_of(p).decay], "weight_decay": config.optim.weight_decay},
-              {"params": [p for p in named.values() if not spec_of(p).decay], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
+    optimizers = optimizers_of(named, config)
     out = Reference([], [], {}, {}, {name: p.detach().clone() for name, p in named.items()})
     for step in range(1, num_steps + 1):
         batch = task.batch(config, step)
         sums = task.sums(model, batch)
         loss = sums[0] / task.divisor(batch)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         if step == 1:
             out.gradients = {name: p.grad.clone() for name, p in named.items()}
@@ -120,9 +134,10 @@ def train_reference(config: Config, num_steps: int, task: Task = PRETRAINING) ->
         if config.optim.grad_clip and norm > config.optim.grad_clip:
             for p in named.values():
                 p.grad.mul_(config.optim.grad_clip / norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.steps, config.optim)
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config.steps, config.optim)
+            optimizer.step()
         out.losses.append(loss.item())
         out.totals.append([total.item() for total in sums])
         out.grad_norms.append(norm.item())

@@ -25,7 +25,7 @@ A reduction starts when the last gradient it waits for has arrived, and runs whi
 next bucket.
 
 All parameters of a bucket share whatever decides what happens to them (`BucketKind`), so gradient norm, clipping and
-AdamW treat a bucket as one vector.
+optimizer treat a bucket as one vector.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from engine.distributed.collectives import (
     reduce_scatter_into,
 )
 from engine.distributed.mesh import Mesh
+from engine.model.projections import is_projection
 from engine.model.spec import ParamSpec
 from engine.parallel.data.flat import ALIGNMENT, Entry, FlatParameters, allocate, free, is_free
 from engine.parallel.gradients import GradSlot, attach_slot
@@ -60,15 +61,17 @@ class BucketKind:
         partial_sum: gradients are summed over the tensor axis first.
         counted: this rank's elements count in the gradient norm (a replica on another rank does not count again).
         tied: an embedding that is also the output layer, on another stage: the two stages sum their gradients.
+        matrices: they are the layers' projections, and the optimizer wants these apart from all else.
     """
 
     decay: bool
     partial_sum: bool
     counted: bool
     tied: bool
+    matrices: bool = False
 
 
-def kind_of(spec: ParamSpec, mesh: Mesh, uses: int) -> BucketKind:
+def kind_of(spec: ParamSpec, mesh: Mesh, uses: int, matrices_apart: bool = False) -> BucketKind:
     """The bucket kind of a parameter that this rank's chunks use so many times.
 
     Raises:
@@ -79,7 +82,7 @@ def kind_of(spec: ParamSpec, mesh: Mesh, uses: int) -> BucketKind:
     if tied and mesh.ends.size == 1:
         raise ValueError(f"{spec.name} is tied to a copy on another stage; its mesh needs Topology(tied=True)")
     return BucketKind(decay=spec.decay, partial_sum=spec.partial_sum, counted=not replicated and not spec.tied_copy,
-                      tied=tied)
+                      tied=tied, matrices=matrices_apart and is_projection(spec.name))
 
 
 class Bucket(FlatParameters):

@@ -40,7 +40,8 @@ def units_of(chunk: Transformer) -> list[list[nn.Module]]:
 
 def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtype: torch.dtype,
                   reduce_dtype: torch.dtype, reproducible: bool = False,
-                  bucket_elements: int = DEFAULT_BUCKET_ELEMENTS) -> tuple[list[Bucket], list[FlatParameters]]:
+                  bucket_elements: int = DEFAULT_BUCKET_ELEMENTS,
+                  matrices_apart: bool = False) -> tuple[list[Bucket], list[FlatParameters]]:
     """Moves the parameters of this rank's chunks (cut; still on the meta device) into buckets.
 
     Args:
@@ -51,6 +52,7 @@ def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtyp
         reduce_dtype: in which gradients travel; they are summed up in fp32.
         reproducible: sum them up in the order of the global batch.
         bucket_elements: size from which a bucket is closed, up to level 2.
+        matrices_apart: no bucket holds projections of the layers and anything else.
 
     Returns:
         Those of what is trained, and what is not.
@@ -60,7 +62,7 @@ def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtyp
     frozen: list[FlatParameters] = []
     for portion in portions_of(chunks, whole_chunks=level < 3):
         trained = [(p, uses) for p, uses in portion if spec_of(p).trainable]
-        for kind, group in group_parameters(trained, mesh, bucket_elements):
+        for kind, group in group_parameters(trained, mesh, bucket_elements, matrices_apart):
             buckets.append(Bucket(kind, group, mesh, level=level, dtype=dtype, reduce_dtype=reduce_dtype,
                                   reproducible=reproducible, reducing=reducing))
         if rest := [(p, uses) for p, uses in portion if not spec_of(p).trainable]:
@@ -82,11 +84,11 @@ def portions_of(chunks: Sequence[Transformer], whole_chunks: bool) -> Iterator[G
 
 
 def group_parameters(parameters: Iterable[tuple[nn.Parameter, int]], mesh: Mesh,
-                     bucket_elements: int) -> Iterator[tuple[BucketKind, Group]]:
+                     bucket_elements: int, matrices_apart: bool = False) -> Iterator[tuple[BucketKind, Group]]:
     """Parameters in order → groups of one kind and limited size; a group is yielded when it is full, or at the end."""
     filling: dict[BucketKind, Group] = {}
     for parameter, uses in parameters:
-        kind = kind_of(spec_of(parameter), mesh, uses)
+        kind = kind_of(spec_of(parameter), mesh, uses, matrices_apart)
         group = filling.setdefault(kind, [])
         if group and sum(p.numel() for p, _ in group) + parameter.numel() > bucket_elements:
             yield kind, group

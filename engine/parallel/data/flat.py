@@ -94,7 +94,7 @@ class FlatParameters:
 
     def fill(self, shard: Tensor, entry: Entry, values: Tensor) -> None:
         """Sets this rank's share of a parameter, in a vector laid out like its shard, from its local values."""
-        start, stop = self._overlap(entry)
+        start, stop = self.overlap(entry)
         if start < stop:
             shard[start - self.shard.start : stop - self.shard.start] = \
                 values.flatten()[start - entry.offset : stop - entry.offset]
@@ -128,7 +128,7 @@ class FlatParameters:
     def boxes(self, vector: Tensor) -> Iterator[tuple[ParamSpec, Box, Tensor]]:
         """What `vector`, laid out like this rank's shard, holds of each parameter: views, padding left out."""
         for entry in self.entries:
-            start, stop = self._overlap(entry)
+            start, stop = self.overlap(entry)
             first = start - entry.offset
             for box, position in flat_range_boxes(entry.spec.box, first, stop - entry.offset):
                 at = start - self.shard.start + position
@@ -138,14 +138,14 @@ class FlatParameters:
         """The same as pieces called `prefix.…`: one per parameter, empty where this rank's shard has none of it."""
         for entry in self.entries:
             total = entry.spec.box.num_elements                      # without padding, which comes last
-            low, high = (min(max(edge - entry.offset, 0), total) for edge in self._overlap(entry))
+            low, high = (min(max(edge - entry.offset, 0), total) for edge in self.overlap(entry))
             low, high = (low, high) if low < high else (0, 0)
             at = max(entry.offset + low - self.shard.start, 0)
             values, whole = vector[at : at + high - low], high - low == total
             yield Piece(f"{prefix}.{entry.spec.name}", entry.spec.shape, entry.spec.box,
                         values.view(entry.spec.box.size) if whole else values, low)
 
-    def _overlap(self, entry: Entry) -> tuple[int, int]:
+    def overlap(self, entry: Entry) -> tuple[int, int]:
         """The part of the bucket that belongs both to the parameter and to this rank's shard."""
         return (max(entry.offset, self.shard.start),
                 min(entry.offset + entry.parameter.numel(), self.shard.stop))
