@@ -66,7 +66,7 @@ RANK_CEILINGS = {
     "schedules": 430,
     "train": 1_540,       # and going back before spikes, what a reference says, what all kinds of runs share
 }
-RANK_CEILING = 12_400     # lower than the sum: who needs the whole of a room makes another smaller
+RANK_CEILING = 12_700     # lower than the sum: who needs the whole of a room makes another smaller
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
