@@ -275,7 +275,10 @@ class Config(Section):
             if objective == "sft" and source.kind == "pretrain" and self.sft.ptx_weight == 0:
                 yield (f"{source.path} is pretraining data (kind: pretrain), and sft.ptx_weight is 0, so that nothing "
                        "would be learned from it: give it a weight")
-            if objective not in ("pretrain", "sft") and source.kind == "pretrain":
+            if objective in RL_OBJECTIVES and source.kind == "pretrain" and self.learning.ptx_coef == 0:
+                yield (f"{source.path} is pretraining data (kind: pretrain), and {self.learning_section}.ptx_coef is 0,"
+                       " so that nothing would be learned from it: give it a weight")
+            if objective not in ("pretrain", "sft", *RL_OBJECTIVES) and source.kind == "pretrain":
                 yield f"{source.path} is pretraining data (kind: pretrain), from which {objective} does not learn"
 
     def _role_problems(self) -> Iterator[str]:
@@ -293,6 +296,9 @@ class Config(Section):
         if rollout.max_new_tokens >= self.data.seq_len:
             yield (f"rollout.max_new_tokens({rollout.max_new_tokens}) leaves no room for a prompt in data.seq_len("
                    f"{self.data.seq_len})")
+        if learning.ptx_coef and not any(source.kind == "pretrain" for source in self.data.train):
+            yield (f"{self.learning_section}.ptx_coef({learning.ptx_coef}) weighs pretraining data, and no source of "
+                   "data.train has kind: pretrain")
         if not self.roles.reward:
             yield (f"run.objective {objective} needs something that scores its texts: roles.reward, as {{load: RUN}} "
                    "of a reward model, or {function: NAME}")

@@ -41,10 +41,12 @@ from engine.rl.experience import LOG_PROBS, VALUES, Experience, gather
 from engine.rl.experience import REFERENCE as REFERENCE_NUMBERS
 from engine.rl.metrics import of_texts, of_updates, over_job, record
 from engine.rl.passes import Ways, measured_tokens
+from engine.rl.pretraining import Pretraining
 from engine.rl.rollouts import Maker, Rollouts
 from engine.rl.scores import shaped
 from engine.rl.texts import Made, Texts
 from engine.rl.updates import Update, minibatches, order_of, update
+from engine.train.batches import HostBatch
 from engine.train.hooks import Hook
 from engine.train.journal import peak_memory_bytes
 from engine.train.running import Running
@@ -89,6 +91,7 @@ class Learner(Running):
 
     Attributes:
         told: hears of every step's texts and their scores, on rank 0.
+        pretraining: what is learned besides.
     """
 
     cast: Cast
@@ -97,6 +100,7 @@ class Learner(Running):
     carried: Carried
     fingerprint: dict[str, Any]
     told: Callable[[Rollouts], None] = lambda _: None
+    pretraining: Pretraining | None = None
 
     def __post_init__(self) -> None:
         self.hooks = (Hook("log", self._log, when=lambda _: bool(self.row)),
@@ -171,10 +175,11 @@ class Learner(Running):
                 done: list[Update] = []
                 changed, frozen = 0, name == ACTOR and config.run.objective in CRITIC_OBJECTIVES and step <= warm
                 batches = minibatches(config.run.seed, step, learning.epochs, learning.minibatch, rollouts.num_rows)
-                for rows in batches if name in self.cast and not frozen else ():
+                for number, rows in enumerate(batches if name in self.cast and not frozen else ()):
                     result = update(self.cast[name], rows,
                                     lambda row: experience.sample(rollouts, row, seq_len), self._rate(name, step),
-                                    self._near if name == ACTOR else lambda _: True)
+                                    self._near if name == ACTOR else lambda _: True,
+                                    self._besides(step, number) if name == ACTOR else None)
                     if result is None:
                         break
                     done.append(result[0])
@@ -183,6 +188,15 @@ class Learner(Running):
                         break
                 found[name] = done, changed
         return found
+
+    def _besides(self, step: int, number: int) -> Callable[[float], list[HostBatch]] | None:
+        """The pretraining data of an update of a step, where there is such."""
+        if self.pretraining is None:
+            return None
+        config, actor = self.config, self.cast[ACTOR]
+        each = config.learning.epochs * (config.texts_per_step // config.learning.minibatch)
+        place, pretraining = (step - 1) * each + number, self.pretraining
+        return lambda divisor: pretraining.batches(actor, place, divisor)
 
     def _rate(self, name: str, step: int) -> float:
         return self.rates[name](step, 0)

@@ -90,6 +90,8 @@ def record(job: Mapping[str, float], num_texts: int, config: Config, has_critic:
     if job["probs_known"]:
         found |= {"rollout_probs_diff_max": job["probs_diff_max"],
                   "rollout_probs_diff_mean": job["probs_diff"] / tokens}
+    if config.learning.ptx_coef:
+        found["actor/ptx_loss"] = mean("actor/ptx_loss") / config.learning.ptx_coef
     if has_critic:
         error = job["error²"] / tokens - (job["error"] / tokens) ** 2
         spread = job["returns²"] / tokens - (job["returns"] / tokens) ** 2

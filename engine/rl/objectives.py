@@ -35,6 +35,7 @@ OLD_VALUES = Field("old_values_SB")
 RETURNS = Field("returns_SB")
 WEIGHTS = Field("weights_SB")                                # of a token's loss; 0: it is not learned
 COUNTS = Field("counts_B", sequence_dim=None, batch_dim=0)   # what a row adds to the divisor
+PTX_WEIGHT = Field("ptx_weight_B", sequence_dim=None, batch_dim=0)       # of labels, in rows of pretraining data
 
 
 class OfRows(Objective):
@@ -47,7 +48,8 @@ class OfRows(Objective):
 class Policy(OfRows):
     """The actor's: clipped policy loss, entropy, and divergence from a reference where the loss has that."""
 
-    sums: ClassVar[tuple[str, ...]] = ("loss", "pg_loss", "pg_clipfrac", "ppo_kl", "entropy", "kl_loss", "ratio_off")
+    sums: ClassVar[tuple[str, ...]] = ("loss", "pg_loss", "pg_clipfrac", "ppo_kl", "entropy", "kl_loss", "ratio_off",
+                                      "ptx_loss")
     fields = (OLD_LOG_PROBS, ADVANTAGES, IMPORTANCE, WEIGHTS, COUNTS, REFERENCE_LOG_PROBS)
 
     def __init__(self, config: PPOConfig | GRPOConfig, temperature: float) -> None:
@@ -57,6 +59,8 @@ class Policy(OfRows):
     def __call__(self, x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
         assert batch.labels_SB is not None
         config, extra = self.config, batch.extra
+        if PTX_WEIGHT in extra:
+            return self._of_pretraining(x_SBH, head, batch)
         log_probs, entropy = head.token_log_probs_and_entropy(x_SBH, batch.labels_SB, self.temperature)
         weights = extra[WEIGHTS]
         learned = weights > 0
@@ -75,7 +79,14 @@ class Policy(OfRows):
         clipped = losses.is_clipped(ratio, advantages, config.clip_coef, config.clip_coef_high)
         off = (ratio - 1).abs()
         return [torch.where(learned, weights * each, 0.0).sum()
-                for each in (loss, pg, clipped.float(), old - log_probs, entropy, kl, off)]
+                for each in (loss, pg, clipped.float(), old - log_probs, entropy, kl, off, torch.zeros_like(pg))]
+
+    def _of_pretraining(self, x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
+        """The sums of a microbatch of text as it is; there is no temperature in that."""
+        assert batch.labels_SB is not None and batch.loss_mask_SB is not None
+        losses = head.token_losses(x_SBH, batch.labels_SB) * batch.loss_mask_SB
+        loss = (losses * batch.extra[PTX_WEIGHT]).sum()
+        return [loss, *(torch.zeros_like(loss) for _ in self.sums[2:]), loss.detach()]
 
 
 class Value(OfRows):

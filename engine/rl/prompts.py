@@ -91,14 +91,14 @@ class Prompts:
             RequestError: `columns` names what no format has.
         """
         data = config.data
-        if data.tokenizer is None or not data.train:
+        if data.tokenizer is None or all(source.kind == "pretrain" for source in data.train):
             raise ConfigError(f"run.objective {config.run.objective} needs prompts (data.train) and data.tokenizer")
         tokenizer = load_tokenizer(data.tokenizer)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise DataError(f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, the model's vocabulary "
                             f"{config.model.vocab_size}: raise model.vocab_size or use another tokenizer")
         reader = _Reader(config, ChatEncoder(tokenizer, data.template))
-        files = [reader.read(source) for source in data.train]
+        files = [reader.read(source) for source in data.train if source.kind != "pretrain"]
         prompts = Prompts(files, tokenizer, frozenset({tokenizer.eod_id, *_ends_of(reader.encoder)}), config.run.seed,
                           data.skip)
         needed, there = config.steps * config.rollout.prompts, prompts.num_prompts

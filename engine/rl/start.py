@@ -21,6 +21,7 @@ from engine.rl.coefficients import KLCoefficient
 from engine.rl.function_scorer import open_scorers
 from engine.rl.loop import Carried, Learner
 from engine.rl.making import RoleMaker
+from engine.rl.pretraining import Pretraining
 from engine.rl.prompts import Prompts
 from engine.rl.rollout_log import RolloutLog
 from engine.rl.rollouts import PromptSource, Rollouts, Scorer
@@ -61,7 +62,7 @@ def start(config: Config, job: Job, source: PromptSource, scorers: Sequence[Scor
         told = RolloutLog(Path(config.run.dir), state.step, tools.journal.warning) if world.rank == 0 else _unheard
     return Learner(config=config, mesh=world, state=state, tools=tools, stop_requested=stop_requested, phases=phases,
                    cast=cast, texts=Texts(config, cast, source, maker, scorers, world.world, phases), maker=maker,
-                   carried=carried, fingerprint=fingerprint, told=told,
+                   carried=carried, fingerprint=fingerprint, told=told, pretraining=Pretraining.open(config),
                    saved_step=state.step if state.step else -1)
 
 

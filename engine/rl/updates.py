@@ -19,7 +19,7 @@ from engine.distributed.random import generator_for
 from engine.optim.gradients import StepSums
 from engine.rl.cast import Member
 from engine.rl.rows import dealt
-from engine.train.batches import Microbatches, collate
+from engine.train.batches import HostBatch, Microbatches, collate
 
 
 def order_of(seed: int, step: int, epoch: int, num_rows: int) -> list[int]:
@@ -50,12 +50,14 @@ class Update:
 
 
 def update(member: Member, rows: Sequence[int], sample: Callable[[int], Sample], lr: float,
-           agree: Callable[[Update], bool] = lambda _: True) -> tuple[Update, bool] | None:
+           agree: Callable[[Update], bool] = lambda _: True,
+           more: Callable[[float], Sequence[HostBatch]] | None = None) -> tuple[Update, bool] | None:
     """One update; None where the role does not live.
 
     Args:
         rows: of the minibatch, in its order, the same on every rank.
         agree: asked before the weights change, with numbers that all ranks of the role have alike; False: they stay.
+        more: microbatches besides those of the rows, which count nothing, of what the rows' sums are divided by.
 
     Returns:
         What became of it, and whether the weights changed, as far as `agree` is concerned.
@@ -68,6 +70,7 @@ def update(member: Member, rows: Sequence[int], sample: Callable[[int], Sample],
     count = sum(float(state.role.objective.count(each.batch)) for each in host)
     divisor = torch.full((), count, dtype=torch.float32, device=state.mesh.device)
     all_reduce(divisor, state.mesh.data)
+    host += [] if more is None else more(float(divisor))
     own = state.forward_backward(Microbatches(host, state.mesh, member.uses), 1 / divisor.clamp(min=1))
     totals = state.totals(own)
     assert totals is not None

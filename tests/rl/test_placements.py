@@ -24,13 +24,14 @@ from tests.kit.compare import relative_error
 from tests.kit.digits import learner_of, rl_config
 from tests.kit.distributed import job, run_distributed
 from tests.kit.layouts import TOLERANCE, Shards, assemble, tiny_config
+from tests.kit.made import write_corpus
 
 MODEL = {"num_layers": 4}
 NUM_STEPS = 5
 EQUAL = ("critic/score/mean", "critic/rewards/mean", "critic/returns/mean", "critic/values/mean", "critic/vf_loss",
          "critic/vf_explained_var", "critic/grad_norm", "actor/pg_loss", "actor/entropy", "actor/grad_norm",
          "actor/ppo_kl", "actor/pg_clipfrac", "actor/kl_coef", "objective/kl", "response_length/mean", "actor/updates",
-         "critic/score/reward2")
+         "critic/score/reward2", "actor/ptx_loss")
 
 HALF = {"data": 2}
 PLACEMENTS: dict[str, dict[str, Any]] = {
@@ -70,7 +71,9 @@ def run_config(directory: Path, reward: Path, placement: dict[str, Any], **secti
     model = {"load": str(reward), "weight": 0.5} | roles.pop("reward", {})
     settings = {"model": MODEL, "steps": NUM_STEPS, "batch": {"micro": 1},
                 "rollout": {"prompts": 4, "temperature": 0.8},
-                "ppo": {"minibatch": 4, "kl_target": 1.0, "kl_horizon": 50, "reward_norm": True},
+                "ppo": {"minibatch": 4, "kl_target": 1.0, "kl_horizon": 50, "reward_norm": True,
+                        "ptx_coef": 0.5},
+                "data": {"seq_len": 8, "train": [{"path": str(reward.parents[1] / "text"), "kind": "pretrain"}]},
                 "parallel": placement.get("parallel", {}),
                 "roles": roles | {"reward": [{"function": "places"}, model]}}
     return rl_config(directory, **settings | sections)
@@ -95,7 +98,9 @@ def scoring_state(model: ModelConfig) -> TrainState:
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reward_model(tmp_path_factory.mktemp("reward"))
+    folder = tmp_path_factory.mktemp("reward")
+    write_corpus(folder / "text", [[*range(10)] * 30])
+    return reward_model(folder)
 
 
 class Seen:
