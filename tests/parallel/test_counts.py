@@ -56,7 +56,7 @@ def test_norm_gradients_are_summed_whenever_their_bucket_is_reduced() -> None:
 
 
 def test_sequence_parallelism_sends_what_plain_tensor_parallelism_does() -> None:
-    """An all-reduce is a reduce-scatter and an all-gather; only the gathers for the weight gradients are extra."""
+    """An all-reduce is a reduce-scatter and an all-gather; only gathers for the layers' weight gradients are extra."""
     (sequence, *_), m = record(tensor=2)
     (plain, *_), _ = record(tensor=2, sequence=False)
     activation = SEQ_LEN * HIDDEN * 4
@@ -64,7 +64,7 @@ def test_sequence_parallelism_sends_what_plain_tensor_parallelism_does() -> None
     norms = 4 * sum(64 for _ in range(2 * L + 1))                        # a bucket, each aligned to 64 elements
     assert plain.nbytes["all_reduce tensor"] == m * (4 * L + 2) * activation + 12
     assert sequence.nbytes["reduce_scatter tensor"] == m * (4 * L + 2) * activation
-    assert sequence.nbytes["all_gather tensor"] == m * (6 * L + 3) * activation // 2 + losses
+    assert sequence.nbytes["all_gather tensor"] == m * (6 * L + 2) * activation // 2 + losses
     assert sequence.nbytes["all_reduce tensor"] == norms + 12
 
 
@@ -136,7 +136,7 @@ def test_everything_together() -> None:
     """Nothing else appears when cuts are combined: the sum over all axes of what each needs."""
     ranks, m = record(tensor=2, pipeline=2, data=2, zero=1)
     first, last = ranks[0], ranks[-1]
-    for rank, at_the_end in ((first, (1, 1)), (last, (3, 1))):           # embedding; output layer, its W and loss
+    for rank, at_the_end in ((first, (1, 1)), (last, (2, 1))):           # embedding; output layer and loss
         gathers, scatters = at_the_end
         assert rank.collectives == {
             "all_gather tensor": m * (6 * L // 2 + gathers), "reduce_scatter tensor": m * (4 * L // 2 + scatters),

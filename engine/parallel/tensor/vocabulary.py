@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.distributed.collectives import Work
 from engine.model.chunks import rows_of_chunk
 from engine.parallel.gradients import slot_of
-from engine.parallel.tensor.layers import ParallelLinear, full_sequence, start_full_sequence, sum_over_ranks
+from engine.parallel.tensor.layers import ParallelLinear, full_sequence, start_full_sequence, start_sum_over_ranks
 
 # Logits [tokens, columns] and labels [tokens] → numbers per token, [tokens] each.
 PerToken = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -71,11 +72,14 @@ class _Chunks:
             wanted: the weight is trained.
         """
         out = [torch.empty_like(self.x)] if len(self.slices) > 1 else []
+        summing: list[tuple[Tensor, Work]] = []
 
         def write(view: Tensor | None, accumulate: bool) -> None:
-            for rows, gradient in gradients:
+            for number, (rows, gradient) in enumerate(gradients, start=1):
                 part = self.layer.gemms.input_gradient(gradient, self.matrix)
                 out[0][rows].copy_(part) if len(self.slices) > 1 else out.append(part)
+                if number == len(self.slices):            # it travels under the last product
+                    summing.append(start_sum_over_ranks(out.pop().view(self.shape), self.layer.context))
                 if view is not None:
                     self.layer.gemms.weight_gradient(view.flatten(0, -2), gradient, self.x[rows], accumulate=accumulate)
                 accumulate = True
@@ -91,7 +95,9 @@ class _Chunks:
                                       dtype=torch.promote_types(self.matrix.dtype, torch.float32))
             write(grad_weight, False)
             grad_weight = grad_weight.view(self.layer.weight.shape).to(self.matrix.dtype)
-        return sum_over_ranks(out[0].view(self.shape), self.layer.context), grad_weight
+        [(grad_x, work)] = summing
+        work.wait()
+        return grad_x, grad_weight
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
