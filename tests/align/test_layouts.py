@@ -63,6 +63,7 @@ def samples(rows: int, batch: Batch) -> list[list[int]]:
 def plain_reward(rows: int, center: float, model: Transformer, batch: Batch) -> list[Tensor]:
     scores = model(batch.tokens_SB, batch).double()
     loss, right, difference, count, total, squares = (torch.zeros((), dtype=torch.float64) for _ in range(6))
+    classes = torch.zeros(2, 5, dtype=torch.float64)                # pairs, and right ones, by how sure the model is
     for sample in samples(rows, batch):
         own = [scores[batch.extra[END][:, row].nonzero().item(), row] for row in sample]
         count, total, squares = count + len(own), total + sum(own), squares + sum(score ** 2 for score in own)
@@ -72,7 +73,9 @@ def plain_reward(rows: int, center: float, model: Transformer, batch: Batch) -> 
             loss = loss + (surprise + center * (better + worse) ** 2) / len(pairs)
             right = right + (better > worse).double() / len(pairs)
             difference = difference + (better - worse) / len(pairs)
-    return [loss, right, difference, count, total, squares]
+            sure = max(1 / (1 + torch.exp(worse - better)), 1 / (1 + torch.exp(better - worse))).item()
+            classes[:, min(int((sure - 0.5) * 10), 4)] += torch.tensor([1.0, float(better > worse)]) / len(pairs)
+    return [loss, right, difference, count, total, squares, *classes.flatten()]
 
 
 def log_probs(model: Transformer, batch: Batch) -> Tensor:

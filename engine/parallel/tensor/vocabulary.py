@@ -75,10 +75,12 @@ class _Chunks:
         summing: list[tuple[Tensor, Work]] = []
 
         def write(view: Tensor | None, accumulate: bool) -> None:
-            for number, (rows, gradient) in enumerate(gradients, start=1):
+            left = len(self.slices)                       # no `enumerate`: it would hold one more gradient
+            for rows, gradient in gradients:
+                left -= 1
                 part = self.layer.gemms.input_gradient(gradient, self.matrix)
                 out[0][rows].copy_(part) if len(self.slices) > 1 else out.append(part)
-                if number == len(self.slices):            # it travels under the last product
+                if not left:                              # it travels under the last product
                     summing.append(start_sum_over_ranks(out.pop().view(self.shape), self.layer.context))
                 if view is not None:
                     self.layer.gemms.weight_gradient(view.flatten(0, -2), gradient, self.x[rows], accumulate=accumulate)
