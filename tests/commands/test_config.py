@@ -18,7 +18,7 @@ def test_the_command_prints_the_resolved_file(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "again.yaml").write_text(printed)
     assert load_config(tmp_path / "again.yaml") == load_config(ROOT / "configs" / "tiny.yaml", ["optim.lr=1e-4"])
     assert cli.run(["config"]) == 2
-    assert "one that comes with Octant (dpo-llama3-8b, llama, " in capsys.readouterr().err
+    assert "one that comes with Octant (dpo-llama3-8b, grpo-" in capsys.readouterr().err
 
 
 def test_presets_are_listed_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

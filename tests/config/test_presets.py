@@ -8,6 +8,7 @@ import pytest
 
 from engine.config import ModelConfig, load_config, preset_names, resolve_layout
 from engine.config.load import PRESETS, _read_yaml
+from engine.config.placement import processes_needed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,4 +54,6 @@ def test_shipped_configuration_can_be_laid_out(path: Path) -> None:
     world_size = config.parallel.model_parallel_size
     if isinstance(config.parallel.data, int):
         world_size *= config.parallel.data
+    if config.run.objective in ("ppo", "grpo", "rloo"):
+        world_size = processes_needed(config) or world_size
     assert resolve_layout(config, world_size).num_microbatches >= 1
