@@ -146,13 +146,16 @@ def _train(p: Parser) -> None:
 
 
 def _plan(p: Parser) -> None:
-    p.add_argument("config", metavar="CONFIG.yaml", help=CONFIG)
+    p.add_argument("config", metavar="CONFIG.yaml", nargs="?", help=CONFIG + "; not with --budget")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as parallel.zero=3")
     p.add_argument("--gpus", metavar="N[,N…]", help="processes (default: as parallel.data says, or a node)")
     p.add_argument("--gpu", metavar="NAME", help="device, such as h100-sxm (default: of the first lines of CONFIG)")
     p.add_argument("--search", action="store_true", help="find the fastest layouts that fit")
     p.add_argument("--tokens", metavar="T", help="length of the run, such as 1.4T, instead of the configuration's")
-    p.add_argument("--svg", metavar="FILE", help="draw memory by stage and time by cause")
+    p.add_argument("--budget", metavar="C", help="the best model and tokens for so many operations, such as 1e21")
+    p.add_argument("--runs", nargs="+", metavar="RUN_DIR", help="with --budget: by the law of these runs, fitted "
+                                                                "(default: by that of Hoffmann et al. 2022)")
+    p.add_argument("--svg", metavar="FILE", help="draw memory by stage and time by cause; of a budget the loss by size")
     p.add_argument("--json", action="store_true", help="print one object: memory by stage, whether it fits, step time")
     p.add_argument("--explain-rank", type=int, metavar="R", help="what rank R holds, does, and whom it works with")
     p.add_argument("--schedule-svg", metavar="FILE", help="draw the pipeline schedule, at costs as the model's")

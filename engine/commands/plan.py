@@ -7,6 +7,7 @@ import json
 from importlib import import_module
 from pathlib import Path
 
+from engine.commands._budget import plan_budget
 from engine.config import Config, load_config, resolve_layout
 from engine.config.length import read_tokens
 from engine.config.placement import learns_from_own_texts, processes_needed
@@ -34,6 +35,10 @@ def run(args: argparse.Namespace) -> int:
         RequestError: there is no such rank or device, nothing fits, or a picture cannot be written.
         ConfigError: the configuration is wrong, or impossible on so many processes.
     """
+    if args.budget is not None and args.config is None:
+        return plan_budget(args)
+    if args.config is None or args.budget is not None or args.runs:
+        raise RequestError("give either a configuration, whose job is planned, or --budget C (with --runs RUN_DIR …)")
     loaded = _lengthened(load_config(args.config, args.overrides), args.tokens)
     sizes, on = _sizes(args.gpus), _device(args)
     if learns_from_own_texts(loaded):
