@@ -163,6 +163,8 @@ def _without_copies(make: Any) -> Any:
         if str(options.get("device", "cpu")).startswith(DEVICE) and not isinstance(data, torch.Tensor):
             raise CopiedNumber(f"{data!r} is copied to the device, and the host waits for it: use torch.full")
         result: torch.Tensor = make(data, **options)
+        if result.dim() and getattr(result, "constant", None) is not None:
+            vars(result)["constant"] = None     # of one element: its copy to the device would really be made
         return result
 
     return refusing

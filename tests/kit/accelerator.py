@@ -122,7 +122,7 @@ def use(config: Config, rank: int) -> dict[str, list[str]]:
             sum_of_losses(model, data, config.batch.global_ + 1)                 # the second step is not full
         found["evaluation"] = reads
         with host_reads() as reads:
-            Generator(model).generate(TEXTS, Sampling(top_k=5, top_p=0.9), Limits(NEW_TOKENS))
+            Generator(model).own(TEXTS, Sampling(top_k=5, top_p=0.9), Limits(NEW_TOKENS), numbers=range(len(TEXTS)))
         found["generation"] = reads
     return found
 

@@ -91,4 +91,8 @@ def test_a_model_in_use_waits_only_where_it_may() -> None:
     cases = [case(LAYOUTS[name] | {"zero": 0}, last=last, use=True) for name in names
              for last in ((False, True) if "pipeline" in name else (False,))]
     cases += [case({"zero": 0}, precision={"compute": "bf16"}, use=True)]
-    require(cases, told(cases), {"evaluation": ["[2]"], "generation": ["[2, 2]"] * NEW_TOKENS})
+    found = told(cases)
+    for piped in (True, False):                # each of two stages has a text to work on
+        those = [i for i, each in enumerate(cases) if (each["parallel"].get("pipeline", 1) > 1) == piped]
+        reads = ["[2, 1]"] * 2 * NEW_TOKENS if piped else ["[2, 2]"] * NEW_TOKENS
+        require([cases[i] for i in those], [found[i] for i in those], {"evaluation": ["[2]"], "generation": reads})
