@@ -12,8 +12,8 @@ position, id).  So a text does not depend on the layout, on the rank that draws,
 
 *Why this draw.*  The products of a matrix with 1 row and with 16, or cut over ranks, differ in their last bits, so
 logits of the same text do.  Noise of its own for every id makes that matter only where the two best candidates are that
-close, about as rarely as the rounding is small.  One number for all ids, looked up in the cumulative probability, would move
-with the sum of all ids before, and change a token V times as often.
+close, about as rarely as the rounding is small.  One number for all ids, looked up in the cumulative probability, would
+move with the sum of all ids before, and change a token V times as often.
 
 Filters are in the order and with the ties of `transformers`, so the distributions are the same.
 """
