@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    WithJsonSchema,
+)
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 from engine.errors import printable
 
@@ -59,6 +71,25 @@ class Section(BaseModel):
     """Frozen, strict about its keys, and constructible from Python by attribute name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+
+
+@dataclass(frozen=True)
+class NameOf:
+    """Of a string: it names a row of `table`, which is looked at when the name is checked, not before."""
+
+    what: str
+    table: Mapping[str, Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._known, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(schema) | {"enum": [*self.table]}
+
+    def _known(self, name: str) -> str:
+        if name not in self.table:
+            raise ValueError(f"there is no {self.what} {name!r}; {nearest(name, tuple(self.table))}")
+        return name
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

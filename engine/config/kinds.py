@@ -6,12 +6,9 @@ memory, and the class that computes it (`engine.model.kinds`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, Field
-
-from engine.config.fields import nearest
+from engine.config.fields import NameOf
 
 ATTENTIONS: dict[str, str] = {
     "grouped-query": "engine.model.kinds:GROUPED_QUERY",                # multi-head and multi-query are its ends
@@ -31,19 +28,6 @@ NORMS: dict[str, str] = {
 }
 
 
-def _row_of(table: dict[str, str]) -> Callable[[str], str]:
-    def check(name: str) -> str:
-        if name not in table:
-            raise ValueError(f"there is no kind {name!r}; {nearest(name, tuple(table))}")
-        return name
-
-    return check
-
-
-def _enumerate(table: dict[str, str]) -> Callable[[dict[str, Any]], None]:
-    return lambda schema: schema.update(enum=[*table])
-
-
-AttentionName = Annotated[str, AfterValidator(_row_of(ATTENTIONS)), Field(json_schema_extra=_enumerate(ATTENTIONS))]
-NormName = Annotated[str, AfterValidator(_row_of(NORMS)), Field(json_schema_extra=_enumerate(NORMS))]
-MLPName = Annotated[str, AfterValidator(_row_of(MLPS)), Field(json_schema_extra=_enumerate(MLPS))]
+AttentionName = Annotated[str, NameOf("kind", ATTENTIONS)]
+NormName = Annotated[str, NameOf("kind", NORMS)]
+MLPName = Annotated[str, NameOf("kind", MLPS)]

@@ -7,11 +7,9 @@ the records of conversation files (a kind of `engine.data.chat.kinds`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, Field
-
-from engine.config.fields import nearest
+from engine.config.fields import NameOf
 
 PAIRS, PROMPTS = "pairs", "prompts"
 
@@ -26,16 +24,18 @@ class Row:
         begun_by: `module:function`, of the configuration, a question whether to stop and whether lines are stamped; it
             opens what the run learns from and returns what makes the run of the job and its phases.  None: the run
             learns from corpora (`engine.train.loop.Trainer`).
+        weighted_sum: its loss is a weighted sum of tokens' losses (`Head.weighted_losses`).
     """
 
     made_by: str
     records: str | None = None
     begun_by: str | None = None
+    weighted_sum: bool = False
 
 
 OBJECTIVES: dict[str, Row] = {
-    "pretrain": Row("engine.model.objective:next_token"),
-    "sft": Row("engine.align.sft:supervised", "conversations"),
+    "pretrain": Row("engine.model.objective:next_token", weighted_sum=True),
+    "sft": Row("engine.align.sft:supervised", "conversations", weighted_sum=True),
     "reward": Row("engine.align.reward:reward_model", PAIRS),
     "dpo": Row("engine.align.preference:dpo", PAIRS),
     "orpo": Row("engine.align.preference:orpo", PAIRS),
@@ -44,15 +44,4 @@ OBJECTIVES: dict[str, Row] = {
     "rloo": Row("engine.rl.objectives:policy", PROMPTS, "engine.rl.start:begin"),
 }
 
-
-def _row_of(name: str) -> str:
-    if name not in OBJECTIVES:
-        raise ValueError(f"there is no objective {name!r}; {nearest(name, (*OBJECTIVES,))}")
-    return name
-
-
-def _enumerate(schema: dict[str, Any]) -> None:
-    schema.update(enum=[*OBJECTIVES])
-
-
-ObjectiveName = Annotated[str, AfterValidator(_row_of), Field(json_schema_extra=_enumerate)]
+ObjectiveName = Annotated[str, NameOf("objective", OBJECTIVES)]

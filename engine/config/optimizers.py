@@ -6,11 +6,9 @@ A row says where one is, as `module:class` (`engine.optim.optimizer`), and what 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, Field
-
-from engine.config.fields import nearest
+from engine.config.fields import NameOf
 
 
 @dataclass(frozen=True)
@@ -34,15 +32,4 @@ OPTIMIZERS: dict[str, Row] = {
     "muon": Row("engine.optim.muon:Muon", 2, of_matrices=1),
 }
 
-
-def _row_of(name: str) -> str:
-    if name not in OPTIMIZERS:
-        raise ValueError(f"there is no optimizer {name!r}; {nearest(name, tuple(OPTIMIZERS))}")
-    return name
-
-
-def _enumerate(schema: dict[str, Any]) -> None:
-    schema.update(enum=[*OPTIMIZERS])
-
-
-OptimizerName = Annotated[str, AfterValidator(_row_of), Field(json_schema_extra=_enumerate)]
+OptimizerName = Annotated[str, NameOf("optimizer", OPTIMIZERS)]

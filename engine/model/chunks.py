@@ -8,9 +8,6 @@ from math import ceil
 CHUNK_ELEMENTS = 1 << 27
 ROWS = 128                                 # a chunk has a multiple of these many tokens: what products are tiled by
 
-# Objectives that are weighted sums of losses, `Head.weighted_losses`.
-WEIGHTED_SUMS = ("pretrain", "sft")
-
 
 def rows_of_chunk(tokens: int, columns: int) -> int:
     """Tokens of a chunk, of so many whose logits have so many columns on this rank.

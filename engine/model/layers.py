@@ -6,6 +6,7 @@ subclasses that hold a slice; the blocks above see the same interface.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pkgutil import resolve_name
 from typing import Any, Protocol
 
@@ -77,7 +78,7 @@ class PositionEmbedding(nn.Module):
         return F.embedding(positions_SB + self.offset, _Widen.apply(self.weight)).to(self.weight.dtype)
 
 
-class Norm(nn.Module):
+class Norm(nn.Module, ABC):
     """A norm over the last dimension, of one of the kinds in `engine.model.kinds`."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, eps: float, operations: Operations) -> None:
@@ -94,9 +95,9 @@ class Norm(nn.Module):
             operations)
         return made
 
+    @abstractmethod
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The sum of both, or `x`, to go on with along the residual stream; and its norm."""
-        raise NotImplementedError
 
 
 class RMSNorm(Norm):

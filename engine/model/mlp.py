@@ -10,6 +10,7 @@ The projections into the features are one matrix [inputs, F, H], so that a tenso
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -53,9 +54,9 @@ class FeedForward(Half):
         return self.linear_fc2(self.activation(self.linear_fc1(x_SBH)))
 
     @staticmethod
+    @abstractmethod
     def activate(operations: Operations) -> Activate:
         """The function; it must keep no more for its backward pass than its input."""
-        raise NotImplementedError
 
 
 class SwiGLU(FeedForward):

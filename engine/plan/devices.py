@@ -9,7 +9,7 @@ a device's links inside a node in one direction, and of its share of the network
                          DGX H100: 400 Gb/s for each GPU
     b200                 NVIDIA DGX B200 data sheet: 2,250 (FP8 4,500) TFLOP/s, 8 TB/s, NVLink 1.8 TB/s, 400 Gb/s
     rtx-4090             NVIDIA Ada whitepaper: 165 (FP8 330) TFLOP/s, 1,008 GB/s; PCIe 4 × 16, 32 GB/s
-    cpu                  none: figures of a core of a recent server; calibrate them (`--calibrate`)
+    cpu                  none: figures of a core of a recent server, not of yours
 
 What is reached are a few numbers for each device, `Reached`: shares of the peaks that the largest products and streams
 attain, the size at which half of that is lost, what a kernel costs however small, and the latency of a message.  They

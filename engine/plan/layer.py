@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.config import Config
-from engine.model.chunks import WEIGHTED_SUMS, rows_of_chunk
+from engine.config.objectives import OBJECTIVES
+from engine.model.chunks import rows_of_chunk
 from engine.model.inventory import end_specs
 from engine.model.kinds import FeedForward, mlp_of
 from engine.plan.tape import Tape
@@ -96,8 +97,8 @@ class Sizes:
             features=inside * model.ffn_hidden_size * width / tensor,
             inputs=kind.inputs if isinstance(kind, FeedForward) else 1, logits=inside * columns * width,
             chunk=(inside if adapted else rows_of_chunk(int(inside), columns)) * columns * width,
-            ahead=(config.run.objective in WEIGHTED_SUMS and not config.roles.reward and not parallel.reproducible
-                   and not adapted),
+            ahead=(OBJECTIVES[config.run.objective].weighted_sum and not config.roles.reward
+                   and not parallel.reproducible and not adapted),
             padded=columns * tensor != model.vocab_size, width=width, heads=model.num_heads // tensor,
             gathers=parallel.sequence and tensor > 1, divided=tensor > 1,
             grouped=model.num_heads > model.num_kv_heads, ring=parallel.context, qk_norm=model.qk_norm, on_gpu=on_gpu,

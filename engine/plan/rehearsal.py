@@ -4,7 +4,7 @@ It is the trainer itself: `Trainer` with the rank's own model, optimizer, progra
 peers are not there, and its collectives do nothing, which changes neither its shapes nor its memory nor, but for the
 waiting, its time.  Samples are made up, so the corpora need not be there either.
 
-    on a GPU, or the CPU    real tensors: the peak that the allocator counted, the seconds of every phase
+    on a GPU, or the CPU    real tensors: the seconds of every phase, and on a GPU the peak that the allocator counted
     on `pretend`            tensors without memory (`engine.plan.pretend`): the peak of their sizes; what would make the
                             host wait for the device, and what mixes devices, is an error with its place in the code
 
@@ -71,7 +71,7 @@ class Rehearsed:
 
     Attributes:
         coordinates: where it is.
-        peak_bytes: of tensors, at most.
+        peak_bytes: of tensors, at most; None where nobody counts them (on the CPU).
         step_seconds: of a step without its peers, of as many microbatches as were walked through; None where tensors
             have no memory and nothing is computed.
         phases: seconds of each phase of such a step; where nothing is computed those of the host.
@@ -81,7 +81,7 @@ class Rehearsed:
     rank: int
     coordinates: dict[str, int]
     microbatches: int
-    peak_bytes: int = 0
+    peak_bytes: int | None = None
     step_seconds: float | None = None
     phases: dict[str, float] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
@@ -181,7 +181,7 @@ def rehearse(config: Config, rank: int, device: torch.device) -> Rehearsed:
             counted = stack.enter_context(Allocations().counting())
         try:
             seconds, phases = _walk(short, mesh, Path(folder))
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise RequestError(f"rank {rank} does not fit {device}: {error}") from None
             if (fault := _fault(error)) is None:
@@ -227,8 +227,8 @@ def _trainer(config: Config, mesh: Mesh, folder: Path) -> Trainer:
                    learning_rates=LearningRates.of(config))
 
 
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _fault(error: BaseException) -> str | None:

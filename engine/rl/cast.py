@@ -47,10 +47,6 @@ class Member:
     state: RoleState
 
     @property
-    def lives_here(self) -> bool:
-        return self.state.model is not None
-
-    @property
     def uses(self) -> int:
         """How often a pass asks for each microbatch on this rank."""
         return 1 if self.state.model is None else len(self.state.model.chunks)

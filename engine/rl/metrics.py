@@ -16,9 +16,6 @@ from engine.rl.cast import Member
 from engine.rl.texts import Made
 from engine.rl.updates import Update
 
-NO_SUMS = ("tokens", "learned", "rewards", "advantages", "values", "returns", "returns²", "error", "error²", "kl",
-           "tokens_left_out", "tokens_rejected", "probs_diff")
-
 
 def over_job(sums: Mapping[str, float], largest: Mapping[str, float], world: Axis) -> dict[str, float]:
     """Sums and maxima over all ranks; each brings the same names, in any order."""

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
-import pytest
 import torch
 
 from tests.kit.launches import Launches
-from tests.kit.runs import ROOT
-from tests.train.test_accelerator import CANNOT_RUN
+from tests.kit.programs import output_of
 
 MOST = {"forward": 30, "backward": 45}           # launches of a layer
 SHARE = 0.45                                     # of the bytes that the same step moves without kernels of a GPU
@@ -31,12 +27,7 @@ def test_operations_views_and_memory() -> None:
 
 
 def test_a_layer_launches_few_kernels_and_moves_few_bytes() -> None:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.kit.counted_step"], cwd=ROOT,
-                          capture_output=True, text=True, check=False)
-    if done.returncode == CANNOT_RUN:
-        pytest.skip(done.stderr.splitlines()[-1])
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = json.loads(output_of("-W", "ignore", "-m", "tests.kit.counted_step"))
     for name, both in found.items():
         for direction, cost in both.items():
             print(f"{name:<9} {direction:<9} {cost['launches']:>3} launches a layer, {cost['whole_launches']:>5} all; "

@@ -281,3 +281,16 @@ def test_shellcheck() -> None:
     scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.sh"))
     found = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("place", ["engine/errors.py", "engine/parallel/tensor/layers.py", "kernels/triton/rope.py"])
+def test_nodes_with_other_code_differ(place: str, tmp_path: Path) -> None:
+    """However deep in the tree: what a node says of itself is compared with what the others say."""
+    path = tmp_path / place
+    path.parent.mkdir(parents=True)
+    said = []
+    for text in ("a = 1\n", "a = 2\n", "a = 1\n"):
+        path.write_text(text)
+        said.append(subprocess.run(["bash", str(ROOT / "launch" / "probe.sh"), "run.yaml"], cwd=tmp_path,
+                                   capture_output=True, text=True, check=True).stdout)
+    assert said[0] == said[2] != said[1]

@@ -49,17 +49,22 @@ def test_matmul_parameters_leave_out_the_lookup_and_keep_the_head(tied: bool) ->
     assert counts.matmul == 3 * (32 * (4 + 2 * 2) * 16 + 64 * 32 + 3 * 32 * 48) + 101 * 32
 
 
+def counted_by_torch(model: Transformer, seq_len: int, micro: int) -> tuple[int, int]:
+    """Operations of a forward and a backward pass, and the tokens that they took."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens = torch.randint(0, model.config.vocab_size, (seq_len, micro))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, Batch(tokens, torch.arange(seq_len).unsqueeze(1))).sum().backward()
+    return counter.get_total_flops(), tokens.numel()
+
+
 @pytest.mark.parametrize("num_kv_heads", [2, 4])
 def test_full_count_equals_torchs_counter_over_forward_and_backward(num_kv_heads: int) -> None:
     config, seq_len, micro = TINY.model_copy(update={"num_kv_heads": num_kv_heads}), 24, 2
     model = Transformer(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    tokens = torch.randint(0, config.vocab_size, (seq_len, micro))
-    batch = Batch(tokens, torch.arange(seq_len).unsqueeze(1))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens, batch).sum().backward()
-    assert counter.get_total_flops() == flops_per_token(config, seq_len, "full") * tokens.numel()
+    total, tokens = counted_by_torch(model, seq_len, micro)
+    assert total == flops_per_token(config, seq_len, "full") * tokens
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["all-linear", "lm_head"]])
@@ -68,16 +73,11 @@ def test_frozen_weights_take_two_products(targets: str | list[str]) -> None:
     seq_len, micro, adapter = 24, 2, AdapterConfig(rank=4, targets=targets)           # type: ignore[arg-type]
     model = Transformer(TINY)
     attach_adapters(model, adapter)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    tokens = torch.randint(0, TINY.vocab_size, (seq_len, micro))
-    batch = Batch(tokens, torch.arange(seq_len).unsqueeze(1))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens, batch).sum().backward()
+    total, tokens = counted_by_torch(model, seq_len, micro)
     lowest = model.layers["0"].self_attention.linear_qkv
     not_passed_on = 2 * (lowest.weight.numel() + lowest.adapter.a.numel())
     counted = flops_per_token(TINY, seq_len, "full", adapter) - not_passed_on
-    assert counter.get_total_flops() == counted * tokens.numel()
+    assert total == counted * tokens
 
 
 def test_causal_counts_half_of_the_attention() -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from engine.distributed.topology import Topology
 from engine.errors import RequestError
 from engine.model import mlp
 from engine.plan.rehearsal import positions, rehearsal_of, rehearse
+from tests.kit.programs import output_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "llama-65b.yaml")
@@ -40,11 +39,8 @@ for words in {cases!r}:
         code = cli.run(["rehearse", *words, "--device", "pretend", "--json"])
     print(json.dumps([code, json.loads(out.getvalue())]))
 """
-    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
-    if "has not what fake tensors" in done.stderr:
-        pytest.skip(done.stderr.splitlines()[-1])
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    said = output_of("-c", text, lacking="has not what fake tensors")
+    return [tuple(json.loads(line)) for line in said.splitlines()]
 
 
 def test_every_position_of_a_large_job_and_every_objective() -> None:

@@ -62,5 +62,7 @@ def test_with_less_memory_it_takes_another_or_none() -> None:
 
 def test_seven_billion_with_adapters_fit_24_gb() -> None:
     config = load_config(ROOT / "configs" / "llama-7b.yaml", ["batch.global=16", "adapter.rank=16"])
-    best = search(config, 1, device("rtx-4090")).best[0]
-    assert best.fits                                       # without recomputation, since no logits are kept
+    card = device("rtx-4090")
+    best, smaller = search(config, 1, card).best[0], search(config, 1, replace(card, memory=16 * 2**30)).best[0]
+    assert best.fits and best.config.parallel.recompute == "none"              # no logits are kept
+    assert smaller.fits and smaller.config.parallel.recompute != "none" and smaller.time.seconds > best.time.seconds

@@ -7,6 +7,7 @@ allocates.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from engine.config import Config
+from engine.config.objectives import OBJECTIVES
 from engine.distributed.collectives import DONE
 from engine.distributed.mesh import meta_mesh, single_mesh
 from engine.distributed.topology import Topology
@@ -26,7 +28,6 @@ from engine.optim.gradients import sum_over_world
 from engine.parallel.parallelize import parallelize
 from engine.parallel.pipeline import p2p
 from engine.parallel.tensor.head import ParallelHead
-from engine.plan import layer
 from engine.plan.explain import describe
 from engine.plan.stages import all_stages, stage_memory
 from engine.plan.state import stage_state
@@ -112,7 +113,7 @@ def test_the_peak_is_what_the_allocator_counts(name: str, monkeypatch: pytest.Mo
     *((name, False) for name in ("one process", "tensor", "bf16"))])
 def test_the_peak_where_the_loss_comes_in_chunks(name: str, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not ahead:                                          # as of an objective that is no weighted sum
-        monkeypatch.setattr(layer, "WEIGHTED_SUMS", ())
+        monkeypatch.setitem(OBJECTIVES, "pretrain", replace(OBJECTIVES["pretrain"], weighted_sum=False))
         monkeypatch.setattr(ParallelHead, "scale", property(lambda self: None, lambda self, value: None), raising=False)
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(chunks, "ROWS", 64)

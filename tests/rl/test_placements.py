@@ -157,7 +157,7 @@ def test_every_placement_is_the_same_mathematics(name: str, reward: Path, tmp_pa
         assert got["rollout_probs_diff_max"] < TOLERANCE
     weights, one_s = assemble(each.weights for each in seen), assemble([one.weights])
     assert weights.keys() == one_s.keys()
-    assert not [key for key, value in one_s.items() if relative_error(weights[key], value) > 1e-4]
+    assert not [key for key, value in one_s.items() if relative_error(weights[key], value) > TOLERANCE]
 
 
 def test_the_numbers_move(alone: tuple[Seen, list[dict[str, Any]]]) -> None:

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from engine.data.indexed import IndexedWriter
 from tests.align.test_sft import write_chats
-from tests.kit.runs import LAYOUTS, ROOT, write_corpus
+from tests.kit.programs import output_of
+from tests.kit.runs import LAYOUTS, write_corpus
 
-CANNOT_RUN = 77                          # the exit code of a test program that needs something that is not there
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 2, "ffn_hidden_size": 32}
 NEW_TOKENS = 3                           # as many as the program asks for
 
 
 def told(cases: list[dict[str, Any]]) -> list[Any]:
     """What the program says of each case: what the host read, or what went wrong."""
-    done = subprocess.run([sys.executable, "-m", "tests.kit.accelerator", json.dumps(cases)], cwd=ROOT,
-                          capture_output=True, text=True, check=False)
-    if done.returncode == CANNOT_RUN:
-        pytest.skip(done.stderr.splitlines()[-1])
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(('"', "{"))]
+    said = output_of("-m", "tests.kit.accelerator", json.dumps(cases))
+    return [json.loads(line) for line in said.splitlines() if line.startswith(('"', "{"))]
 
 
 def case(parallel: dict[str, Any], **more: Any) -> dict[str, Any]:
