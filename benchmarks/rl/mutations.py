@@ -73,8 +73,8 @@ MUTATIONS = (
     Mutation("a received buffer reused before its copy", "engine/rl/move.py", "else torch.empty(sum(received))",
              "else BUFFER[: sum(received)]", (APART,),
              ("class Move:", "BUFFER = torch.empty(1 << 16)\n\n\nclass Move:")),
-    Mutation("random numbers by rank", "engine/rl/making.py", 'f"{prompts[row // samples].number}/{row % samples}"',
-             'f"{mesh.data.index}/{row - own.start}"', (TENSOR,)),
+    Mutation("random numbers by rank", "engine/rl/making.py", "numbers=[prompts[place].number for place in own]",
+             "numbers=[place - own.start for place in own]", (TENSOR,)),
 )
 
 

@@ -48,7 +48,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "actor and reference, critic and reward": {"roles": {
         "actor": {"ranks": "0:2", "parallel": {"tensor": 2}}, "critic": {"ranks": "2:4", "parallel": HALF},
         "reward": {"ranks": "2:4", "parallel": {"pipeline": 2}}}},
-    "texts on ranks of their own": {"roles": {
+    "texts on ranks of their own": {"rollout": {"delta": True}, "roles": {      # of which changes alone are sent
         "actor": {"ranks": "2:4", "parallel": {"pipeline": 2}}, "rollout": {"ranks": "0:2", "parallel": HALF},
         "critic": {"ranks": "0:4", "parallel": {"tensor": 2, "data": 2}}}},
     "all disjoint": {"roles": {
@@ -70,7 +70,7 @@ def run_config(directory: Path, reward: Path, placement: dict[str, Any], **secti
     roles = dict(placement.get("roles", {}))
     model = {"load": str(reward), "weight": 0.5} | roles.pop("reward", {})
     settings = {"model": MODEL, "steps": NUM_STEPS, "batch": {"micro": 1},
-                "rollout": {"prompts": 4, "temperature": 0.8},
+                "rollout": {"prompts": 4, "temperature": 0.8} | placement.get("rollout", {}),
                 "ppo": {"minibatch": 4, "kl_target": 1.0, "kl_horizon": 50, "reward_norm": True,
                         "ptx_coef": 0.5},
                 "data": {"seq_len": 8, "train": [{"path": str(reward.parents[1] / "text"), "kind": "pretrain"}]},
