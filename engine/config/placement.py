@@ -114,6 +114,7 @@ def as_role(config: Config, asked: Asked) -> Config:
     values = config.to_dict() | {"model": model, "parallel": parallel, "batch": batch | sizes}
     values["run"] = values["run"] | {"objective": "pretrain"}
     values["data"] = values["data"] | {"train": [], "valid": []}
+    values["reliability"] = values["reliability"] | {"inject": None}             # its phases are those of the run
     return Config.model_validate(values)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from engine.config.fields import Count, NonNegative, Number, Positive, Section
+from engine.config.fields import Count, NameOf, NonNegative, Number, Positive, Section
+from engine.config.phases import LOG, PHASES, phases_of
+
+OF_SAVES = ("disk_full", "stalled_writer")                   # they strike whichever save comes next, in no phase
 
 
 class FaultConfig(Section):
@@ -16,11 +20,23 @@ class FaultConfig(Section):
                   "stalled_writer"]
     rank: NonNegative = 0
     step: NonNegative = 1                                    # counted from 1
-    phase: Literal["load", "forward_backward", "reduce", "update", "publish", "read", "check_replicas", "evaluate",
-                   "log", "save"] = "forward_backward"
+    phase: Annotated[str, NameOf("phase", PHASES)] = "forward_backward"       # one that the run has
     seconds: Number = 5.0                                    # of `slow`, `clock_jump`, `stalled_writer`
     steps: Count = 1                                         # in a row
     every_time: bool = False                                 # again when a restart comes by; else once in a run.dir
+
+
+def fault_problems(faults: Sequence[FaultConfig], objective: str) -> Iterator[str]:
+    """Which of these faults would never strike a run of `run.objective`, or not as they should."""
+    kind = phases_of(objective)
+    known = (*kind.in_step, *kind.besides, LOG)
+    for fault in faults:
+        if fault.kind not in OF_SAVES and fault.phase not in known:
+            yield (f"reliability.inject: a run of {objective} has no phase {fault.phase}, and the {fault.kind} would "
+                   f"never strike; its phases are {', '.join(known)}")
+        if fault.kind == "nan" and "reduce" not in known:
+            yield (f"reliability.inject: nan is taken back as gradients are reduced, a phase that {objective} does not "
+                   "have: use another kind")
 
 
 class SpikeConfig(Section):

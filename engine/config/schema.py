@@ -35,7 +35,7 @@ from engine.config.model import ModelConfig
 from engine.config.objectives import OBJECTIVES, PAIRS, ObjectiveName
 from engine.config.optimizers import OptimizerName
 from engine.config.parallel import ParallelConfig
-from engine.config.reliability import ReliabilityConfig
+from engine.config.reliability import ReliabilityConfig, fault_problems
 from engine.config.rl import (
     GROUP_OBJECTIVES,
     RL_OBJECTIVES,
@@ -236,6 +236,7 @@ class Config(Section):
             problems += self.optim.decay.problems(round(self.num_batches), self.rates)
         problems += self._adapter_problems()
         problems += self._source_problems()
+        problems += fault_problems(self.reliability.inject or (), self.run.objective)
         problems += self._role_problems() if self.run.objective in RL_OBJECTIVES else ()
         if problems:
             raise ValueError("; ".join(problems))

@@ -30,6 +30,7 @@ from engine import __file__ as engine_file
 from engine.checkpoint.write import CheckpointWriter
 from engine.config import Config
 from engine.config.objectives import OBJECTIVES, PROMPTS
+from engine.config.phases import OF_CORPORA
 from engine.data.sample import Sample
 from engine.data.sources import Source
 from engine.data.tokenizer_identity import TokenizerInfo
@@ -49,7 +50,7 @@ from engine.reliability.wishes import Wishes
 from engine.train.batches import Loader, noisy
 from engine.train.corpora import Corpora
 from engine.train.journal import Journal
-from engine.train.loop import IN_STEP, Trainer
+from engine.train.loop import Trainer
 from engine.train.objectives import objective_of
 from engine.train.profile import StepProfiler
 from engine.train.reference import passes
@@ -207,7 +208,8 @@ def _walk(config: Config, mesh: Mesh, folder: Path) -> tuple[float, dict[str, fl
         taken = trainer.phases.taken()
     finally:
         trainer.close()
-    return taken.in_steps / taken.steps, {name: taken.by_phase.get(name, 0.0) / taken.steps for name in IN_STEP}
+    by_phase = {name: taken.by_phase.get(name, 0.0) / taken.steps for name in OF_CORPORA.in_step}
+    return taken.in_steps / taken.steps, by_phase
 
 
 def _trainer(config: Config, mesh: Mesh, folder: Path) -> Trainer:

@@ -37,13 +37,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.config.reliability import FaultConfig
+from engine.config.reliability import OF_SAVES, FaultConfig
 from engine.metrics.events import append_event
 from engine.metrics.phases import Moment
 from engine.parallel.data.buckets import Bucket
 
 FOLDER = "injected"
-AT_SAVES = ("disk_full", "stalled_writer")
 FLIPPED_BIT = 20                           # of fp32's bits 0 … 31, or bit 4 of bf16: some per cent, and no alarm
 
 
@@ -58,11 +57,13 @@ class Injector:
         faults: of all ranks.
         directory: the run's folder.
         buckets: of this rank's model.
+        first_phase: of every step.
     """
 
-    def __init__(self, faults: Sequence[FaultConfig], rank: int, directory: Path, buckets: Sequence[Bucket]) -> None:
+    def __init__(self, faults: Sequence[FaultConfig], rank: int, directory: Path, buckets: Sequence[Bucket],
+                 first_phase: str = "load") -> None:
         self._faults = [(number, fault) for number, fault in enumerate(faults) if fault.rank == rank]
-        self._directory, self._buckets = directory, buckets
+        self._directory, self._buckets, self._first_phase = directory, buckets, first_phase
         self._undo: list[Callable[[], None]] = []
         self._at_next_save: list[FaultConfig] = []
 
@@ -86,10 +87,9 @@ class Injector:
             else:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (injected)")
 
-    @staticmethod
-    def _is_at(fault: FaultConfig, phase: str) -> bool:
+    def _is_at(self, fault: FaultConfig, phase: str) -> bool:
         """Faults of a save are prepared at the beginning of their step, so that any save behind it meets them."""
-        return phase == ("load" if fault.kind in AT_SAVES else fault.phase)
+        return phase == (self._first_phase if fault.kind in OF_SAVES else fault.phase)
 
     def _first_time(self, number: int, fault: FaultConfig, step: int) -> bool:
         if fault.every_time:

@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.config import WatchdogConfig
+from engine.config.phases import KINDS
 from engine.distributed.last_words import write_down
 from engine.errors import OctantError
 from engine.metrics.events import append_event
@@ -41,7 +42,8 @@ from engine.metrics.phases import BETWEEN, Moment, Phases
 
 HUNG = 5                                   # exit code
 PATIENCE_SECONDS = 4.0                     # between a rank's own report and the verdict
-IN_STEP = ("load", "forward_backward", "reduce", "update", "publish", "read", BETWEEN)
+IN_STEP = (*(name for kind in KINDS for name in kind.in_step), BETWEEN)
+FIRST, LAST = {kind.in_step[0] for kind in KINDS}, {kind.in_step[-1] for kind in KINDS}
 OUR_FILES = f"{os.sep}engine{os.sep}"
 WAITING_FILES = (os.path.join("torch", "distributed"), os.path.join("engine", "distributed"))
 WAITING_CALLS = (".wait(", ".join(", ".synchronize(", ".item()", ".tolist()")
@@ -109,9 +111,9 @@ class Watchdog:
         before, self._before = self._before, moment
         if before is not None and before.phase not in IN_STEP:
             self._longest[before.phase] = max(self._longest.get(before.phase, 0.0), moment.since - before.since)
-        if before is not None and before.phase == "read":
+        if before is not None and before.phase in LAST:
             self._steps.append(moment.since - self._step_began)
-        if moment.phase == "load":
+        if moment.phase in FIRST:
             self._step_began = moment.since
 
     def limit(self, phase: str) -> float:

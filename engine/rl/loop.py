@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 import torch
 
 from engine.checkpoint.metadata import CARRIED
+from engine.config.phases import OF_OWN_TEXTS
 from engine.config.placement import ACTOR, CRITIC, REFERENCE
 from engine.config.rl import CRITIC_OBJECTIVES
 from engine.distributed.mesh import Axis
@@ -52,8 +53,6 @@ from engine.train.journal import peak_memory_bytes
 from engine.train.running import Running
 from engine.train.tally import Verdict
 
-IN_STEP = ("reshard", "gen", "reward", "old_log_prob", "ref", "values", "adv", "update_critic", "update_actor", "read")
-BESIDES = ("save",)
 KL_SUM = objectives.Policy.sums.index("ppo_kl")
 MOST_KL = 1.5                                                # times `target_kl`: no further update
 
@@ -242,8 +241,7 @@ class Learner(Running):
 
     def _speed(self, taken: Taken) -> dict[str, Any]:
         seconds = taken.in_steps / taken.steps
-        split = {f"timing_s/{phase}": taken.by_phase.get(phase, 0.0) / (taken.steps if phase in IN_STEP else 1)
-                 for phase in (*IN_STEP, *BESIDES)}
+        split = OF_OWN_TEXTS.timing(taken.by_phase, taken.steps)
         return {"step_seconds": seconds, "timing_s/step": seconds, "tokens_per_second": self._tokens / seconds, **split}
 
     def _metadata(self) -> dict[str, Any]:

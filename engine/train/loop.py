@@ -30,6 +30,7 @@ from engine.align.reward import MEAN, STD
 from engine.checkpoint.best import BestWeights, keeps_best
 from engine.checkpoint.metadata import SCALE
 from engine.config import Config
+from engine.config.phases import OF_CORPORA
 from engine.distributed.mesh import Mesh
 from engine.errors import DataError, WorkerError
 from engine.kernels.table import Operations
@@ -54,9 +55,6 @@ from engine.train.running import Running, Tools
 from engine.train.start import take_over
 from engine.train.state import TrainState
 from engine.train.tally import UNLOGGED, Line, Tally, Verdict
-
-IN_STEP = ("load", "forward_backward", "reduce", "update", "publish", "read")          # the phases of every step
-BESIDES = ("check_replicas", "evaluate", "save")                                       # of hooks, those that take time
 
 
 @dataclass(kw_only=True)
@@ -214,8 +212,7 @@ class Trainer(Running):
         self.logged_samples = self.state.consumed_samples
         flops = flops_per_token(config.model, config.data.seq_len, adapter=config.adapter)
         speed = throughput(samples * config.data.seq_len, seconds, flops, self.mesh.world.size, peak)
-        split = {f"timing_s/{phase}": taken.by_phase.get(phase, 0.0) / (taken.steps if phase in IN_STEP else 1)
-                 for phase in (*IN_STEP, *BESIDES)}
+        split = OF_CORPORA.timing(taken.by_phase, taken.steps)
         return {"step_seconds": seconds, **speed.record(), **split}
 
     def _check_replicas(self) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from engine.checkpoint.folder import CHECKPOINTS
 from engine.checkpoint.write import CheckpointWriter, SaveReport
 from engine.config import Config
+from engine.config.phases import phases_of
 from engine.distributed.mesh import Mesh
 from engine.errors import WorkerError
 from engine.kernels.table import Operations
@@ -65,7 +66,7 @@ class Tools:
             RequestError: the run's folder cannot be written, or a place for metrics cannot be used.
         """
         directory, faults = Path(config.run.dir), config.reliability.inject or ()
-        injector = Injector(faults, mesh.rank, directory, buckets)
+        injector = Injector(faults, mesh.rank, directory, buckets, phases_of(config.run.objective).in_step[0])
         writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_,
                                   mesh.world.group, milestones=config.checkpoint.keep_every, on_point=injector.at_point)
         journal = Journal()

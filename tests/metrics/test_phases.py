@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from engine.config import Config
+from engine.config.phases import OF_CORPORA
 from engine.distributed.mesh import single_mesh
 from engine.metrics.phases import Moment, Phases
 from engine.train.corpora import Corpora
 from engine.train.hooks import Hook
-from engine.train.loop import IN_STEP, Trainer
+from engine.train.loop import Trainer
 from tests.kit.runs import run_config
 
 
@@ -109,7 +110,7 @@ def test_a_run_tells_its_phases_in_order(tmp_path: Path) -> None:
     assert trainer.run()
     trainer.close()
     besides = {1: ["log", "save"], 2: ["check_replicas", "log", "save", "save"], 3: ["evaluate", "log", "save", "save"]}
-    assert heard == [(step, phase) for step in (1, 2, 3) for phase in (*IN_STEP, *besides[step])]
+    assert heard == [(step, phase) for step in (1, 2, 3) for phase in (*OF_CORPORA.in_step, *besides[step])]
 
 
 def test_a_listener_can_stop_a_run_in_any_phase(tmp_path: Path) -> None:

@@ -55,6 +55,15 @@ def test_limits_are_learned(tmp_path: Path) -> None:
     assert dog.limit("evaluate") == 5 * 0.5 and dog.limit("save") == 40 and dog.limit("check_replicas") == 30
 
 
+def test_limits_are_learned_of_steps_with_other_phases(tmp_path: Path) -> None:
+    dog, _, _ = watchdog(tmp_path)
+    for step, begin, seconds in ((1, 100.0, 9.0), (2, 110.0, 1.0), (3, 120.0, 2.0)):
+        for phase, at in (("reshard", begin), ("gen", begin + 0.1), ("read", begin + 0.5)):
+            dog(Moment(phase, step, at))
+        dog(Moment("save", step, begin + seconds))
+    assert dog.limit("gen") == dog.limit("update_critic") == 5 * 2.0
+
+
 def test_a_rank_that_does_not_get_on_ends_with_its_own_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     dog, phases, codes = watchdog(tmp_path)
     for step in (1, 2):

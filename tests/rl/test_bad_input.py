@@ -167,6 +167,8 @@ def test_impossible_placements_are_refused(sections: dict[str, Any], message: st
                                                                              "a range such as"),
     ({"roles": {"critic": {"optim": {"rate": 1}}}}, "no key optim.rate"), ({"grpo": {"group": 1}}, "it takes two"),
     ({"rollout": {"correction": {"low": 3}}}, "is not below high"),
+    ({"reliability": {"inject": [{"kind": "kill"}]}}, "ppo has no phase forward_backward, and the kill would never"),
+    ({"reliability": {"inject": [{"kind": "nan", "phase": "gen"}]}}, "nan is taken back as gradients are reduced"),
 ])
 def test_what_contradicts_itself_is_refused(sections: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=message):

@@ -11,10 +11,11 @@ import pytest
 from pydantic import ValidationError
 
 from engine.config import Config
+from engine.config.phases import OF_CORPORA
 from engine.distributed.mesh import single_mesh
 from engine.errors import RequestError
 from engine.train.corpora import Corpora
-from engine.train.loop import IN_STEP, Trainer
+from engine.train.loop import Trainer
 from tests.kit.runs import run_config, train
 
 
@@ -32,7 +33,7 @@ def test_a_trace_of_some_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str
     train(config)
     assert traces(config) == ["rank-00000-steps-2-3.json.gz"]
     names = names_in(Path(config.run.dir) / "profile" / "rank-00000-steps-2-3.json.gz")
-    for phase in IN_STEP:
+    for phase in OF_CORPORA.in_step:
         assert names.count(phase) == 2, phase
     assert [names.count(f"0F{m}") for m in range(4)] == [3, 3, 3, 3], "two steps and an evaluation"
     assert names.count("evaluate") == 1, "what is done after the last of these steps is in the trace"

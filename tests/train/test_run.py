@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from engine import cli
 from engine.config import Config, load_config
+from engine.config.phases import OF_CORPORA
 from engine.data.indexed import IndexedWriter
 from engine.distributed.mesh import single_mesh
 from engine.metrics.sinks import JsonlSink
@@ -29,7 +30,6 @@ from engine.model.transformer import Transformer
 from engine.optim.schedule import learning_rate
 from engine.train.batches import Loader
 from engine.train.corpora import Corpora
-from engine.train.loop import BESIDES, IN_STEP
 from engine.train.run_folder import locked
 from tests.kit.runs import (
     assert_equal_tensors,
@@ -48,7 +48,7 @@ from tests.kit.runs import (
 
 KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "consumed_samples", "step_seconds", "tokens_per_second",
         "tflops_per_device", "mfu", "memory_bytes", "skipped",
-        *(f"timing_s/{phase}" for phase in (*IN_STEP, *BESIDES))}
+        *(f"timing_s/{phase}" for phase in (*OF_CORPORA.in_step, *OF_CORPORA.besides))}
 
 
 def test_everything_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +68,7 @@ def test_everything_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert row["lr"] == learning_rate(row["step"], 5, config.optim)
         assert (row["mfu"], row["skipped"]) == (None, 0)
         assert 0 < row["loss"] < 6 and row["grad_norm"] > 0 and row["memory_bytes"] > 50e6
-        assert 0 < sum(row[f"timing_s/{phase}"] for phase in IN_STEP) <= row["step_seconds"]
+        assert 0 < sum(row[f"timing_s/{phase}"] for phase in OF_CORPORA.in_step) <= row["step_seconds"]
         assert row["tokens_per_second"] == pytest.approx(64 / row["step_seconds"])
         assert row["tflops_per_device"] == pytest.approx(
             row["tokens_per_second"] * flops_per_token(config.model, config.data.seq_len) / 1e12)
