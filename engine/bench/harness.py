@@ -24,7 +24,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -90,6 +90,7 @@ class Comparison:
         unit: what `work` counts; empty: no rate is printed.
         warmup: rounds before the first that counts.
         environment: machine, versions, commit, command.
+        facts: what else is known of a case, by its name: columns of the table, the same for all cases.
     """
 
     title: str
@@ -97,6 +98,7 @@ class Comparison:
     unit: str = ""
     warmup: int = 0
     environment: dict[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def ratio(self, name: str) -> float:
         """How many times as fast as the baseline the case `name` is, at the medians."""
@@ -128,7 +130,8 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
         cases = [asdict(m) | {"median_seconds": m.median_seconds, "rate": m.rate, "ratio": self.ratio(m.name),
-                              "ratio_range": self.ratio_range(m.name)} for m in self.measurements]
+                              "ratio_range": self.ratio_range(m.name)} | dict(self.facts.get(m.name, {}))
+                 for m in self.measurements]
         return {"title": self.title, "unit": self.unit, "warmup": self.warmup, "cases": cases,
                 "environment": self.environment}
 
@@ -136,12 +139,15 @@ class Comparison:
         return next(measurement for measurement in self.measurements if measurement.name == name)
 
     def _rows(self) -> list[list[str]]:
-        rows = [["case", "median s", "min s", "max s", *([f"{self.unit}/s"] if self.unit else []), "ratio", "range"]]
+        columns = list(next(iter(self.facts.values()), ()))
+        rows = [["case", "median s", "min s", "max s", *([f"{self.unit}/s"] if self.unit else []), "ratio", "range",
+                 *columns]]
         for m in self.measurements:
             low, high = self.ratio_range(m.name)
             rate = [number(m.rate)] if self.unit else []
             rows.append([m.name, *(f"{s:.4g}" for s in (m.median_seconds, min(m.seconds), max(m.seconds))), *rate,
-                         f"{self.ratio(m.name):.2f}×", "" if m is self.measurements[0] else f"{low:.2f}–{high:.2f}"])
+                         f"{self.ratio(m.name):.2f}×", "" if m is self.measurements[0] else f"{low:.2f}–{high:.2f}",
+                         *(self.facts[m.name][column] for column in columns)])
         return rows
 
     def _method(self) -> str:
@@ -163,8 +169,8 @@ def alternating(*cases: Case, repeats: int = 9, warmup: int = 2, title: str = ""
         synchronize: waits for the device, before and after each run.
         packages: distributions whose versions belong to the result, besides torch's.
     """
-    if len(cases) < 2 or repeats < 1 or len({case.name for case in cases}) < len(cases):
-        raise ValueError(f"alternating() needs two or more cases with different names and a repeat; got "
+    if not cases or repeats < 1 or len({case.name for case in cases}) < len(cases):
+        raise ValueError(f"alternating() needs cases with different names and a repeat; got "
                          f"{[case.name for case in cases]}, repeats={repeats}")
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     for turn in range(-warmup, repeats):
