@@ -29,17 +29,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
-from torch import Tensor
 
 from engine.bench.harness import Case, Comparison, add_options, alternating, publish
+from engine.bench.step import octant_step, transformers_step
 from engine.config import Config, resolve_layout
-from engine.distributed.mesh import Job, Mesh, single_mesh
+from engine.distributed.mesh import Job, single_mesh
 from engine.distributed.topology import Topology
-from engine.model.context import Batch
-from engine.optim.adamw import AdamW
-from engine.optim.gradients import clip_divisor, sum_over_world
-from engine.parallel.parallelize import parallelize
 
 SMALL = {"num_layers": 8, "hidden_size": 512, "num_heads": 8, "ffn_hidden_size": 1408, "vocab_size": 8192,
          "max_seq_len": 512}
@@ -68,65 +63,8 @@ class Size:
 SIZES = {"small": Size(SMALL, micro=2, per_step=2), "accumulate": Size(SMALL, micro=1, per_step=4),
          "large": Size(LARGE, micro=1, per_step=1), "tiny": Size(TINY, micro=1, per_step=4)}
 
+CPU = torch.device("cpu")
 TORCH_PRODUCTS = {"linear": "torch", "weight_gradient": "torch"}
-
-
-def tokens(config: Config) -> Tensor:
-    """Random ids [samples, seq_len + 1], the same for everybody."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(config.model.vocab_size, (config.batch.global_, config.data.seq_len + 1), generator=generator)
-
-
-def octant_step(config: Config, mesh: Mesh) -> Callable[[], None]:
-    """The engine's step without reading data: what `engine.train.loop` does."""
-    model = parallelize(config, mesh)
-    model.initialise(config.run.seed)
-    optimizer = AdamW(model.buckets, config.optim, model.operations)
-    positions = torch.arange(config.data.seq_len).unsqueeze(1)
-    rows = tokens(config).split(config.batch.micro)[mesh.data.index::mesh.data.size]
-    batches = [Batch(row.T[:-1].contiguous(), positions, row.T[1:].contiguous()) for row in rows]
-    scale = 1 / (config.batch.global_ * config.data.seq_len)
-
-    def step() -> None:
-        losses = model.forward_backward(batches, scale)
-        sums = sum_over_world(losses, model.buckets, mesh)
-        found_inf = torch.isfinite(sums.grad_norm).logical_not().float()
-        optimizer.step(config.optim.lr, clip_divisor(sums.grad_norm, config.optim.grad_clip), found_inf)
-        model.publish()
-        sums.sums.item()
-
-    return step
-
-
-def transformers_step(config: Config, *, fused: bool = True) -> Callable[[], None]:
-    """The same work with `LlamaForCausalLM`, torch's clipping, and torch's optimizer, fused or as it is by default."""
-    import transformers  # optional package
-
-    model_config, optim = config.model, config.optim
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        num_hidden_layers=model_config.num_layers, hidden_size=model_config.hidden_size,
-        num_attention_heads=model_config.num_heads, num_key_value_heads=model_config.num_kv_heads,
-        intermediate_size=model_config.ffn_hidden_size, vocab_size=model_config.vocab_size,
-        max_position_embeddings=model_config.max_seq_len, tie_word_embeddings=False, use_cache=False,
-        attn_implementation="sdpa"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps,
-                                  weight_decay=optim.weight_decay, fused=fused or None)
-    batches = [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in tokens(config).split(config.batch.micro)]
-    scale = 1 / (config.batch.global_ * config.data.seq_len)
-
-    def step() -> None:
-        total = torch.zeros(())
-        for inputs, labels in batches:
-            logits = model(input_ids=inputs).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            (loss * scale).backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        total.item()
-
-    return step
 
 
 def serve(rank: int, config: Config, store: str, threads: int, orders: Connection) -> None:
@@ -175,8 +113,8 @@ def beside_transformers(name: str, threads: int, options: dict[str, Any]) -> Com
     title = (f"{name}: {model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size}, {number} × "
              f"{micro} × {config.data.seq_len} tokens, {threads} threads")
     return alternating(
-        Case("transformers, fused AdamW", transformers_step(config), work),
-        Case("transformers, default AdamW", transformers_step(config, fused=False), work),
+        Case("transformers, fused AdamW", transformers_step(config, CPU), work),
+        Case("transformers, default AdamW", transformers_step(config, CPU, fused=False), work),
         Case("octant, torch's products", octant_step(config.with_changes(kernels=TORCH_PRODUCTS), single_mesh()), work),
         Case("octant", octant_step(config, single_mesh()), work), title=title, **options)
 

@@ -185,8 +185,9 @@ def _schedule(p: Parser) -> None:
 
 
 def _bench(p: Parser) -> None:
-    p.add_argument("action", metavar="WHAT", choices=("matmul", "kernels"),
-                   help="matmul: the speed of plain matrix products; kernels: what our GPU kernels need of a GPU")
+    p.add_argument("action", metavar="WHAT", choices=("matmul", "kernels", "step"),
+                   help="matmul: the speed of plain matrix products; kernels: every implementation of every "
+                        "operation; step: a training step beside peers, and where its time goes")
     p.add_argument("rest", nargs=argparse.REMAINDER, metavar="…", help="options of that benchmark; try --help after it")
 
 

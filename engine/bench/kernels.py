@@ -38,7 +38,7 @@ from engine.kernels.table import TABLE
 from engine.kernels.triton.ahead import CAPABILITIES, compile_all, interpreting
 
 CPU = torch.device("cpu")
-COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}        # far more than caches hold
+COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}        # far more than caches hold
 PRODUCT = {"cuda": 8192, "cpu": 1024}                   # rows and columns of the product that says what products reach
 TOKENS = {"cuda": 8192, "cpu": 256}
 EXACT_TOKENS = 128                                      # of which the error is measured: fp64 is slow

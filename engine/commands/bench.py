@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from engine.bench import kernels, matmul
+from engine.bench import kernels, matmul, step
 from engine.errors import RequestError
 
 BENCHMARKS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType({
     "matmul": matmul.run,
     "kernels": kernels.run,
+    "step": step.run,
 })
 
 

@@ -278,7 +278,7 @@ def test_the_header_asks_for_what_the_scripts_rely_on(script: str) -> None:
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck() -> None:
-    scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.sh"))
+    scripts = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("launch/*.sh"), *ROOT.glob("benchmarks/*.sh")])
     found = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
 
