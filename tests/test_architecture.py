@@ -60,7 +60,7 @@ RANK_CEILINGS = {
     "metrics": 450,
     "model": 820,         # and kinds of layers and norms, of all families that convert, stretched RoPE
     "optim": 260,         # and learning-rate shapes, optimizers besides AdamW
-    "parallel": 1_450,    # and the loss without the logits
+    "parallel": 1_490,    # and the loss without the logits, and memory that rests on the host
     "precision": 250,     # FP8
     "reliability": 450,   # and the watchdog, what to do about a bad step, goodput
     "schedules": 430,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -13,12 +14,13 @@ from engine.commands._layout import start_ranks
 from engine.config import Config, ParallelConfig, load_config, resolve_layout, world_size_of
 from engine.config.placement import learns_from_own_texts, processes_needed
 from engine.distributed.environment import LaunchEnvironment, injected_faults, launch_environment, tune_gpu
-from engine.distributed.host_memory import host_memory
+from engine.distributed.host_memory import Room, host_memory
 from engine.distributed.topology import Topology
 from engine.launching.local import run_as_rank
 from engine.metrics.console import Console
 from engine.metrics.sinks import require_packages
 from engine.plan.memory import require_room
+from engine.plan.roles_room import require_room_for_roles
 from engine.reliability.rewind import with_rewinds
 from engine.reliability.wishes import STOP_FILE
 from engine.rl.calling import require_functions
@@ -128,8 +130,8 @@ def _refuse_early(config: Config) -> Corpora | Prompts:
         if path not in (None, "auto", "never") and not any(found.is_dir() for found in checkpoints_at(Path(path))):
             raise no_checkpoint(Path(path))
     require_packages(config.log)
-    if config.run.device == "cpu" and not learns_from_own_texts(config):
-        require_room(config, range(config.parallel.world_size), host_memory(), on_gpu=False)
+    if config.run.device == "cpu":
+        _require_room(config, range(world_size_of(config)), host_memory(), on_gpu=False)
     return _opened(config)
 
 
@@ -166,6 +168,10 @@ def _memory(config: Config, launched: LaunchEnvironment | None) -> list[str]:
     process = import_module("engine.distributed.process")
     device = process.pick_device(config.run.device, local_rank, own)
     on_gpu = device.type == "cuda"
-    if learns_from_own_texts(config):
-        return []
-    return require_room(config, [rank] if on_gpu else on_host, process.free_memory(device), on_gpu=on_gpu)
+    return _require_room(config, [rank] if on_gpu else on_host, process.free_memory(device), on_gpu=on_gpu)
+
+
+def _require_room(config: Config, ranks: Sequence[int], room: Room | None, on_gpu: bool) -> list[str]:
+    """As `engine.plan.memory.require_room`, whatever the run learns from."""
+    require = require_room_for_roles if learns_from_own_texts(config) else require_room
+    return require(config, ranks, room, on_gpu=on_gpu)

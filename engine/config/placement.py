@@ -101,6 +101,16 @@ def reward_name(number: int) -> str:
     return REWARD if number == 0 else f"{REWARD}{number + 1}"
 
 
+def offloaded(config: Config) -> set[str]:
+    """The roles that are in host memory while they have nothing to do; with the actor goes what makes texts, which
+    gets its weights from it before each use."""
+    roles = config.roles
+    asked: dict[str, RoleConfig] = {ACTOR: roles.actor, CRITIC: roles.critic, REFERENCE: roles.reference} | {
+        reward_name(number): source for number, source in enumerate(roles.reward)}
+    found = {name for name, role in asked.items() if role.offload}
+    return found | {ROLLOUT} if ACTOR in found and not config.rollout.async_steps else found
+
+
 def for_generation(parallel: ParallelConfig) -> ParallelConfig:
     """The same cut of the weights, as texts are made with it: one chunk per stage, no part of the sequence apart."""
     return ParallelConfig(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=False, zero=0)

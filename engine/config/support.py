@@ -10,8 +10,6 @@ from engine.config.schema import Config
 UNSUPPORTED: tuple[tuple[Callable[[Config], bool], str, str], ...] = (
     (lambda c: c.precision.fp8 != "off", "FP8", "set precision.fp8 to off"),
     (lambda c: c.rollout.async_steps > 0, "making texts a step ahead", "set rollout.async_steps to 0"),
-    (lambda c: any(role.offload for role in (c.roles.actor, c.roles.critic, c.roles.reference, *c.roles.reward)),
-     "keeping idle roles in host memory", "set roles.*.offload to false"),
 )
 
 

@@ -14,7 +14,7 @@ One process goes the same way: one chunk, no cut, one-stage schedule.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -147,15 +147,19 @@ class ParallelModel:
         return [piece for bucket, vector in zip(self.buckets, vectors, strict=True)
                 for piece in bucket.pieces(prefix, vector)]
 
-    def weights(self) -> list[Piece]:
+    def weights(self, now: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Piece]:
         """This rank's part of the weights that the layers use; the tensors are the live ones, padding left out.
 
         Where the parameters are there around their use only (ZeRO 3), it is this rank's shard of them.
+
+        Args:
+            now: where a parameter's or a shard's values are.
         """
         if any(flat.level >= 3 for flat in (*self.buckets, *self.frozen)):
-            return [*self.shards("model", [bucket.param_shard for bucket in self.buckets]), *self.frozen_pieces()]
+            return [*self.shards("model", [now(bucket.param_shard) for bucket in self.buckets]), *self.frozen_pieces()]
         once = dict.fromkeys(parameter for chunk in self.chunks.values() for parameter in chunk.parameters())
-        return [Piece(f"model.{spec.name}", spec.shape, spec.box, parameter.detach()[Box.whole(spec.box.size).slices])
+        return [Piece(f"model.{spec.name}", spec.shape, spec.box,
+                      now(parameter.detach())[Box.whole(spec.box.size).slices])
                 for parameter, spec in ((parameter, spec_of(parameter)) for parameter in once)]
 
     def publish(self) -> None:

@@ -5,7 +5,10 @@
     rollout                  weights once more, in the layout that makes texts; and in its turn keys and values of
                              `rollout.batch` texts of `data.seq_len` tokens, and the numbers from which a token is drawn
 
-Roles on a rank take turns, so what a rank needs is all that stays, and the most that any of them takes in its turn.
+Roles on a rank take turns, so what a rank needs is all that stays, and the most that any of them takes in its turn.  A
+role with `offload` does not stay: what it holds is of its turn too, and otherwise in host memory, but for gradients and
+what makes texts, which are made anew.  What makes texts is still there while they are scored, and the actor's weights
+are while it gets its own.
 Layouts, stages and what a training step holds are those of `engine.plan.stages`.
 """
 
@@ -18,7 +21,7 @@ from itertools import groupby
 from typing import Any
 
 from engine.config import Config, role_configs, world_size_of
-from engine.config.placement import ACTOR, CRITIC, ROLLOUT
+from engine.config.placement import ACTOR, CRITIC, REWARD, ROLLOUT, offloaded
 from engine.distributed.topology import Topology
 from engine.model.flops import count_parameters
 from engine.plan.devices import Device
@@ -37,14 +40,20 @@ class Part:
 
     Attributes:
         role: its name; `stage` of its pipeline, on which the rank is.
-        state: what stays.
-        turn: the most that comes and goes while it works.
+        state: what stays, or where it `rests`, comes and goes with it.
+        turn: the most that comes and goes besides while it works.
     """
 
     role: str
     stage: int
     state: StateBytes
     turn: float
+    rests: bool = False
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of host memory in which it rests."""
+        return self.state.parameters + self.state.optimizer if self.rests and self.role != ROLLOUT else 0
 
     @property
     def name(self) -> str:
@@ -63,18 +72,37 @@ class Place:
     parts: tuple[Part, ...]
 
     @property
+    def staying(self) -> list[Part]:
+        return [part for part in self.parts if not part.rests]
+
+    @property
     def stays(self) -> int:
-        return sum(part.state.total for part in self.parts)
+        return sum(part.state.total for part in self.staying)
+
+    def turn(self, part: Part) -> float:
+        """Bytes that come and go with a role."""
+        resting = {each.role: each.state for each in self.parts if each.rests}
+        own = part.turn + (part.state.total if part.rests else 0)
+        if part.role == ROLLOUT and part.rests:
+            return max(own, part.state.total + (resting[ACTOR].parameters if ACTOR in resting else 0))
+        if part.role.startswith(REWARD) and ROLLOUT in resting:
+            return own + resting[ROLLOUT].total
+        return own
 
     @property
     def longest(self) -> Part:
         """The role that takes the most in its turn."""
-        return max(self.parts, key=lambda part: part.turn)
+        return max(self.parts, key=self.turn)
 
     @property
     def total(self) -> float:
         """Bytes of tensors at the worst moment."""
-        return self.stays + self.longest.turn
+        return self.stays + self.turn(self.longest)
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of host memory for those who have nothing to do."""
+        return sum(part.on_host for part in self.parts)
 
     @property
     def needed(self) -> float:
@@ -100,18 +128,8 @@ class PlannedRoles:
 
     @cached_property
     def places(self) -> list[Place]:
-        """All ranks, those beside each other with the same on them together."""
-        parts = {name: [self._part(name, own, stage) for stage in range(own.parallel.pipeline)]
-                 for name, (_, own) in self.roles.items()}
-        topologies = {name: Topology.of(own) for name, (_, own) in self.roles.items()}
-
-        def on(rank: int) -> tuple[Part, ...]:
-            return tuple(parts[name][topologies[name].coordinates(rank - ranks.start)["pipeline"]]
-                         for name, (ranks, _) in self.roles.items() if rank in ranks)
-
-        alike = groupby(range(self.world), key=on)
-        runs = [(found, [*ranks]) for found, ranks in alike]
-        return [Place(range(ranks[0], ranks[-1] + 1), found) for found, ranks in runs]
+        """As `places_of`."""
+        return places_of(self.config, on_gpu=self.device.name != "cpu")
 
     @property
     def fullest(self) -> Place:
@@ -121,15 +139,6 @@ class PlannedRoles:
     def fits(self) -> bool:
         return self.fullest.needed <= self.device.memory
 
-    def _part(self, name: str, own: Config, stage: int) -> Part:
-        if name in TRAINED:
-            memory = stage_memory(own, stage, on_gpu=self.device.name != "cpu")
-            return Part(name, stage, memory.state, memory.activations + memory.workspace)
-        state = StateBytes(stage_state(_whole(own), stage).bytes.parameters, 0, 0)
-        if name == ROLLOUT:
-            return Part(name, stage, state, texts_in_the_making(self.config, own, stage))
-        return Part(name, stage, state, _forward_pass(own, on_gpu=self.device.name != "cpu"))
-
     def record(self) -> dict[str, Any]:
         """The object of `octant plan --json`."""
         roles = {name: {"ranks": [ranks.start, ranks.stop], "parameters": count_parameters(own.model).total,
@@ -137,13 +146,39 @@ class PlannedRoles:
                         | {"data": own.parallel.data_size, "zero": own.parallel.zero}}
                  for name, (ranks, own) in self.roles.items()}
         memory = [{"ranks": [place.ranks.start, place.ranks.stop], "roles": [part.role for part in place.parts],
-                   "parameters": sum(part.state.parameters for part in place.parts),
-                   "gradients": sum(part.state.gradients for part in place.parts),
-                   "optimizer": sum(part.state.optimizer for part in place.parts),
-                   "turn": round(place.longest.turn), "turn_of": place.longest.role, "total": round(place.total)}
+                   "parameters": sum(part.state.parameters for part in place.staying),
+                   "gradients": sum(part.state.gradients for part in place.staying),
+                   "optimizer": sum(part.state.optimizer for part in place.staying),
+                   "turn": round(place.turn(place.longest)), "turn_of": place.longest.role,
+                   "total": round(place.total), "host": place.on_host}
                   for place in self.places]
         return {"world": self.world, "gpu": self.device.name, "roles": roles, "memory": memory, "fits": self.fits,
                 "needed_bytes": round(self.fullest.needed), "device_bytes": round(self.device.memory)}
+
+
+def places_of(config: Config, on_gpu: bool) -> list[Place]:
+    """All ranks of the resolved `config`, those beside each other with the same on them together."""
+    world = world_size_of(config)
+    roles, resting = role_configs(config, world), offloaded(config)
+
+    def part(name: str, own: Config, stage: int) -> Part:
+        if name in TRAINED:
+            memory = stage_memory(own, stage, on_gpu=on_gpu)
+            return Part(name, stage, memory.state, memory.activations + memory.workspace, name in resting)
+        state = StateBytes(stage_state(_whole(own), stage).bytes.parameters, 0, 0)
+        turn = texts_in_the_making(config, own, stage) if name == ROLLOUT else _forward_pass(own, on_gpu)
+        return Part(name, stage, state, turn, name in resting)
+
+    parts = {name: [part(name, own, stage) for stage in range(own.parallel.pipeline)]
+             for name, (_, own) in roles.items()}
+    topologies = {name: Topology.of(own) for name, (_, own) in roles.items()}
+
+    def on(rank: int) -> tuple[Part, ...]:
+        return tuple(parts[name][topologies[name].coordinates(rank - ranks.start)["pipeline"]]
+                     for name, (ranks, _) in roles.items() if rank in ranks)
+
+    runs = [(found, [*ranks]) for found, ranks in groupby(range(world), key=on)]
+    return [Place(range(ranks[0], ranks[-1] + 1), found) for found, ranks in runs]
 
 
 def actor_of(config: Config) -> Config:
@@ -218,12 +253,15 @@ def _memory(job: PlannedRoles) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [("ranks", "roles and their stages", "weights", "gradients", "optimizer", "in turn",
                                     "whose turn", "together")]
     for place in job.places:
-        sums = (sum(getattr(part.state, name) for part in place.parts)
+        sums = (sum(getattr(part.state, name) for part in place.staying)
                 for name in ("parameters", "gradients", "optimizer"))
         rows.append((_named(place.ranks), ", ".join(part.name for part in place.parts), *map(memory_size, sums),
-                     memory_size(place.longest.turn), place.longest.role, memory_size(place.total)))
+                     memory_size(place.turn(place.longest)), place.longest.role, memory_size(place.total)))
     yield from table(_shortened(rows), right=(2, 3, 4, 5, 7))
     fullest = job.fullest
+    if any(place.on_host for place in job.places):
+        most = max(place.on_host for place in job.places)
+        yield f"offload: at most {memory_size(most)} of host memory for each rank; what a role holds is in its turn"
     yield (f"{'fits' if job.fits else 'DOES NOT FIT'}: {memory_size(fullest.needed)} on ranks {_named(fullest.ranks)} "
            f"with the allocator's margin and a CUDA context, {memory_size(job.device.memory)} are there")
 

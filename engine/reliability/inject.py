@@ -41,6 +41,7 @@ from engine.config.reliability import OF_SAVES, FaultConfig
 from engine.metrics.events import append_event
 from engine.metrics.phases import Moment
 from engine.parallel.data.buckets import Bucket
+from engine.parallel.data.flat import is_free
 
 FOLDER = "injected"
 FLIPPED_BIT = 20                           # of fp32's bits 0 … 31, or bit 4 of bf16: some per cent, and no alarm
@@ -152,7 +153,9 @@ def _cut_connections() -> None:
 
 def _small_weight(buckets: Sequence[Bucket]) -> Tensor:
     """The smallest parameter that is here: flat, live."""
-    there = [bucket for bucket in buckets if bucket.level < 3]
+    there = [bucket for bucket in buckets if bucket.level < 3 and not is_free(bucket.param_buffer)]
+    if not there and (not buckets or is_free(buckets[0].param_shard)):
+        raise InjectedFault("no weight of a role that learns is in the device's memory here: leave offload out")
     if not there:
         return buckets[0].param_shard.detach()
     return min((entry.parameter.detach() for bucket in there for entry in bucket.entries),

@@ -20,7 +20,7 @@ from engine.checkpoint.adapted import open_model
 from engine.checkpoint.compatibility import require_compatible
 from engine.checkpoint.read import CheckpointReader
 from engine.config import Config, RoleConfig, role_configs
-from engine.config.placement import ACTOR, CRITIC, REFERENCE, REWARD, ROLLOUT, reward_name
+from engine.config.placement import ACTOR, CRITIC, REFERENCE, REWARD, ROLLOUT, offloaded, reward_name
 from engine.distributed.agree import Group
 from engine.distributed.mesh import Job
 from engine.errors import CheckpointError, ConfigError
@@ -74,10 +74,12 @@ class Cast:
         objectives: dict[str, Objective] = {ACTOR: Policy(config.learning, config.rollout.temperature),
                                             CRITIC: Value(config.ppo.value_clip)}
         members: dict[str, Member] = {}
+        resting = offloaded(config)
         for name, (ranks, own) in role_configs(config, job.size).items():
             optim = config.critic_optim if name == CRITIC else config.optim
             role = Role(name, own.model, own.parallel, ranks, trainable=name in objectives,
-                        objective=objectives.get(name, NEXT_TOKEN), optim=optim)
+                        objective=objectives.get(name, NEXT_TOKEN), optim=optim, offload=name in resting,
+                        refilled=name == ROLLOUT and not config.rollout.delta)
             members[name] = Member(ranks, role.config(own), RoleState.build(role, own, job))
         return Cast(members)
 
@@ -114,7 +116,8 @@ class Cast:
         for name, member in self.members.items():
             if name == ROLLOUT:
                 continue
-            member.state.initialise(config.run.seed)
+            with member.state.at_work(learning=True):
+                member.state.initialise(config.run.seed)
             source = self._source(config, name)
             if name == CRITIC:
                 _clear_score(member.state)

@@ -28,7 +28,7 @@ import torch
 
 from engine.checkpoint.metadata import CARRIED
 from engine.config.phases import OF_OWN_TEXTS
-from engine.config.placement import ACTOR, CRITIC, REFERENCE
+from engine.config.placement import ACTOR, CRITIC, REFERENCE, ROLLOUT
 from engine.config.rl import CRITIC_OBJECTIVES
 from engine.distributed.mesh import Axis
 from engine.errors import WorkerError
@@ -118,9 +118,10 @@ class Learner(Running):
 
     def _step(self) -> None:
         step, phase, before = self.state.step + 1, self.phases, self.verdict
-        with phase("reshard"):
-            received = self.maker.take_over()
-        made = self.texts.make(step, self.carried.next_prompt)
+        with self.cast[ROLLOUT].state.at_work(learning=True):
+            with phase("reshard"):
+                received = self.maker.take_over()
+            made = self.texts.make(step, self.carried.next_prompt)
         rollouts, config = made.rollouts, self.config
         scores, moments = shaped(rollouts.scores, rollouts.ended, rollouts.lengths, config.rollout.max_new_tokens,
                                  config.learning, self.carried.scores)
@@ -166,27 +167,34 @@ class Learner(Running):
 
     def _learn(self, step: int, rollouts: Rollouts, experience: Experience) -> dict[str, tuple[list[Update], int]]:
         """All updates of a step; by role, what became of them, and how many changed the weights."""
-        config, learning = self.config, self.config.learning
-        seq_len, warm = config.data.seq_len, config.ppo.critic_warmup_steps
+        frozen = {ACTOR} if self._only_critic(step) else set()
         found: dict[str, tuple[list[Update], int]] = {}
         for name in (CRITIC, ACTOR):
             with self.phases(f"update_{name}"):
-                done: list[Update] = []
-                changed, frozen = 0, name == ACTOR and config.run.objective in CRITIC_OBJECTIVES and step <= warm
-                batches = minibatches(config.run.seed, step, learning.epochs, learning.minibatch, rollouts.num_rows)
-                for number, rows in enumerate(batches if name in self.cast and not frozen else ()):
-                    result = update(self.cast[name], rows,
-                                    lambda row: experience.sample(rollouts, row, seq_len), self._rate(name, step),
-                                    self._near if name == ACTOR else lambda _: True,
-                                    self._besides(step, number) if name == ACTOR else None)
-                    if result is None:
-                        break
-                    done.append(result[0])
-                    changed += result[1]
-                    if not result[1]:
-                        break
-                found[name] = done, changed
+                learns = name in self.cast and name not in frozen
+                found[name] = self._updates(name, step, rollouts, experience) if learns else ([], 0)
         return found
+
+    def _only_critic(self, step: int) -> bool:
+        """Whether the actor does not learn yet."""
+        return self.config.run.objective in CRITIC_OBJECTIVES and step <= self.config.ppo.critic_warmup_steps
+
+    def _updates(self, name: str, step: int, rollouts: Rollouts, experience: Experience) -> tuple[list[Update], int]:
+        """Those of a role."""
+        config, learning, member = self.config, self.config.learning, self.cast[name]
+        done: list[Update] = []
+        with member.state.at_work(learning=True):
+            batches = minibatches(config.run.seed, step, learning.epochs, learning.minibatch, rollouts.num_rows)
+            for number, rows in enumerate(batches):
+                result = update(member, rows, lambda row: experience.sample(rollouts, row, config.data.seq_len),
+                                self._rate(name, step), self._near if name == ACTOR else lambda _: True,
+                                self._besides(step, number) if name == ACTOR else None)
+                if result is None:
+                    break
+                done.append(result[0])
+                if not result[1]:
+                    return done, len(done) - 1
+        return done, len(done)
 
     def _besides(self, step: int, number: int) -> Callable[[float], list[HostBatch]] | None:
         """The pretraining data of an update of a step, where there is such."""
@@ -218,8 +226,7 @@ class Learner(Running):
                 sums |= of_updates(self.cast[name], updates, changed, rank, f"{name}/")
         known = float("probs_diff" in experience.sums)
         job = over_job(sums, {"probs_diff_max": experience.largest, "probs_known": known}, self.world)
-        frozen = self.config.run.objective in CRITIC_OBJECTIVES and step <= self.config.ppo.critic_warmup_steps
-        skipped = not frozen and job["actor/updates"] == 0 and job["actor/made"] == 0
+        skipped = not self._only_critic(step) and job["actor/updates"] == 0 and job["actor/made"] == 0
         before, flag = self.verdict, job["flag"]
         self.verdict = Verdict(step, math.floor(flag) > 0, (before.skips_in_a_row + 1) if skipped else 0,
                                job["learned"] > 0, before.skips + skipped, 0,

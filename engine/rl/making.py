@@ -35,13 +35,15 @@ class RoleMaker:
         self._actor, self._role, self._config = cast[ACTOR], cast[ROLLOUT], config
         self._limits = Limits(config.rollout.max_new_tokens, frozenset(stop_ids))
         world = job.mesh(Topology(data=job.size))
-        self._way = Reshard.plan(self._actor.state.weights(), self._role.state.weights(), world,
-                                 delta=config.rollout.delta)
+        with self._actor.state.at_work(), self._role.state.at_work(learning=True):
+            self._way = Reshard.plan(self._actor.state.weights(), self._role.state.weights(), world,
+                                     delta=config.rollout.delta)
         model = self._role.state.model
         self._generator = None if model is None else Generator(model, num_ids, rows=config.rollout.batch)
 
     def take_over(self) -> int:
-        return self._way.run(self._actor.state.weights(), self._role.state.weights())
+        with self._actor.state.at_work():
+            return self._way.run(self._actor.state.weights(), self._role.state.weights())
 
     def make(self, step: int, prompts: Sequence[Prompt], samples: int) -> Mapping[int, Response]:
         mesh, rollout = self._role.state.mesh, self._config.rollout

@@ -33,7 +33,8 @@ def measured_tokens(member: Member, rollouts: Rollouts, order: Sequence[int], me
     if mesh is None:
         return {}
     rows = dealt(order, member.config, mesh.data.index)
-    found = member.state.evaluate(_batches(member, rows, plain(rollouts, member.config.data.seq_len)), measure)
+    with member.state.at_work():
+        found = member.state.evaluate(_batches(member, rows, plain(rollouts, member.config.data.seq_len)), measure)
     return of_tokens(found, rows, rollouts, mesh)
 
 
@@ -43,8 +44,9 @@ def model_scores(member: Member, rollouts: Rollouts, world: Axis) -> Numbers:
     mesh = member.state.mesh
     if mesh is not None:
         rows = dealt(range(rollouts.num_rows), member.config, mesh.data.index)
-        found = member.state.evaluate(_batches(member, rows, with_end(rollouts, member.config.data.seq_len)),
-                                      score_at_end)
+        with member.state.at_work():
+            found = member.state.evaluate(_batches(member, rows, with_end(rollouts, member.config.data.seq_len)),
+                                          score_at_end)
         if found is not None and mesh.tensor.index == mesh.context.index == 0:
             for each, numbers in zip(rows, found[:, 0].double().cpu(), strict=True):
                 scores[each] = numbers

@@ -17,7 +17,8 @@ A role that is not trained has weights and nothing else: no masters, no gradient
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,6 +32,7 @@ from engine.model.objective import NEXT_TOKEN, Measure, Objective
 from engine.model.parameters import initialise
 from engine.optim.gradients import StepSums, clip_divisor, sum_over_world
 from engine.optim.optimizer import Optimizer, make_optimizer
+from engine.parallel.data.offload import Offload
 from engine.parallel.parallelize import ParallelModel, parallelize
 
 
@@ -42,6 +44,8 @@ class Role:
         ranks: where it lives; `parallel` makes a layout of as many processes.
         trainable: it has an optimizer; else its weights change only when somebody writes them.
         optim: its own optimizer settings; None: the run's.
+        offload: its memory is the host's while it has nothing to do (`RoleState.at_work`).
+        refilled: all its weights are written anew before each use, so that idle it needs no memory at all.
     """
 
     name: str
@@ -51,6 +55,8 @@ class Role:
     trainable: bool = True
     objective: Objective = NEXT_TOKEN
     optim: OptimConfig | None = None
+    offload: bool = False
+    refilled: bool = False
 
     @staticmethod
     def of(config: Config, objective: Objective = NEXT_TOKEN) -> Role:
@@ -74,12 +80,14 @@ class RoleState:
 
     Attributes:
         optimizer: None also where the role is not trained.
+        parked: its weights, and the masters and moments of what is trained, where they may be in host memory.
     """
 
     role: Role
     mesh: Mesh | None = None
     model: ParallelModel | None = None
     optimizer: Optimizer | None = None
+    parked: tuple[Offload, ...] = ()
 
     @staticmethod
     def build(role: Role, run: Config, job: Job) -> RoleState:
@@ -98,7 +106,24 @@ class RoleState:
         """A role that lives on this rank; `config` is its own."""
         model = parallelize(config, mesh, training=role.trainable, objective=role.objective)
         optimizer = make_optimizer(model.buckets, config.optim, model.operations) if role.trainable else None
-        return RoleState(role, mesh, model, optimizer)
+        state = RoleState(role, mesh, model, optimizer)
+        if role.offload:
+            state.parked = _offloads(role, model, optimizer)
+            for part in state.parked:
+                part.rest()
+        return state
+
+    @contextmanager
+    def at_work(self, learning: bool = False) -> Iterator[None]:
+        """Inside, its weights are on the device, and what it learns with too if it is `learning`; in nothing else do
+        they change."""
+        with ExitStack() as stack:
+            for part in self.parked if learning else self.parked[:1]:
+                stack.enter_context(part.at_work(writes=learning))
+            yield
+            for bucket in self.model.buckets if self.model is not None and self.parked else ():
+                if bucket.level >= 3:
+                    bucket.release()
 
     def initialise(self, seed: int) -> None:
         """Gives every parameter its share of the global initial values, the same in every layout."""
@@ -139,20 +164,40 @@ class RoleState:
     def publish(self) -> None:
         """Makes the masters the weights that the layers use."""
         if self.model is not None and self.role.trainable:
-            self.model.publish()
+            with self.at_work(learning=True):
+                self.model.publish()
 
     def weights(self) -> list[Piece]:
-        """This rank's part of the weights that the layers use, in the compute dtype; the tensors are the live ones."""
-        return [] if self.model is None else self.model.weights()
+        """This rank's part of the weights that the layers use, in the compute dtype, in whichever memory
+        they are now; the tensors are the live ones."""
+        return [] if self.model is None else self.model.weights(self._now)
 
     def masters(self, prefix: str = "") -> list[Piece]:
-        """This rank's part of the fp32 weights of a role that is trained."""
+        """This rank's part of the fp32 weights of a role that is trained, in whichever memory they are now."""
         return [] if self.model is None else self.model.shards(
-            f"{prefix}model", [bucket.master for bucket in self.model.buckets])
+            f"{prefix}model", [self._now(bucket.master) for bucket in self.model.buckets])
 
     def moments(self, prefix: str = "") -> list[Piece]:
-        """This rank's part of the optimizer's moments."""
+        """This rank's part of the optimizer's moments, in whichever memory they are now."""
         if self.model is None or self.optimizer is None:
             return []
         return [piece for name, of_bucket in self.optimizer.moments.items() for i, moment in of_bucket.items()
-                for piece in self.model.buckets[i].pieces(f"{prefix}optimizer.{name}", moment)]
+                for piece in self.model.buckets[i].pieces(f"{prefix}optimizer.{name}", self._now(moment))]
+
+    def _now(self, vector: Tensor) -> Tensor:
+        for part in self.parked:
+            vector = part.now(vector)
+        return vector
+
+
+def _offloads(role: Role, model: ParallelModel, optimizer: Optimizer | None) -> tuple[Offload, ...]:
+    """The weights, and what is needed for learning besides; gradients come and go with that, and nobody keeps them."""
+    weights: list[Tensor] = [flat.param_shard if flat.level >= 3 else flat.param_buffer for flat in model.buckets]
+    if not role.trainable:
+        weights = [parameter for chunk in model.chunks.values() for parameter in chunk.parameters()]
+        weights = list({id(weight): weight for weight in weights}.values())
+        return (Offload((), weights) if role.refilled else Offload(weights),)
+    moments = [] if optimizer is None else [each for of in optimizer.moments.values() for each in of.values()]
+    masters = [bucket.master for bucket in model.buckets if bucket.master is not bucket.param_shard]
+    gradients = [tensor for bucket in model.buckets for tensor in bucket.gradients()]
+    return Offload(weights), Offload([*masters, *moments], gradients)

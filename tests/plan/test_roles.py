@@ -10,9 +10,12 @@ import pytest
 
 from engine import cli
 from engine.config import Config
+from engine.distributed.host_memory import Room
 from engine.distributed.mesh import Job
+from engine.errors import RequestError
 from engine.plan.devices import device
 from engine.plan.roles import PlannedRoles, texts_in_the_making
+from engine.plan.roles_room import require_room_for_roles
 from engine.rl.cast import Cast
 from tests.kit.digits import rl_config
 
@@ -51,6 +54,56 @@ def test_weights_and_optimizer_state_are_what_a_rank_builds(objective: str, tmp_
 def test_roles_take_turns(tmp_path: Path) -> None:
     [place] = planned(rl_config(tmp_path)).places
     assert place.total == sum(part.state.total for part in place.parts) + max(part.turn for part in place.parts)
+
+
+def test_who_rests_in_host_memory_counts_in_its_turn(tmp_path: Path) -> None:
+    roles = {name: {"offload": True} for name in ("actor", "critic", "reference")}
+    config = rl_config(tmp_path, precision={"compute": "bf16"}, roles=roles | {"reward": {"function": "places"}})
+    [place], [plain] = planned(config).places, planned(rl_config(tmp_path, precision={"compute": "bf16"})).places
+    parts = {part.role: part for part in place.parts}
+    assert place.stays == 0 and place.longest.role in ("actor", "critic")
+    assert place.total == place.longest.state.total + place.longest.turn < plain.total
+    assert place.turn(parts["rollout"]) == parts["rollout"].state.total + max(
+        parts["rollout"].turn, parts["actor"].state.parameters)
+    assert place.on_host == sum(parts[name].state.parameters + parts[name].state.optimizer for name in roles)
+    [critic_stays] = planned(rl_config(tmp_path, roles=roles | {"critic": {}, "reward": {"function": "places"}})).places
+    assert [part.role for part in critic_stays.staying] == ["critic"] and critic_stays.stays > 0
+
+
+def test_a_run_that_cannot_fit_is_refused_with_numbers_and_what_helps(tmp_path: Path) -> None:
+    """On a GPU roles rest first; on the CPU that helps nobody."""
+    config = rl_config(tmp_path, precision={"compute": "bf16"}, rollout={"batch": 2})
+    place = planned(config).places[0]
+    with pytest.raises(RequestError, match=r"this process would hold .*, and .* are in a test. On rank 0 live actor, "
+                                           r"rollout, critic, reference: .* stay, and .* in its turn. Set "
+                                           r"roles.reference.offload=true and that of roles.reward: "):
+        require_room_for_roles(config, [0], Room(int(place.total * 0.96), "in a test"), on_gpu=True)
+    with pytest.raises(RequestError, match=r"Set .*; roles.actor.offload=true: "):
+        require_room_for_roles(config, [0], Room(int(place.total * 0.75), "in a test"), on_gpu=True)
+    with pytest.raises(RequestError, match=r"Set batch.micro=1"):
+        require_room_for_roles(config, [0], Room(int(place.total * 0.96), "in a test"), on_gpu=False)
+    with pytest.raises(RequestError, match=r"No change on as many processes is enough"):
+        require_room_for_roles(config, [0], Room(1000, "in a test"), on_gpu=False)
+    assert require_room_for_roles(config, [0], Room(2 * int(place.total), "in a test"), on_gpu=False)[0].startswith(
+        "memory: at most ")
+
+
+def test_all_roles_of_all_ranks_of_a_machine_are_counted(tmp_path: Path) -> None:
+    roles = {"actor": {"ranks": "0:2", "parallel": {"tensor": 2}}, "critic": {"ranks": "2:3", "parallel": {}}}
+    config = rl_config(tmp_path, roles=roles | {"reward": {"function": "places"}})
+    first, second, critic = planned(config).places[0], planned(config).places[0], planned(config).places[1]
+    needed = first.total + second.total + critic.total
+    require_room_for_roles(config, range(3), Room(int(needed), "here"), on_gpu=False)
+    with pytest.raises(RequestError, match="the 3 processes on this machine would hold"):
+        require_room_for_roles(config, range(3), Room(int(needed * 0.9), "here"), on_gpu=False)
+
+
+def test_the_command_asks_before_it_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = rl_config(tmp_path / "run").to_dict()
+    huge = {"num_layers": 80, "hidden_size": 65536, "ffn_hidden_size": 65536}
+    (tmp_path / "ppo.yaml").write_text(json.dumps(config | {"model": config["model"] | huge}))
+    assert cli.run(["train", str(tmp_path / "ppo.yaml")]) == 2
+    assert "this job does not fit: this process would hold" in capsys.readouterr().err
 
 
 def test_ranks_with_the_same_on_them_are_one_row(tmp_path: Path) -> None:

@@ -135,6 +135,10 @@ class Bucket(FlatParameters):
 
     # ------------------------------------------------------------------ gradients
 
+    def gradients(self) -> list[Tensor]:
+        """What holds gradients between two microbatches, each the whole of its memory."""
+        return [*([self.grad_buffer] if self.level < 2 else ()), *([self.grad_shard] if self.per_microbatch else ())]
+
     def begin_step(self, num_microbatches: int) -> None:
         """Expects the gradients of a step."""
         self._arrived, self._microbatches = 0, num_microbatches
