@@ -29,6 +29,7 @@ from engine.metrics.sinks import open_sinks
 from engine.parallel.data.buckets import Bucket
 from engine.reliability.inject import Injector
 from engine.reliability.wishes import Wishes
+from engine.train.garbage import collected_on_schedule
 from engine.train.hooks import Hook
 from engine.train.journal import Journal
 from engine.train.profile import StepProfiler
@@ -151,13 +152,15 @@ class Running(ABC):
         """
         if self.state.step >= self.config.steps:
             self.journal.note(f"nothing to do: step {self.state.step} of {self.config.steps} is done; raise `steps`")
-        while self.state.step < self.config.steps and not self.verdict.stop:
-            with self.phases.step(self.state.step + 1):
-                self._step()
-            for hook in self.hooks:
-                if hook.due(self.state.step):
-                    with self.phases(hook.phase):
-                        hook.run()
+        with collected_on_schedule() as collect:
+            while self.state.step < self.config.steps and not self.verdict.stop:
+                with self.phases.step(self.state.step + 1):
+                    self._step()
+                for hook in self.hooks:
+                    if hook.due(self.state.step):
+                        with self.phases(hook.phase):
+                            hook.run()
+                collect(self.state.step)
         with self.phases("save"):
             self._finish()
         return self.state.step >= self.config.steps
