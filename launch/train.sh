@@ -6,7 +6,8 @@
 #     bash launch/train.sh CONFIG [key=value …]
 #
 # From outside: sbatch's options; GPUS_PER_NODE; NODES, where fewer than the job has are to train and the others are
-# spare; LAUNCHER=srun|torchrun; MASTER_ADDR; whatever launch/common.sh exports.
+# spare; MIN_NODES, which suffice where `parallel.data` is `auto` (half of NODES); ENVIRONMENT; MASTER_ADDR; the settings
+# at the top of launch/common.sh, and whatever it exports.
 #
 #SBATCH --job-name=octant
 #SBATCH --nodes=1
@@ -24,10 +25,15 @@ cd "${SLURM_SUBMIT_DIR:-.}" # SLURM runs a copy of this file from elsewhere
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
     export GPUS_PER_NODE="${GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE:-8}}"
 fi
-if [[ -f .venv/bin/activate ]]; then
-    # shellcheck source=/dev/null
-    source .venv/bin/activate
-fi
+# What the ranks need of this cluster (modules, a virtual environment, NCCL_IB_HCA …): the file that ENVIRONMENT names,
+# or launch/environment.sh, or else the repository's virtual environment.  CONTAINER: see launch/common.sh.
+for file in "${ENVIRONMENT:-launch/environment.sh}" .venv/bin/activate; do
+    if [[ -f $file ]]; then
+        # shellcheck source=/dev/null
+        source "$file"
+        break
+    fi
+done
 # shellcheck source=launch/common.sh
 source launch/common.sh
 run "$@"

@@ -33,7 +33,7 @@ class LaunchEnvironment:
 
     Attributes:
         store: the file in which the ranks meet; None: at `master_addr` and `master_port`.
-        logs: the folder whose `logs/` takes this rank's output; None: the launcher's business.
+        logs: the folder whose `logs/` takes this rank's output (OCTANT_LOGS); None: the launcher's business.
         local_world_size: ranks on this host, as far as the launcher says.
         own_device: each process sees its own GPU only (`srun --gpus-per-task=1`).
     """
@@ -95,16 +95,17 @@ def _launched(environ: Mapping[str, str]) -> LaunchEnvironment | None:
         return LaunchEnvironment("octant", _number(environ, "RANK"), _number(environ, "WORLD_SIZE"),
                                  _number(environ, "LOCAL_RANK"), "127.0.0.1", 0, environ["OCTANT_STORE"],
                                  Path(environ["OCTANT_LOGS"]), _number(environ, "LOCAL_WORLD_SIZE", "1"))
+    logs = Path(environ["OCTANT_LOGS"]) if "OCTANT_LOGS" in environ else None
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return LaunchEnvironment(
             "torchrun", _number(environ, "RANK"), _number(environ, "WORLD_SIZE"), _number(environ, "LOCAL_RANK", "0"),
-            environ.get("MASTER_ADDR", "127.0.0.1"), _number(environ, "MASTER_PORT"),
+            environ.get("MASTER_ADDR", "127.0.0.1"), _number(environ, "MASTER_PORT"), logs=logs,
             local_world_size=_number(environ, "LOCAL_WORLD_SIZE", "1"))
     if "SLURM_PROCID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", "1") > 1:
         return LaunchEnvironment(
             "slurm", _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_STEP_NUM_TASKS"),
             _number(environ, "SLURM_LOCALID"), environ.get("MASTER_ADDR") or first_host(_slurm_nodes(environ)),
-            _number(environ, "MASTER_PORT", str(_slurm_port(environ))),
+            _number(environ, "MASTER_PORT", str(_slurm_port(environ))), logs=logs,
             local_world_size=int((re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "")) or ["1"])[0]),
             own_device=_slurm_binds_gpus(environ))
     return None
@@ -134,6 +135,11 @@ def tune_gpu(parallel: ParallelConfig, environ: MutableMapping[str, str] = os.en
         wanted["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"           # cuBLAS then adds up in one order
     for name, value in wanted.items():
         environ.setdefault(name, value)
+
+
+def node_name(environ: Mapping[str, str] = os.environ) -> str:
+    """What the scheduler calls this machine, else what it calls itself."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def injected_faults(environ: Mapping[str, str] = os.environ) -> str | None:

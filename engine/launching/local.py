@@ -83,9 +83,11 @@ def run_as_rank(launched: LaunchEnvironment, folder: Path | None, work: Callable
 
     A rank that fails ends the process at once, for leaving in good order may mean to wait for peers that wait for it.
     Before that it writes down why, and where: in `folder` (None: nowhere), and in the log of a child of `launch_local`,
-    else on stderr.
+    else on stderr.  Where a batch script says so, all that a rank other than the first prints goes to its log.
     """
     try:
+        if launched.launcher != "octant" and launched.logs is not None and launched.rank > 0:
+            _print_to(log_path(launched.logs, launched.rank))
         if launched.launcher == "octant":
             end_with_parent()
         if folder is not None:
@@ -101,9 +103,17 @@ def run_as_rank(launched: LaunchEnvironment, folder: Path | None, work: Callable
         os._exit(code)
 
 
+def _print_to(path: Path) -> None:
+    """From now on, also of libraries and of the interpreter's last words."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+
+
 def _tell(launched: LaunchEnvironment, text: str) -> None:
     with contextlib.suppress(OSError):
-        if launched.logs is not None:
+        if launched.launcher == "octant" and launched.logs is not None:
             with log_path(launched.logs, launched.rank).open("a", encoding="utf-8") as log:
                 log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} rank {launched.rank} failed\n{text}")
         else:

@@ -2,9 +2,11 @@
 
     python -m engine.reliability.restarts before WORLD_SIZE CONFIG [key=value …]
     python -m engine.reliability.restarts after STATUS SINCE CONFIG [key=value …]
+    python -m engine.reliability.restarts nodes FIT PER_NODE CONFIG [key=value …]
 
-The answer is the exit code: 0, start it (again); 2, the request is wrong; 3, a person asked it to stop, by a file; 4,
-it gave up; 10, all steps are done; 11, it saved and stopped because of a signal.
+The first prints the run's folder, then what there is to say; the last on how many nodes to train, when only so many
+are fit.  The answer of the first two is the exit code: 0, start it (again); 2, the request is wrong; 3, a person asked
+it to stop, by a file; 4, it gave up; 10, all steps are done; 11, it saved and stopped because of a signal.
 
 A job that fails is started again, for months; but one that fails at the same place again and again would burn a
 cluster.  So restarts are bounded *without progress*: `restarts.json` in the run's folder counts failures since the
@@ -23,7 +25,7 @@ from typing import Any
 
 from engine.checkpoint.folder import CHECKPOINTS, committed_steps
 from engine.config import Config, load_config, resolve_layout
-from engine.errors import OctantError
+from engine.errors import ConfigError, OctantError
 from engine.launching.local import LOST_PEER
 from engine.reliability.wishes import DONE_FILE, STOP_FILE
 from engine.writing import write_whole
@@ -72,6 +74,17 @@ def after(config: Config, status: int, since: float) -> tuple[int, str]:
     return GO_ON, f"{said}\ngoing on from step {step} (failure {failures} of at most {most} without another checkpoint)"
 
 
+def nodes_to_use(config: Config, fit: int, per_node: int) -> int:
+    """How many of these nodes make a layout, which where `parallel.data` is `auto` has as many replicas as fit on them
+    and the same global batch; 0, if none do.
+    """
+    for count in range(fit, 0, -1):
+        with contextlib.suppress(ConfigError):
+            resolve_layout(config, count * per_node)
+            return count
+    return 0
+
+
 def is_done(config: Config) -> bool:
     """Whether the run's folder says so, of as many steps as are asked for now."""
     try:
@@ -111,11 +124,15 @@ def main(arguments: Sequence[str]) -> int:
     when, *rest = arguments
     try:
         if when == "before":
-            code, text = before(load_config(rest[1], rest[2:]), int(rest[0]))
-        else:
+            config = load_config(rest[1], rest[2:])
+            code, text = before(config, int(rest[0]))
+            text = f"{config.run.dir}\n{text}"
+        elif when == "after":
             code, text = after(load_config(rest[2], rest[3:]), int(rest[0]), float(rest[1]))
+        else:
+            code, text = GO_ON, str(nodes_to_use(load_config(rest[2], rest[3:]), int(rest[0]), int(rest[1])))
     except OctantError as error:
-        code, text = error.exit_code, str(error)
+        code, text = error.exit_code, f"\n{error}" if when == "before" else str(error)
     if text:
         print(text)
     return code

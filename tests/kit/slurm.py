@@ -83,6 +83,12 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def rank(self, number: int) -> int:
+        """The process that trains as this rank."""
+        [pid] = [pid for pid in _processes() if f"SLURM_PROCID={number}\n" in _environment(pid) + "\n"
+                 and f"SLURM_CONF={self.folder}/" in _environment(pid) and "engine\0train" in _command(pid)]
+        return pid
+
     def end(self) -> None:
         with suppress(AssertionError):
             self.run("scancel", "--user=root")

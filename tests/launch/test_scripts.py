@@ -23,15 +23,21 @@ ROOT = Path(__file__).resolve().parents[2]
 # As srun does: a process per task, each signal to every process of the step, the worst status at the end.  What nodes
 # say of themselves comes from FAKE_NODES.
 SRUN = """
-import json, os, re, signal, subprocess, sys
+import json, os, re, signal, subprocess, sys, time
 log, command = os.environ["FAKE_LOG"], sys.argv[1:]
 while command[0].startswith("-"):
     command.pop(0)
 options = dict(re.fullmatch("--([a-z-]+)(?:=(.*))?", each).groups() for each in sys.argv[1:-len(command)])
 nodes = options["nodelist"].split(",")
-if command[1] == "launch/probe.sh":
-    told = json.loads(os.environ["FAKE_NODES"])
-    print("\\n".join(f"{node} {told[node]}" for node in nodes if told[node]))
+if "engine.launching.preflight" in command:
+    what, told = command[command.index("engine.launching.preflight") + 1], json.loads(os.environ["FAKE_NODES"])
+    for node in nodes:
+        if what == "together" and "stuck" not in told[node]:
+            stages = ("started", "met", "computed", "even", "odd", "ring", "all")
+            for line in [{"node": node, "stage": stage} for stage in stages] * int(options["ntasks-per-node"]):
+                print(json.dumps(line))
+        elif what != "together" and told[node]:
+            print(json.dumps({"node": node, "time": time.time(), "problems": []} | told[node]))
     sys.exit()
 with open(log + "/srun.jsonl", "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
@@ -78,6 +84,8 @@ SCONTROL = """
 import os, sys
 if sys.argv[1:3] == ["show", "node"]:
     print(f"NodeName={sys.argv[3]} NodeAddr=addr-of-{sys.argv[3]} NodeHostName=x")
+elif sys.argv[1:3] == ["show", "job"]:
+    print(f"JobId={sys.argv[3]} ReqNodeList=(null) ExcNodeList={os.environ.get('FAKE_EXCLUDED', '(null)')}\\n x=y")
 else:
     open(os.environ["FAKE_LOG"] + "/requeued", "a").write(" ".join(sys.argv[1:]) + "\\n")
 """
@@ -85,7 +93,7 @@ SINFO = """
 import json, os
 print("\\n".join(json.loads(os.environ["FAKE_NODES"])))
 """
-FIT = "8 driver=1,python=2,code=3,config=4"
+FIT = {"gpus": 8, "equal": {"driver": ["1"], "code": "3"}}
 
 
 @dataclass
@@ -98,7 +106,7 @@ class Job:
     environment: dict[str, str]
 
     def start(self, does: str, *overrides: str, script: str = "train.sh", under_slurm: bool = True,
-              nodes: dict[str, str] | None = None, **more: str) -> subprocess.Popen[str]:
+              nodes: dict[str, dict[str, object]] | None = None, **more: str) -> subprocess.Popen[str]:
         slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[007-009]",
                  "SLURM_SUBMIT_DIR": str(self.log.parent / "submit")} if under_slurm else {}
         told = {"gpu007": FIT, "gpu008": FIT} if nodes is None else nodes
@@ -143,7 +151,8 @@ def job(tmp_path: Path) -> Job:
     config = run_config(tmp_path, "run", steps=100, parallel={"data": 2}, batch={"global": 16})
     Path(config.run.dir).mkdir()
     path = write_config(Config.model_validate(config.to_dict() | {"parallel": {"data": "auto"}}), tmp_path / "run.yaml")
-    environment = {"PATH": f"{commands}:{os.environ['PATH']}", "FAKE_LOG": str(log), "FAKE_RUN": config.run.dir}
+    environment = {"PATH": f"{commands}:{os.environ['PATH']}", "FAKE_LOG": str(log), "FAKE_RUN": config.run.dir,
+                   "PREFLIGHT": "quick"}
     return Job(log, config, path, environment)
 
 
@@ -227,20 +236,64 @@ def test_nothing_starts_when_it_is_done_or_stopped(job: Job, file: str, code: in
 
 
 def test_a_spare_node_takes_the_place_of_a_bad_one(job: Job) -> None:
-    nodes = {"gpu006": "", "gpu007": FIT, "gpu008": "7" + FIT[1:], "gpu009": FIT, "gpu010": FIT.replace("=3", "=x")}
-    output = job.finish("done", code=0, nodes=nodes, NODES="2")
+    nodes = {"gpu006": {}, "gpu007": FIT, "gpu008": FIT | {"gpus": 7}, "gpu009": FIT,
+             "gpu010": FIT | {"equal": {"driver": ["1"], "code": "x"}},
+             "gpu011": FIT | {"stuck": True}, "gpu012": FIT}
+    output = job.finish("done", code=0, nodes=nodes, NODES="2", PREFLIGHT="full")
     assert "--nodelist=gpu007,gpu009" in job.sruns()[0]
-    assert "left out: gpu008 has 7 GPUs of 8" in output and "left out: gpu010 differs from the first" in output
+    assert {"gpu006 does not answer", "gpu008 has 7 GPUs of 8", "gpu010 code is x, most nodes have 3",
+            "gpu011 did not start"} == set(re.findall("left out: (.*)", output))
 
 
 def test_too_few_nodes_are_a_failure_and_requeued(job: Job) -> None:
     nodes = {"gpu007": FIT, "gpu008": ""}
-    assert "1 of 2 nodes are fit: gpu007" in job.finish("done", code=1, nodes=nodes)
-    assert job.requeued() == "requeue 4711\n" and not job.attempts()
+    asked = "parallel.data=16"
+    assert "1 of 2 nodes are fit: gpu007" in job.finish("done", asked, code=1, nodes=nodes)
+    assert job.requeued() == "requeue 4711\n" and not job.attempts()     # what SLURM itself sees it leaves to SLURM
     for _ in range(2):
-        job.finish("done", code=1, nodes=nodes)
-    job.finish("done", code=4, nodes=nodes)
+        job.finish("done", asked, code=1, nodes=nodes)
+    job.finish("done", asked, code=4, nodes=nodes)
     assert job.requeued().count("requeue") == 3
+
+
+@pytest.mark.parametrize(("changes", "options", "expected"), [
+    ([], {}, "on 2 of 4 nodes, with fewer replicas and the same global batch"),      # 3 × 8 replicas do not divide 16
+    ([], {"MIN_NODES": "3"}, "requeued: too few nodes are fit"),
+    (["parallel.data=32", "batch.global=32"], {}, "requeued: too few nodes are fit")])
+def test_fewer_nodes_where_the_configuration_allows_it(job: Job, changes: list[str], options: dict[str, str],
+                                                       expected: str) -> None:
+    nodes = {"gpu006": {}, "gpu007": FIT, "gpu008": FIT, "gpu009": FIT}
+    changes = changes or ["batch.global=32"]
+    output = job.finish("done", *changes, code=0 if expected.startswith("on") else 1, nodes=nodes, NODES="4", **options)
+    assert expected in output
+    if expected.startswith("on"):
+        assert "--nodelist=gpu007,gpu008" in job.sruns()[0]
+        [seen] = job.attempts()
+        assert isinstance(seen["env"], dict) and seen["env"]["OCTANT_WORLD_SIZE"] == "16"
+
+
+@pytest.mark.parametrize(("before", "exclude", "expected"), [
+    ("(null)", "yes", "ExcNodeList=gpu008"), ("gpu001,gpu003", "yes", "ExcNodeList=gpu001,gpu003,gpu008"),
+    ("(null)", "no", None)])
+def test_a_bad_node_is_not_taken_again(job: Job, before: str, exclude: str, expected: str | None) -> None:
+    nodes = {"gpu006": {}, "gpu007": FIT, "gpu008": FIT | {"problems": ["GPU 3: memory errors"]}}
+    output = job.finish("done", "parallel.data=16", code=1, nodes=nodes, FAKE_EXCLUDED=before, EXCLUDE=exclude)
+    assert "left out: gpu008 GPU 3: memory errors" in output
+    assert job.requeued().splitlines() == ["requeue 4711", *([f"update JobId=4711 {expected}"] if expected else [])]
+
+
+def test_what_the_ranks_run_in(job: Job, tmp_path: Path) -> None:
+    """A file of the cluster's settings, a container, and where logs and the flight recorder's dumps go."""
+    (tmp_path / "cluster.sh").write_text("export NCCL_IB_HCA=mlx5\n")
+    job.finish("done", code=0, ENVIRONMENT=str(tmp_path / "cluster.sh"), CONTAINER="env IN_CONTAINER=yes")
+    for task in (0, 1):
+        environment = job.attempts(task)[0]["env"]
+        assert isinstance(environment, dict)
+        assert (environment["NCCL_IB_HCA"], environment["IN_CONTAINER"]) == ("mlx5", "yes")
+        assert environment["OCTANT_LOGS"] == job.config.run.dir
+        assert environment["TORCH_FR_DUMP_TEMP_FILE"] == f"{job.config.run.dir}/logs/flight-" \
+            == environment["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"]
+    assert "--wait=60" in job.sruns()[0]
 
 
 def test_ranks_that_slurm_alone_told_to_stop_make_room_and_come_back(job: Job) -> None:
@@ -281,16 +334,3 @@ def test_shellcheck() -> None:
     scripts = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("launch/*.sh"), *ROOT.glob("benchmarks/*.sh")])
     found = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
-
-
-@pytest.mark.parametrize("place", ["engine/errors.py", "engine/parallel/tensor/layers.py", "kernels/triton/rope.py"])
-def test_nodes_with_other_code_differ(place: str, tmp_path: Path) -> None:
-    """However deep in the tree: what a node says of itself is compared with what the others say."""
-    path = tmp_path / place
-    path.parent.mkdir(parents=True)
-    said = []
-    for text in ("a = 1\n", "a = 2\n", "a = 1\n"):
-        path.write_text(text)
-        said.append(subprocess.run(["bash", str(ROOT / "launch" / "probe.sh"), "run.yaml"], cwd=tmp_path,
-                                   capture_output=True, text=True, check=True).stdout)
-    assert said[0] == said[2] != said[1]
