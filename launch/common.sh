@@ -25,6 +25,7 @@ export_settings() {
     export TORCH_NCCL_DUMP_ON_TIMEOUT=1                         # … written down when one of them hangs …
     export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$RUN_DIR/logs/flight-}"             # … here, a file per rank
     export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$RUN_DIR/logs/flight-}" # (its older name)
+    export TORCH_GLOO_LAZY_INIT=1               # a socket when two ranks first talk, not 2,047 as a group is made
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # without it a restart reads the old round's keys and never meets
     export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-22}" # 4 µs × 2^22 = 17 s: a rerouting fabric is not a dead one
     # Set these for your cluster:

@@ -49,7 +49,6 @@ def together(kind: str) -> None:
     store = dist.TCPStore(launched.master_addr, launched.master_port, None, launched.rank == 0, timeout,
                           wait_for_workers=False)
     tell("met")
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store),
                             rank=launched.rank, world_size=launched.world_size, timeout=timeout)
     tell("computed", matrix_product(device))
