@@ -19,6 +19,7 @@ import pytest
 
 from engine.config import Config
 from engine.metrics.events import read_events
+from tests.kit.distributed import run_distributed
 from tests.kit.runs import (
     ROOT,
     assert_equal_tensors,
@@ -26,7 +27,7 @@ from tests.kit.runs import (
     run_config,
     saved_steps,
     tensors,
-    train,
+    train_here,
     trained,
     write_config,
 )
@@ -35,7 +36,7 @@ from tests.kit.slurm import Cluster, slurm_cluster, why_not
 pytestmark = [pytest.mark.skipif(bool(why_not()), reason=f"no SLURM cluster here: {why_not()}"),
               pytest.mark.timeout(900)]
 PATIENCE_SECONDS, WATCHDOG_SECONDS = 180.0, 10.0
-STEPS = 120
+STEPS = 100
 # What a recovery may take, from the fault to training; on a machine with other work in proportion.
 NODE_LOST_SECONDS, KILLED_SECONDS, FROZEN_SECONDS = 60.0, 15.0, WATCHDOG_SECONDS + 15.0
 
@@ -120,63 +121,69 @@ class Run:
         return sorted([*self.cluster.folder.glob("*.out"), *(Path(self.config.run.dir) / "logs").glob("*.log")])
 
 
-@contextmanager
-def run_of(folder: Path, name: str) -> Iterator[tuple[Run, Config]]:
-    """A run on a new cluster, and the one that nobody disturbs; at the end both must have the same numbers."""
-    whole, config = (run_config(
-        folder, each, steps=STEPS, parallel={"data": 2}, eval={"every": 0}, batch={"global": 32},
-        checkpoint={"every": 5, "keep": 3}, reliability={"watchdog": {"min_seconds": WATCHDOG_SECONDS}})
-        for each in ("whole", name))
-    path = write_config(config, folder / f"{name}.yaml")
+def config_in(folder: Path, name: str) -> Config:
+    return run_config(folder, name, steps=STEPS, parallel={"data": 2}, eval={"every": 0}, batch={"global": 32},
+                      checkpoint={"every": 5, "keep": 3}, reliability={"watchdog": {"min_seconds": WATCHDOG_SECONDS}})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run to whom nothing happened."""
+    config = config_in(tmp_path_factory.mktemp("undisturbed"), "run")
+    run_distributed(train_here, 2, config, None, None, timeout_seconds=600)
+    return config
+
+
+@pytest.fixture
+def run(tmp_path: Path, undisturbed: Config) -> Iterator[Run]:
+    """A run on a new cluster; in the end it must have the numbers of the one to whom nothing happened."""
+    config = config_in(tmp_path, "run")
     with tempfile.TemporaryDirectory(prefix="slurm-") as place, slurm_cluster(Path(place)) as cluster:
-        run = Run(cluster, config, path)
-        yield run, whole
+        run = Run(cluster, config, write_config(config, tmp_path / "run.yaml"))
+        yield run
         run.wait_for("the end", lambda: run.ends and run.ends[-1] == STEPS)
     print({what: round(seconds, 1) for what, seconds in run.seconds.items()})
-    train(whole)
-    assert trained(config) == trained(whole)
-    assert_equal_tensors(tensors(config, STEPS), tensors(whole, STEPS))
+    assert trained(config) == trained(undisturbed)
+    assert_equal_tensors(tensors(config, STEPS), tensors(undisturbed, STEPS))
 
 
-def test_what_a_cluster_does(tmp_path: Path) -> None:
+def test_what_a_cluster_does(run: Run) -> None:
     """Time limit, requeue, preemption, a lost node, a person; then the next jobs of the chain."""
-    with run_of(tmp_path, "run") as (run, _):
-        cluster = run.cluster
-        with run.back_after("submission"):
-            job = run.submit(nodes=3)
-        for what, ask in {
-                "the time limit": ("scancel", "--signal=USR1", "--batch", job),
-                "a requeue": ("scontrol", "requeue", job),
-                "preemption": ("sbatch", "-p", "high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap",
-                               "sleep 1")}.items():
-            with run.back_after(what), run.saved_after(what):
-                cluster.run(*ask)
-            run.drained_quietly()
-        with run.back_after("a lost node", NODE_LOST_SECONDS):                     # the spare one steps in
-            cluster.lose("n2")
-        assert cluster.states(job) == "RUNNING"
-
-        chained = run.submit(f"--dependency=afterany:{job}")
-        last = run.submit(f"--dependency=afterany:{chained}")
-        with run.back_after("scancel, by the chain's second job"), run.saved_after("scancel"):
-            cluster.run("scancel", job)                                            # a person has had enough
+    cluster = run.cluster
+    with run.back_after("submission"):
+        job = run.submit(nodes=3)
+    for what, ask in {
+            "the time limit": ("scancel", "--signal=USR1", "--batch", job),
+            "a requeue": ("scontrol", "requeue", job),
+            "preemption": ("sbatch", "-p", "high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap",
+                           "sleep 1")}.items():
+        with run.back_after(what), run.saved_after(what):
+            cluster.run(*ask)
         run.drained_quietly()
-        assert cluster.states(job) == "CANCELLED" and run.ends[-1] < STEPS
-        assert "requeued: the time limit" in (cluster.folder / f"{job}.out").read_text()
-        for number in (chained, last):
-            run.wait_for("the chain", lambda number=number: cluster.states(number) == "COMPLETED")  # type: ignore[misc]
-        assert f"all {STEPS} steps are done" in (cluster.folder / f"{last}.out").read_text()
-        assert run.starts == 6 and max(took for what, took in run.seconds.items() if "drain" in what) < 30
+    with run.back_after("a lost node", NODE_LOST_SECONDS):                         # the spare one steps in
+        cluster.lose("n2")
+    assert cluster.states(job) == "RUNNING"
+
+    chained = run.submit(f"--dependency=afterany:{job}")
+    last = run.submit(f"--dependency=afterany:{chained}")
+    with run.back_after("scancel, by the chain's second job"), run.saved_after("scancel"):
+        cluster.run("scancel", job)                                                # a person has had enough
+    run.drained_quietly()
+    assert cluster.states(job) == "CANCELLED" and run.ends[-1] < STEPS
+    assert "requeued: the time limit" in (cluster.folder / f"{job}.out").read_text()
+    run.wait_for("the chain's second job", lambda: cluster.states(chained) == "COMPLETED")
+    run.wait_for("the chain's third job", lambda: cluster.states(last) == "COMPLETED")
+    assert f"all {STEPS} steps are done" in (cluster.folder / f"{last}.out").read_text()
+    assert run.starts == 6 and max(took for what, took in run.seconds.items() if "drain" in what) < 30
 
 
-def test_what_befalls_a_rank(tmp_path: Path) -> None:
+def test_what_befalls_a_rank(run: Run) -> None:
     """Killed, and frozen: back in the same job."""
-    with run_of(tmp_path, "run") as (run, _):
-        with run.back_after("submission"):
-            job = run.submit()
-        with run.back_after("a killed rank", KILLED_SECONDS):
-            os.kill(run.cluster.rank(1), signal.SIGKILL)
-        with run.back_after("a frozen rank", FROZEN_SECONDS):
-            os.kill(run.cluster.rank(1), signal.SIGSTOP)
-        assert "rank 1 cannot even report: frozen, or the machine is gone (cause: hardware)" in run.new_words()
-        assert run.cluster.states(job) == "RUNNING"
+    with run.back_after("submission"):
+        job = run.submit()
+    with run.back_after("a killed rank", KILLED_SECONDS):
+        os.kill(run.cluster.rank(1), signal.SIGKILL)
+    with run.back_after("a frozen rank", FROZEN_SECONDS):
+        os.kill(run.cluster.rank(1), signal.SIGSTOP)
+    assert "rank 1 cannot even report: frozen, or the machine is gone (cause: hardware)" in run.new_words()
+    assert run.cluster.states(job) == "RUNNING"
