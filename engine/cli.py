@@ -185,9 +185,10 @@ def _schedule(p: Parser) -> None:
 
 
 def _bench(p: Parser) -> None:
-    p.add_argument("action", metavar="WHAT", choices=("matmul", "kernels", "step"),
-                   help="matmul: the speed of plain matrix products; kernels: every implementation of every "
-                        "operation; step: a training step beside peers, and where its time goes")
+    p.add_argument("action", metavar="WHAT", choices=("mfu", "matmul", "kernels", "step"),
+                   help="mfu: steps of a job, any layout on any processes; matmul: the speed of plain matrix products; "
+                        "kernels: every implementation of every operation; step: a training step beside peers, and "
+                        "where its time goes")
     p.add_argument("rest", nargs=argparse.REMAINDER, metavar="…", help="options of that benchmark; try --help after it")
 
 

@@ -235,7 +235,7 @@ def describe_environment(packages: Sequence[str] = ()) -> dict[str, str]:
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}",
                 *(f"{package} {_version(package)}" for package in packages)]
     return {
-        "machine": ", ".join([f"{_cpu_name()} ({os.cpu_count()} cores, {torch.get_num_threads()} threads)",
+        "machine": ", ".join([f"{cpu_name()} ({os.cpu_count()} cores, {torch.get_num_threads()} threads)",
                               *(f"{devices.count(name)} × {name}" for name in dict.fromkeys(devices))]),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": ", ".join(versions),
@@ -251,7 +251,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system calls it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

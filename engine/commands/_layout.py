@@ -12,8 +12,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
+from engine.config import Config, ParallelConfig, resolve_layout
+from engine.config.placement import learns_from_own_texts, processes_needed
 from engine.distributed.environment import LaunchEnvironment, launch_environment
 from engine.distributed.topology import Topology
 from engine.errors import ConfigError
@@ -27,6 +30,30 @@ def start_ranks(args: argparse.Namespace, world_size: int, folder: Path, *, grac
     """This command once per rank; the arguments and what is raised are those of `launch_local`."""
     return launch_local([sys.executable, "-m", "engine", *args.argv], world_size, folder, graceful=graceful,
                         show_stderr=show_stderr)
+
+
+def local_processes(config: Config) -> int:
+    """How many processes a plain start of a job takes.
+
+    Raises:
+        ConfigError: the layout is one that no number of replicas mends; before torch is there.
+    """
+    if learns_from_own_texts(config):
+        needed = processes_needed(config)
+        actor = config.roles.actor.parallel or config.parallel
+        return needed or actor.model_parallel_size * _local_replicas(config, actor)
+    parallel = config.parallel
+    if parallel.data == "auto":
+        resolve_layout(config, parallel.model_parallel_size)
+    data = parallel.data if isinstance(parallel.data, int) else _local_replicas(config, parallel)
+    return data * parallel.model_parallel_size
+
+
+def _local_replicas(config: Config, parallel: ParallelConfig) -> int:
+    """What `parallel.data: auto` means here: as many as there are GPUs for; on the CPU one."""
+    if config.run.device == "cpu":
+        return 1
+    return max(1, import_module("torch").cuda.device_count() // parallel.model_parallel_size)
 
 
 def run_in_layout(args: argparse.Namespace, on_this_rank: OnThisRank, *, data_parallel: bool = False) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from corpus_tools.conversations.start import open_corpora, prepared
 from engine.checkpoint.folder import checkpoints_at, no_checkpoint
-from engine.commands._layout import start_ranks
-from engine.config import Config, ParallelConfig, load_config, resolve_layout, world_size_of
-from engine.config.placement import learns_from_own_texts, processes_needed
+from engine.commands._layout import local_processes, start_ranks
+from engine.config import Config, load_config, resolve_layout, world_size_of
+from engine.config.placement import learns_from_own_texts
 from engine.distributed.environment import LaunchEnvironment, injected_faults, launch_environment, tune_gpu
 from engine.distributed.host_memory import Room, host_memory
 from engine.distributed.topology import Topology
@@ -72,30 +72,13 @@ def _run_launched(config: Config, launched: LaunchEnvironment, stop: StopRequest
 
 def _start_plainly(args: argparse.Namespace, config: Config) -> int:
     """Find problems now, then run here (one process) or start the others."""
-    config = resolve_layout(config, _processes(config))
+    config = resolve_layout(config, local_processes(config))
     _introduce(config, _refuse_early(config))
     if (size := world_size_of(config)) == 1:
         return _run_rank(config, None, StopRequest())
     with locked(Path(config.run.dir)):
         pass                                                       # rank 0 takes the lock; this tells at once
     return start_ranks(args, size, Path(config.run.dir), graceful=True)
-
-
-def _processes(config: Config) -> int:
-    """How many processes a plain start takes.
-
-    Raises:
-        ConfigError: the layout is one that no number of replicas mends; before torch is there.
-    """
-    if learns_from_own_texts(config):
-        needed = processes_needed(config)
-        actor = config.roles.actor.parallel or config.parallel
-        return needed or actor.model_parallel_size * _local_replicas(config, actor)
-    parallel = config.parallel
-    if parallel.data == "auto":
-        resolve_layout(config, parallel.model_parallel_size)
-    data = parallel.data if isinstance(parallel.data, int) else _local_replicas(config, parallel)
-    return data * parallel.model_parallel_size
 
 
 def _opened(config: Config) -> Corpora | Prompts:
@@ -133,13 +116,6 @@ def _refuse_early(config: Config) -> Corpora | Prompts:
     if config.run.device == "cpu":
         _require_room(config, range(world_size_of(config)), host_memory(), on_gpu=False)
     return _opened(config)
-
-
-def _local_replicas(config: Config, parallel: ParallelConfig) -> int:
-    """What `parallel.data: auto` means here: as many as there are GPUs for; on the CPU one."""
-    if config.run.device == "cpu":
-        return 1
-    return max(1, import_module("torch").cuda.device_count() // parallel.model_parallel_size)
 
 
 def _run_rank(config: Config, launched: LaunchEnvironment | None, stop: StopRequest) -> int:

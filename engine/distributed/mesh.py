@@ -160,6 +160,14 @@ class Job:
                 for name, members in topology.axes_of(inner).items()}
         return Mesh(topology, inner, self.device, **axes)
 
+    def release(self) -> None:
+        """Closes the groups of all meshes so far, none of which is used any more.  Every rank of the job calls this."""
+        for key, group in [*self._groups.items()]:
+            if group is not dist.group.WORLD:
+                del self._groups[key]
+                if group is not None:
+                    dist.destroy_process_group(group)
+
     def _axis(self, name: str, ranks: tuple[int, ...]) -> Axis:
         return Axis(name, ranks, ranks.index(self.rank), self._groups.get((self._backend(name), ranks)), self.checked)
 

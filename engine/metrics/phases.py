@@ -46,14 +46,21 @@ class Taken:
     """Seconds since the last time anybody asked.
 
     Attributes:
-        steps: how many were done.
-        in_steps: what they took in all.
         by_phase: the sum for each phase that occurred, within steps and besides.
+        each: of every step, in order.
+        steps: how many were done; `in_steps`: what they took in all.
     """
 
-    steps: int
-    in_steps: float
     by_phase: dict[str, float]
+    each: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.each)
+
+    @property
+    def in_steps(self) -> float:
+        return sum(self.each)
 
 
 Mark = float | torch.cuda.Event
@@ -74,9 +81,9 @@ class Phases:
     def step(self, number: int) -> Iterator[None]:
         """Step `number`, from loading its samples to having heard what became of it."""
         self.now = Moment(BETWEEN, number, self._clock())
-        begin = self._mark()
+        begin = self.mark()
         yield
-        self._steps.append((begin, self._mark()))
+        self._steps.append((begin, self.mark()))
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -84,19 +91,20 @@ class Phases:
         self.now = Moment(name, self.now.step, self._clock())
         for listener in self.listeners:
             listener(self.now)
-        begin = self._mark()
+        begin = self.mark()
         with record_function(name):
             yield
-        self._spans.setdefault(name, []).append((begin, self._mark()))
+        self._spans.setdefault(name, []).append((begin, self.mark()))
         self.now = Moment(BETWEEN, self.now.step, self._clock())
 
     def taken(self) -> Taken:
         """Where the time went since the last call; on a GPU it waits for what has been started."""
         steps, spans, self._steps, self._spans = self._steps, self._spans, [], {}
-        return Taken(len(steps), sum(_seconds(*span) for span in steps),
-                     {name: sum(_seconds(*span) for span in each) for name, each in spans.items()})
+        return Taken({name: sum(seconds(*span) for span in each) for name, each in spans.items()},
+                     tuple(seconds(*span) for span in steps))
 
-    def _mark(self) -> Mark:
+    def mark(self) -> Mark:
+        """A place in this rank's work; `seconds` tells what lay between two of them."""
         if not self._on_gpu:
             return self._clock()
         event = torch.cuda.Event(enable_timing=True)
@@ -104,7 +112,8 @@ class Phases:
         return event
 
 
-def _seconds(begin: Mark, end: Mark) -> float:
+def seconds(begin: Mark, end: Mark) -> float:
+    """Between two marks; on a GPU it waits until the second has been passed."""
     if isinstance(begin, float) or isinstance(end, float):
         return float(end) - float(begin)                       # type: ignore[arg-type]
     end.synchronize()

@@ -108,6 +108,8 @@ DEVICES = MappingProxyType({device.name: device for device in (
     replace(_gpu("cpu", 16, 0.1, 0, 0.05, 10, 2, 10, kernel=2e-5, latency=1e-4, far=1e-4), per_node=64),
 )})
 
+DRIVERS = MappingProxyType({"a100": "a100-80g", "h100": "h100-sxm", "h200": "h200", "b200": "b200", "4090": "rtx-4090"})
+
 
 def device(name: str) -> Device:
     """The row of a name.
@@ -120,6 +122,20 @@ def device(name: str) -> Device:
     near = get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.4)
     hint = f"; the nearest is {near[0]}" if near else ""
     raise RequestError(f"no figures for a device {name!r}{hint} (there are {', '.join(DEVICES)})")
+
+
+def device_of_driver(name: str) -> Device | None:
+    """The row of the device that its driver calls `NVIDIA A100-SXM4-80GB`, or whose host is a CPU; None: there is none.
+
+    Parts that share a row's name and have less silicon or slower links are no row (`engine.metrics.peaks`).
+    """
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    if not words & {"nvidia", "instinct", "radeon"}:
+        return DEVICES["cpu"]
+    if words & {"pcie", "nvl", "mig", "laptop", "d"} and "4090" not in words:
+        return None
+    row = next((row for word, row in DRIVERS.items() if word in words), None)
+    return DEVICES["a100-40g"] if row == "a100-80g" and "40gb" in words else None if row is None else DEVICES[row]
 
 
 def device_named_in(path: str) -> str | None:

@@ -15,6 +15,13 @@ from engine.plan.step import StepTime, step_time
 DAY = 86_400
 
 
+def layout_of(config: Config) -> dict[str, Any]:
+    """The keys of `parallel` and `batch` that make it, as a configuration has them."""
+    values = config.to_dict()
+    keys = ("tensor", "pipeline", "context", "data", "sequence", "schedule", "virtual_stages", "zero", "recompute")
+    return {key: values["parallel"][key] for key in keys} | {"micro": config.batch.micro}
+
+
 @dataclass(frozen=True)
 class Planned:
     """The resolved `config` on `device`."""
@@ -52,18 +59,11 @@ class Planned:
         """What predictions of runs like this one were off by, on average."""
         return relative_error(self.device.name, self.world)
 
-    @property
-    def layout(self) -> dict[str, Any]:
-        """The keys of `parallel` and `batch` that make it, as a configuration has them."""
-        values = self.config.to_dict()
-        keys = ("tensor", "pipeline", "context", "data", "sequence", "schedule", "virtual_stages", "zero", "recompute")
-        return {key: values["parallel"][key] for key in keys} | {"micro": self.config.batch.micro}
-
     def record(self) -> dict[str, Any]:
         """The object of `octant plan --json`."""
         name, size = self.fullest.largest
         return {
-            "world": self.world, "gpu": self.device.name, "layout": self.layout,
+            "world": self.world, "gpu": self.device.name, "layout": layout_of(self.config),
             "memory": [{"parameters": round(it.state.parameters), "gradients": round(it.state.gradients),
                         "optimizer": round(it.state.optimizer), "activations": round(it.activations),
                         "workspace": round(it.workspace), "total": round(it.total)} for it in self.stages],

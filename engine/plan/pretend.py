@@ -80,12 +80,13 @@ def pretending() -> Iterator[Any]:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*data pointer of FakeTensor.*")   # it is compared, never followed
         for owner, name, new in _replacements(mode, fake.unset_fake_temporarily):
-            stack.enter_context(_replaced(owner, name, new))
+            stack.enter_context(replaced(owner, name, new))
         yield mode
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
+    """Inside, an attribute of a module or a class is another."""
     before = getattr(owner, name)
     setattr(owner, name, new)
     try:
@@ -230,7 +231,7 @@ class Allocations:
                 see(storage)
             return result
 
-        with _replaced(torch.UntypedStorage, "resize_", resized), Mode():
+        with replaced(torch.UntypedStorage, "resize_", resized), Mode():
             yield self
 
     def see(self, storage: torch.UntypedStorage) -> None:

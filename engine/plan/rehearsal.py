@@ -18,52 +18,28 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from engine import __file__ as engine_file
-from engine.checkpoint.write import CheckpointWriter
 from engine.config import Config
-from engine.config.objectives import OBJECTIVES, PROMPTS
 from engine.config.phases import OF_CORPORA
-from engine.data.sample import Sample
-from engine.data.sources import Source
-from engine.data.tokenizer_identity import TokenizerInfo
-from engine.data.training_data import TrainingData
 from engine.distributed.arithmetic import arithmetic
 from engine.distributed.mesh import Mesh
 from engine.distributed.process import pick_device
 from engine.distributed.topology import Topology
 from engine.errors import RequestError
-from engine.metrics.phases import Phases
-from engine.model.fields import END, PTX
-from engine.model.objective import Objective
-from engine.optim.schedule import LearningRates
 from engine.plan.pretend import DEVICE, Allocations, CopiedNumber, install, one_rank, pretending
-from engine.reliability.spikes import SpikeMonitor
-from engine.reliability.wishes import Wishes
-from engine.train.batches import Loader, noisy
-from engine.train.corpora import Corpora
-from engine.train.journal import Journal
-from engine.train.loop import Trainer
-from engine.train.objectives import objective_of
-from engine.train.profile import StepProfiler
-from engine.train.reference import passes
-from engine.train.role import Role, RoleState
-from engine.train.running import Tools
-from engine.train.state import TrainState
-from engine.train.tally import Tally
+from engine.train.made_up import made_up_trainer, steps_only, take_step
 
 CODE = Path(engine_file).resolve().parent
 OWN = (CODE, CODE.parent / "kernels")
 READS = ("DataDependentOutputException", "DynamicOutputShapeException")
 MIXES = "FakeTensorDeviceMismatchError"
-FIRST_STEP, STEPS = 5, 3                   # none of them is logged: the host reads nothing back in a steady step
+STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -94,50 +70,12 @@ class Rehearsed:
                 "faults": list(self.faults)}
 
 
-@dataclass(frozen=True)
-class MadeUp(Source):
-    """Samples without content, of the shapes and with the fields that the objective's have."""
-
-    config: Config
-    objective: Objective
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_windows * self.config.data.seq_len
-
-    @property
-    def made_by(self) -> TokenizerInfo | None:
-        return None
-
-    def window(self, window: int, number: int) -> Sample:
-        """Several documents where they are kept apart; comparisons with all their answers."""
-        data, rows = self.config.data, self.objective.rows_per_sample
-        length, documents = data.seq_len, None
-        if data.document_mask or (self.config.records is not None and rows == 1 and data.pack):
-            documents = np.arange(length, dtype=np.int32) * 2 // length
-        mask = None if documents is None and self.config.records is None else np.ones(length, bool)
-        extra = {each: np.ones(() if each.sequence_dim is None else length, bool if each in (END, PTX) else np.float32)
-                 for each in self.objective.fields}
-        row = Sample(np.zeros(length + 1, np.int64), mask, documents, number, window, extra)
-        return replace(row, rest=(row,) * (rows - 1))
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {}
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 def rehearsal_of(config: Config) -> Config:
     """The job of the resolved `config` with a short step, and without what lies outside of it."""
     parallel = config.parallel
     enough = min(config.num_microbatches, parallel.pipeline * (2 if parallel.virtual_stages > 1 else 1) + 1)
-    longer = config.model_copy(update={"steps": max(config.steps, FIRST_STEP + STEPS + 1), "tokens": None})
-    return longer.with_changes(
-        batch={"global": enough * config.batch.micro * parallel.data_size, "ramp": []},
-        log={"every": 10**9}, eval={"every": 0}, checkpoint={"every": 0, "keep_every": 0, "load": None},
-        reliability={"inject": None, "max_skips": 0, "spike": None}, profile={"steps": None},
-        parallel={"check_replicas_every": 0})
+    return steps_only(config, STEPS).with_changes(
+        batch={"global": enough * config.batch.micro * parallel.data_size})
 
 
 def positions(topology: Topology) -> list[int]:
@@ -168,9 +106,6 @@ def rehearse(config: Config, rank: int, device: torch.device) -> Rehearsed:
     if not 0 <= rank < topology.world_size:
         raise RequestError(f"there is no rank {rank}: the job has {topology.world_size:,} processes, ranks 0 to "
                            f"{topology.world_size - 1}")
-    if OBJECTIVES[config.run.objective].records == PROMPTS:
-        raise RequestError(f"run.objective {config.run.objective} makes its own texts, which a rank without peers "
-                           "cannot: rehearse the update of its model with run.objective=sft")
     short = rehearsal_of(config)
     where = topology.coordinates(rank)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -196,37 +131,17 @@ def _walk(config: Config, mesh: Mesh, folder: Path) -> tuple[float, dict[str, fl
     """Builds the rank's trainer and takes its steps; seconds of one, and of its phases."""
     if mesh.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(mesh.device)
-    trainer = _trainer(config, mesh, folder)
+    trainer = made_up_trainer(config, mesh, folder)
     try:
-        trainer.state.step = FIRST_STEP
-        trainer.verdict = trainer.tally.late()
         for step in range(1 if mesh.device.type == DEVICE else STEPS):
             if step == 1:
                 trainer.phases.taken()                       # the first is not like the others: caches are filled
-            with trainer.phases.step(FIRST_STEP + step + 1):
-                trainer._step()
+            take_step(trainer)
         taken = trainer.phases.taken()
     finally:
         trainer.close()
     by_phase = {name: taken.by_phase.get(name, 0.0) / taken.steps for name in OF_CORPORA.in_step}
     return taken.in_steps / taken.steps, by_phase
-
-
-def _trainer(config: Config, mesh: Mesh, folder: Path) -> Trainer:
-    """As `Trainer.start`, with made-up samples and new weights, and nobody who listens."""
-    objective = objective_of(config)
-    state = TrainState((RoleState.on(mesh, Role.of(config, objective), config),))
-    state.model.initialise(config.run.seed)
-    source = MadeUp("made up", "", 2**31, Fraction(1), None, config=config, objective=objective)
-    data = TrainingData([source], config.data.seq_len, config.run.seed, shuffle=False)
-    samples = noisy(data.sample, config.run.seed) if config.adapter and config.adapter.dropout else data.sample
-    loader = Loader(samples, config, mesh, objective, uses=len(state.model.chunks) * passes(state.model))
-    tools = Tools(CheckpointWriter(folder, None, False, mesh.world.group), Journal(),
-                  StepProfiler(config.profile, folder, mesh.device, mesh.rank, lambda line: None), Wishes(folder))
-    return Trainer(config=config, mesh=mesh, corpora=Corpora(data, None, None), state=state, tools=tools,
-                   phases=Phases(mesh.device), loader=loader, stop_requested=lambda: False,
-                   tally=Tally(len(objective.sums), mesh.device), spikes=SpikeMonitor(None, mesh.device),
-                   learning_rates=LearningRates.of(config))
 
 
 def _peak(device: torch.device) -> int | None:

@@ -18,7 +18,7 @@ from typing import Any
 from engine.config import Config, resolve_layout
 from engine.errors import ConfigError, RequestError
 from engine.plan.devices import Device
-from engine.plan.job import Planned
+from engine.plan.job import Planned, layout_of
 from engine.plan.memory import gib
 from engine.plan.stages import CONTEXT, MARGIN, stage_memory
 from engine.plan.state import stage_state
@@ -188,6 +188,6 @@ def words(layout: Config) -> str:
 def record(found: Found, half: Planned | None) -> dict[str, Any]:
     """The object of `octant plan --search --json`."""
     return {"candidates": [job.record() for job in found.best], "tried": found.tried,
-            "excluded": [{"layout": Planned(each.config, found.best[0].device).layout, "why": each.why}
+            "excluded": [{"layout": layout_of(each.config), "why": each.why}
                          for each in found.excluded],
             "second_lost": found.why_the_second_lost(), "half_memory": None if half is None else half.record()}
