@@ -42,6 +42,7 @@ class DataConfig(Section):
     fim_tokens: tuple[TokenName, TokenName, TokenName] | None = None         # null: as the tokenizer names them
     template: Words = "auto"                                 # of conversations; auto: the tokenizer's own
     pack: bool = True                                        # several conversations in a sequence, each for itself
+    pad_to_multiple: Size = 8                                # rows end behind a microbatch's longest text, rounded up
     too_long: Literal["cut", "skip", "stop"] = "cut"         # a conversation longer than a sequence
     on_error: Literal["stop", "skip"] = "stop"               # a record that cannot be used; skip: count it
     cache: Words | None = None                               # where conversations in tokens are kept; null: in run.dir

@@ -20,4 +20,5 @@ class Sample:
     source: int
     window: int
     extra: Mapping[Field, np.ndarray] = field(default_factory=dict)  # what the objective needs besides, without rows
+    used: int | None = None  # inputs up to the last that is no padding; None: all of them
     rest: tuple[Sample, ...] = ()  # further sequences that belong to the same sample: the other text of a pair

@@ -35,7 +35,7 @@ from engine.progress import Progress
 
 Ids = Sequence[int]
 Row = TypeVar("Row")
-MakeBatch = Callable[[Sequence[Row], int, int, torch.device], Batch]         # rows, seq_len, width, device
+MakeBatch = Callable[[Sequence[Row], int, torch.device], Batch]              # rows, width, device
 # A tokenizer and a template's name → the texts of every record, best first where there are several.
 Encode = Callable[[Tokenizer, str], list[list[Ids]]]
 
@@ -106,8 +106,7 @@ def each_row(model: ParallelModel, texts: Sequence[Row], make_batch: MakeBatch[R
     with Progress(doing, len(texts), "texts", shown) as progress:
         for first in range(0, len(texts), part):
             now = list(texts[first : first + part])
-            batches = [make_batch(now[i : i + rows], config.data.seq_len, rows, model.mesh.device)
-                       for i in range(0, len(now), rows)]
+            batches = [make_batch(now[i : i + rows], rows, model.mesh.device) for i in range(0, len(now), rows)]
             measured = model.evaluate(batches, measure)
             scores = torch.empty(len(batches), 1, rows, device=model.mesh.device) if measured is None else measured
             broadcast(scores, model.mesh.pipeline, model.mesh.pipeline.size - 1)
@@ -121,7 +120,8 @@ def at_the_end(x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
     return [head.sum_over_sequence((head.scores(x_SBH) * batch.extra[END]).sum(0))]
 
 
-def _batch(texts: Sequence[Ids], seq_len: int, rows: int, device: torch.device) -> Batch:
+def _batch(texts: Sequence[Ids], rows: int, device: torch.device) -> Batch:
+    seq_len = max(len(text) for text in texts)
     tokens, ends = np.zeros((seq_len, rows), np.int64), np.zeros((seq_len, rows), bool)
     for row, text in enumerate(texts):
         tokens[: len(text), row] = text

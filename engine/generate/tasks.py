@@ -160,7 +160,8 @@ def of_the_answer(x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
     return [head.sum_over_sequence(-(head.token_losses(x_SBH, batch.labels_SB) * batch.loss_mask_SB).sum(0))]
 
 
-def _batch(rows: Sequence[Row], seq_len: int, width: int, device: torch.device) -> Batch:
+def _batch(rows: Sequence[Row], width: int, device: torch.device) -> Batch:
+    seq_len = max(len(row.tokens) for row in rows) - 1
     tokens, labels = np.zeros((seq_len, width), np.int64), np.zeros((seq_len, width), np.int64)
     counts = np.zeros((seq_len, width), bool)
     for place, row in enumerate(rows):

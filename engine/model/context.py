@@ -7,7 +7,7 @@ heads per group, D head dimension, F feed-forward, V vocabulary columns, T keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -58,3 +58,21 @@ class Batch:
         whole = self.tokens_SB.shape[1]
         cut = self.map(lambda f, x: x if x.shape[f.batch_dim] < whole else x.narrow(f.batch_dim, start, count))
         return cut if self.documents is None else replace(cut, documents=self.documents.rows(start, count))
+
+
+class Batches(Sequence[Batch]):
+    """The microbatches of a step; as it stands, those that are there already."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> Batch:                # type: ignore[override]     # no slices
+        return self._batches[index]
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """S and B of one on this rank, which its messages have, too: known before it is asked for."""
+        length, rows = self._batches[index].tokens_SB.shape
+        return length, rows

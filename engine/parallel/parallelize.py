@@ -237,9 +237,8 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
         allocate_weights(chunks.values(), dtype, mesh.device)
     if training and parallel.zero == 3:
         ParameterStream(chunks.values(), [*buckets, *frozen])
-    length = config.data.seq_len // parallel.context // (mesh.tensor.size if sequence else 1)
-    shape = (length, config.batch.micro * objective.rows_per_sample, config.model.hidden_size)
-    messenger = Messenger(mesh.pipeline, len(schedule.placement), shape, dtype, mesh.device)
+    messenger = Messenger(mesh.pipeline, len(schedule.placement), mesh.tensor.size if sequence else 1,
+                          config.model.hidden_size, dtype, mesh.device)
     last = chunks.get(len(schedule.placement) - 1)
     head = None if last is None else ParallelHead(last, tensor, mesh.context, ahead=not parallel.reproducible)
     executor = Executor(chunks, schedule.placement, messenger, tensor.weight_grads, head)

@@ -21,7 +21,7 @@ from engine.rl.cast import Cast, Member
 from engine.rl.move import Move
 from engine.rl.objectives import score_at_end
 from engine.rl.rollouts import Rollouts
-from engine.rl.rows import dealt, microbatches, of_tokens, owners, plain, with_end
+from engine.rl.rows import collated, dealt, of_tokens, owners, plain, with_end
 from engine.rl.scores import Numbers
 from engine.rl.updates import rows_needed
 from engine.train.batches import Microbatches
@@ -33,9 +33,10 @@ def measured_tokens(member: Member, rollouts: Rollouts, order: Sequence[int], me
     if mesh is None:
         return {}
     rows = dealt(order, member.config, mesh.data.index)
+    batches = _batches(member, rows, plain(rollouts, member.config.data.seq_len))
     with member.state.at_work():
-        found = member.state.evaluate(_batches(member, rows, plain(rollouts, member.config.data.seq_len)), measure)
-    return of_tokens(found, rows, rollouts, mesh)
+        found = member.state.evaluate(batches, measure)
+    return of_tokens(found, batches, rows, rollouts, mesh)
 
 
 def model_scores(member: Member, rollouts: Rollouts, world: Axis) -> Numbers:
@@ -56,7 +57,7 @@ def model_scores(member: Member, rollouts: Rollouts, world: Axis) -> Numbers:
 
 def _batches(member: Member, rows: Sequence[Sequence[int]], sample: Callable[[int], Sample]) -> Microbatches:
     assert member.state.mesh is not None
-    return microbatches(rows, sample, member.state.mesh, member.uses)
+    return Microbatches(collated(rows, sample, member.config, member.state.mesh), member.state.mesh, member.uses)
 
 
 class Ways:

@@ -70,7 +70,7 @@ class Pretraining:
         all_reduce(labels, mesh.data)
         weight = self.coef * max(divisor, 1.0) / max(float(labels), 1.0)
         pinned = mesh.device.type == "cuda"
-        return [collate([_weighed(sample, weight) for sample in each], pinned) for each in samples]
+        return [collate([_weighed(sample, weight) for sample in each], pinned=pinned) for each in samples]
 
 
 def _labels(sample: Sample) -> int:

@@ -1,6 +1,5 @@
 """From texts to rows of a batch, and back from what models say of places to numbers of tokens.
 
-A row has `seq_len` places whatever the text's length, so that every stage of a pipeline knows the shape of what comes.
 Token t of a response is the label at place `prompt − 1 + t` (`engine.rl.objectives`).
 """
 
@@ -12,15 +11,17 @@ import numpy as np
 from torch import Tensor
 
 from engine.config import Config
+from engine.config.layout import row_multiple
 from engine.data.sample import Sample
 from engine.distributed.collectives import all_gather
 from engine.distributed.mesh import Mesh
 from engine.distributed.topology import Topology
+from engine.model.context import Batches
 from engine.model.fields import END, Field
-from engine.parallel.context.zigzag import positions_of
+from engine.parallel.context.zigzag import whole
 from engine.rl.rollouts import Rollouts
 from engine.schedules.table import recipe
-from engine.train.batches import Microbatches, collate
+from engine.train.batches import HostBatch, collate
 
 
 def sample_of(rollouts: Rollouts, row: int, seq_len: int, extra: Mapping[Field, np.ndarray]) -> Sample:
@@ -31,7 +32,7 @@ def sample_of(rollouts: Rollouts, row: int, seq_len: int, extra: Mapping[Field, 
     tokens[: len(prompt)], tokens[len(prompt) : length] = prompt, response
     mask = np.zeros(seq_len, bool)
     mask[len(prompt) - 1 : length - 1] = True
-    return Sample(tokens, mask, None, 0, row, extra)
+    return Sample(tokens, mask, None, 0, row, extra, length)
 
 
 def at_places(rollouts: Rollouts, row: int, seq_len: int, numbers: Tensor) -> np.ndarray:
@@ -67,35 +68,32 @@ def dealt(order: Sequence[int], config: Config, data_index: int) -> list[list[in
             for first in range(0, len(order), unit)]
 
 
-def microbatches(rows: Sequence[Sequence[int]], sample: Callable[[int], Sample], mesh: Mesh, uses: int) -> Microbatches:
-    """The microbatches of these rows, on this rank."""
-    pinned = mesh.device.type == "cuda"
-    return Microbatches([collate([sample(row) for row in each], pinned) for each in rows], mesh, uses)
+def collated(rows: Sequence[Sequence[int]], sample: Callable[[int], Sample], config: Config,
+             mesh: Mesh) -> list[HostBatch]:
+    """The microbatches of these rows, for a role of this configuration."""
+    return [collate([sample(row) for row in each], row_multiple(config), mesh.device.type == "cuda") for each in rows]
 
 
-def of_tokens(measured: Tensor | None, rows: Sequence[Sequence[int]], rollouts: Rollouts,
+def of_tokens(measured: Tensor | None, batches: Batches, rows: Sequence[Sequence[int]], rollouts: Rollouts,
               mesh: Mesh) -> dict[int, Tensor]:
     """What was measured of each response's tokens, fp32 on the CPU, by row.
 
     Args:
         measured: [microbatches, 1, S, B] of the last chunk; None where that is not.
+        batches: of which it was measured.
 
     Returns:
         Nothing but on the rank that answers for its rows (`owner`).
     """
     if measured is None:
         return {}
-    places = measured[:, 0]
-    if mesh.context.size > 1:
-        parts = all_gather(places.unsqueeze(0), mesh.context)                     # [context, M, S part, B]
-        places = places.new_empty(len(places), parts.shape[2] * mesh.context.size, places.shape[2])
-        for index, part in enumerate(parts):
-            places[:, positions_of(index, mesh.context.size, places.shape[1], places.device)] = part
+    parts = all_gather(measured[:, 0].unsqueeze(0), mesh.context)                     # [context, M, S part, B]
     if mesh.tensor.index or mesh.context.index:
         return {}
-    places = places.float().cpu()
+    parts = parts.float().cpu()
     found: dict[int, Tensor] = {}
-    for each, numbers in zip(rows, places, strict=True):
+    for index, each in enumerate(rows):
+        numbers = whole(parts[:, index, : batches.shape(index)[0]])
         for place, row in enumerate(each):
             first = len(rollouts.prompt_of(row).tokens) - 1
             found[row] = numbers[first : first + len(rollouts.responses[row].tokens), place]

@@ -18,8 +18,8 @@ from engine.distributed.collectives import all_reduce
 from engine.distributed.random import generator_for
 from engine.optim.gradients import StepSums
 from engine.rl.cast import Member
-from engine.rl.rows import dealt
-from engine.train.batches import HostBatch, Microbatches, collate
+from engine.rl.rows import collated, dealt
+from engine.train.batches import HostBatch, Microbatches
 
 
 def order_of(seed: int, step: int, epoch: int, num_rows: int) -> list[int]:
@@ -65,8 +65,7 @@ def update(member: Member, rows: Sequence[int], sample: Callable[[int], Sample],
     state = member.state
     if state.mesh is None or state.model is None:
         return None
-    host = [collate([sample(row) for row in each], state.mesh.device.type == "cuda")
-            for each in dealt(rows, member.config, state.mesh.data.index)]
+    host = collated(dealt(rows, member.config, state.mesh.data.index), sample, member.config, state.mesh)
     count = sum(float(state.role.objective.count(each.batch)) for each in host)
     divisor = torch.full((), count, dtype=torch.float32, device=state.mesh.device)
     all_reduce(divisor, state.mesh.data)

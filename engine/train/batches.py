@@ -14,6 +14,9 @@ a sum that others never begin: they settle it in the first step, and a rank on w
 *On the host* a step is token ids, masks of labels and boundaries of documents, kilobytes per microbatch.  It is read
 while the step before it is computed, and the objective's count, by which the loss is divided, is known before the first
 forward pass begins.
+*Padding* behind the longest text of a microbatch is computed by nobody: nothing in front of it can see it.  How long
+that text is, and so the shape of all that the microbatch sends from rank to rank, every rank of a model replica reads
+off the same samples.
 *On the device* a microbatch is there from its first forward pass on this rank to its last: among what follows from it
 is an attention mask of S × S, and a step has hundreds of microbatches.
 """
@@ -29,6 +32,7 @@ import torch
 from torch import Tensor
 
 from engine.config import Config
+from engine.config.layout import row_multiple
 from engine.config.length import Ramp, Stage
 from engine.data.sample import Sample
 from engine.distributed.agree import maximum
@@ -36,7 +40,7 @@ from engine.distributed.collectives import all_reduce
 from engine.distributed.mesh import Mesh
 from engine.errors import DataError
 from engine.kernels.documents import Documents
-from engine.model.context import Batch
+from engine.model.context import Batch, Batches
 from engine.model.dropout import token_keys
 from engine.model.fields import NOISE
 from engine.model.objective import Objective
@@ -55,6 +59,12 @@ class HostBatch:
 
     batch: Batch
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Length and number of its rows."""
+        length, rows = self.batch.tokens_SB.shape
+        return length, rows
+
     def part(self, mesh: Mesh) -> Batch:
         """This rank's part of it, on its device."""
         batch = self.batch.map(lambda _, x: x.to(mesh.device, non_blocking=True))
@@ -63,7 +73,7 @@ class HostBatch:
         return context_part(batch, mesh.context)
 
 
-class Microbatches(Sequence[Batch]):
+class Microbatches(Batches):
     """The microbatches of a step, each put on the device when it is first asked for and forgotten after its last use.
 
     Args:
@@ -84,6 +94,10 @@ class Microbatches(Sequence[Batch]):
             self._there[index] = batch, left - 1
         return batch
 
+    def shape(self, index: int) -> tuple[int, int]:
+        length, rows = self._host[index].shape
+        return length // self._mesh.context.size, rows
+
 
 @dataclass(frozen=True)
 class HostStep:
@@ -96,14 +110,20 @@ class HostStep:
     microbatches: Sequence[HostBatch]
     count: int | float
 
+    @property
+    def places(self) -> int:
+        """Inputs, padding too."""
+        return sum(length * rows for length, rows in (each.shape for each in self.microbatches))
+
 
 @dataclass(frozen=True)
 class StepBatches:
-    """This rank's microbatches of one step; the objective's count, and the samples, of all of them on all ranks."""
+    """This rank's microbatches of one step; the objective's count, the samples and the places on all data ranks."""
 
     microbatches: Microbatches
     divisor: Tensor | int
     num_samples: int
+    places: Tensor | int
 
 
 def sample_indices(first: int, microbatch: int, config: Config, data_index: int) -> range:
@@ -126,7 +146,7 @@ class Loader:
     def __init__(self, samples: Samples, config: Config, mesh: Mesh, objective: Objective, *, uses: int = 1,
                  ahead: bool = False, sizes: Ramp | None = None) -> None:
         self._samples, self._config, self._mesh, self._objective = samples, config, mesh, objective
-        self._uses, self._stop = uses, config.num_samples
+        self._uses, self._stop, self._multiple = uses, config.num_samples, row_multiple(config)
         self._sizes = sizes or Ramp((Stage(0, config.batch.global_),))
         self._reader = ThreadPoolExecutor(1, "read-ahead", _use_device, (mesh.device,)) if ahead else None
         self._next: tuple[int, Future[HostStep]] | None = None
@@ -144,7 +164,8 @@ class Loader:
         if self._reader is not None and following < self._stop:
             self._next = following, self._reader.submit(self._read, following)
         microbatches = Microbatches(host.microbatches, self._mesh, self._uses)
-        return StepBatches(microbatches, self._count(host.count), following - first)
+        divisor, places = self._everyone(host)
+        return StepBatches(microbatches, divisor, following - first, places)
 
     def close(self) -> None:
         """Reads no further."""
@@ -156,30 +177,41 @@ class Loader:
         num_microbatches = self._sizes.size(first) // (config.batch.micro * config.parallel.data_size)
         samples = [[self._samples(i) for i in sample_indices(first, m, config, self._mesh.data.index)]
                    for m in range(num_microbatches)]
-        microbatches = [collate([row for sample in each for row in (sample, *sample.rest)], pinned) for each in samples]
+        microbatches = [collate([row for sample in each for row in (sample, *sample.rest)], self._multiple, pinned)
+                        for each in samples]
         counts = [self._objective.count(each.batch) for each in microbatches]
         by_shape = all(isinstance(count, int) for count in counts)
         return HostStep(microbatches, sum(map(int, counts)) if by_shape else float(sum(map(float, counts))))
 
-    def _count(self, count: int | float) -> Tensor | int:
-        """Over all data ranks: arithmetic where it is for all of them, else a sum (fp32)."""
-        mine, mesh = isinstance(count, int), self._mesh
+    def _everyone(self, host: HostStep) -> tuple[Tensor | int, Tensor | int]:
+        """Count and places on all data ranks: arithmetic where it is for all of them, else sums (fp32)."""
+        count, mesh = host.count, self._mesh
+        mine = isinstance(count, int)
         if self._by_shape is None:
             self._by_shape = not maximum([not mine], mesh.world.group)[0]
         if self._by_shape and not mine:
             raise DataError(f"rank {mesh.rank}: a sample says which of its labels count, and none did in the first step"
                             ", so the other ranks divide by all of them: let every sample say it, or none")
         if self._by_shape:
-            return int(count) * mesh.data.size
-        total = torch.full((), count, dtype=torch.float32, device=mesh.device)
-        all_reduce(total, mesh.data)
-        return total
+            return int(count) * mesh.data.size, host.places * mesh.data.size
+        totals = torch.empty(2, device=mesh.device)
+        for total, own in zip(totals, (count, host.places), strict=True):
+            total.fill_(own)
+        all_reduce(totals, mesh.data)
+        return totals[0], totals[1]
 
 
-def collate(rows: Sequence[Sample], pinned: bool = False) -> HostBatch:
-    """Samples → one microbatch, sequence first."""
+def collate(rows: Sequence[Sample], multiple: int = 1, pinned: bool = False) -> HostBatch:
+    """Samples → one microbatch, sequence first.
+
+    Args:
+        multiple: what is left of the rows when the padding that they have in common is cut off; they may be shorter.
+    """
+    whole = len(rows[0].tokens) - 1
+    used = max(1, *(whole if row.used is None else row.used for row in rows))
+    length = min(whole, -(-used // multiple) * multiple)
+    rows = [_first(row, length) for row in rows] if length < whole else rows
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows], axis=1))
-    length = tokens.shape[0] - 1
     loss_mask = documents = None
     if any(row.loss_mask is not None for row in rows):
         everywhere = np.ones(length, dtype=bool)
@@ -196,6 +228,16 @@ def collate(rows: Sequence[Sample], pinned: bool = False) -> HostBatch:
     if pinned:
         batch = replace(batch.map(lambda _, x: x.pin_memory()), documents=documents and documents.pinned())
     return HostBatch(batch)
+
+
+def _first(row: Sample, length: int) -> Sample:
+    """The first so many inputs of a row."""
+    def cut(x: np.ndarray | None) -> np.ndarray | None:
+        return None if x is None else x[:length]
+
+    extra = {field: x if field.sequence_dim is None else x[:length] for field, x in row.extra.items()}
+    return replace(row, tokens=row.tokens[: length + 1], loss_mask=cut(row.loss_mask),
+                   document_ids=cut(row.document_ids), extra=extra)
 
 
 def up_to(samples: Samples, stop: int) -> Samples:

@@ -65,6 +65,7 @@ class Trainer(Running):
         best: keeps the weights of the lowest held-out loss.
         spiked: the step of a spike that the run is to go back for.
         logged_samples: how many were consumed when the last line was logged.
+        places: inputs computed since the line before the last.
     """
 
     corpora: Corpora
@@ -76,6 +77,7 @@ class Trainer(Running):
     evaluated: tuple[int, dict[str, float]] = (-1, {})           # the latest evaluation: its step, its numbers
     spiked: int | None = None
     logged_samples: int = 0
+    places: float = 0.0
 
     def __post_init__(self) -> None:
         config = self.config
@@ -156,7 +158,7 @@ class Trainer(Running):
         state.consumed_samples += batches.num_samples
         with phase("read"):
             self.spikes.remember(loss, sums.grad_norm, skipped)
-            self.tally.add(sums, divisor, skipped.float(), z, is_spike.float())
+            self.tally.add(sums, divisor, skipped.float(), z, is_spike.float(), batches.places)
             self._hear(lr)
 
     def _hear(self, lr: float) -> None:
@@ -164,7 +166,7 @@ class Trainer(Running):
         before = self.verdict
         if self.state.step in (1, self.config.steps) or self.state.step % self.config.log.every == 0:
             line, self.verdict = self.tally.read()
-            self.row = self._record(line, lr)
+            self.row, self.places = self._record(line, lr), line.places
         else:
             self.verdict = self.tally.late()
         self._tell(before, self.verdict)
@@ -208,10 +210,10 @@ class Trainer(Running):
         config, device, seconds = self.config, self.mesh.device, taken.in_steps / taken.steps
         known = device.type == "cuda" and config.precision.compute == "bf16"        # peaks are those of bf16
         peak = peak_tflops(torch.cuda.get_device_name(device)) if known else None
-        samples = (self.state.consumed_samples - self.logged_samples) / taken.steps
+        rows = (self.state.consumed_samples - self.logged_samples) * self.state.model.objective.rows_per_sample
         self.logged_samples = self.state.consumed_samples
-        flops = flops_per_token(config.model, config.data.seq_len, adapter=config.adapter)
-        speed = throughput(samples * config.data.seq_len, seconds, flops, self.mesh.world.size, peak)
+        flops = flops_per_token(config.model, round(self.places / rows), adapter=config.adapter)
+        speed = throughput(self.places / taken.steps, seconds, flops, self.mesh.world.size, peak)
         split = OF_CORPORA.timing(taken.by_phase, taken.steps)
         return {"step_seconds": seconds, **speed.record(), **split}
 

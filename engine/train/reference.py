@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from engine.distributed.agree import Group, rank_in, share_bytes
 from engine.distributed.collectives import all_reduce
 from engine.errors import ConfigError
 from engine.model.adapter import Adapter
-from engine.model.context import Batch
+from engine.model.context import Batch, Batches
 from engine.model.fields import REFERENCE
 from engine.parallel.parallelize import ParallelModel
 from engine.train.batches import Loader, sample_indices, up_to
@@ -141,20 +141,21 @@ def without_adapter(model: ParallelModel) -> Iterator[None]:
             adapter.active = True
 
 
-class WithReference(Sequence[Batch]):
+class WithReference(Batches):
     """Microbatches with what the reference says of them, where this rank has heard it."""
 
-    def __init__(self, batches: Sequence[Batch], numbers: Tensor | None) -> None:
-        self._batches, self._numbers = batches, numbers
-
-    def __len__(self) -> int:
-        return len(self._batches)
+    def __init__(self, batches: Batches, numbers: Tensor | None) -> None:
+        super().__init__(batches)
+        self._of, self._numbers = batches, numbers
 
     def __getitem__(self, index: int) -> Batch:                # type: ignore[override]     # no slices
-        batch = self._batches[index]
+        batch = super().__getitem__(index)
         if self._numbers is None:
             return batch
         return replace(batch, extra={**batch.extra, REFERENCE: self._numbers[index, 0]})
+
+    def shape(self, index: int) -> tuple[int, int]:
+        return self._of.shape(index)
 
 
 def passes(model: ParallelModel) -> int:
@@ -162,7 +163,7 @@ def passes(model: ParallelModel) -> int:
     return 2 if _is_live(model) else 1
 
 
-def informed(model: ParallelModel, batches: Sequence[Batch]) -> Sequence[Batch]:
+def informed(model: ParallelModel, batches: Batches) -> Batches:
     """The microbatches of a step or an evaluation, with what the reference says where that is computed live."""
     if not _is_live(model):
         return batches

@@ -29,11 +29,13 @@ class Line:
         totals: the objective's sums since the line before, over steps in which they were finite.
         divisor: what those steps' losses were divided by, added up; 0 if no such step counted anything.
         grad_norm: of the latest step.
+        places: inputs that were computed in this process's steps since the line before, padding too.
     """
 
     totals: Sequence[float]
     divisor: float
     grad_norm: float
+    places: float
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,12 @@ class Tally:
         self._sums = torch.zeros(num_sums + 1, dtype=torch.float64, device=device)          # the divisor is the last
         self._verdict = torch.zeros(NUM_NUMBERS, device=device)              # see `Verdict.of`
         self._grad_norm = torch.zeros((), device=device)
+        self._places = torch.zeros((), dtype=torch.float64, device=device)
         self._late = LateRead(NUM_NUMBERS, device)
         self.step = step
 
-    def add(self, sums: StepSums, divisor: Tensor | int, skipped: Tensor, spike_z: Tensor, is_spike: Tensor) -> None:
+    def add(self, sums: StepSums, divisor: Tensor | int, skipped: Tensor, spike_z: Tensor, is_spike: Tensor,
+            places: Tensor | int = 0) -> None:
         """Takes a step's totals in; `skipped` is 1 where it changed nothing, else 0, and so is `is_spike`.
 
         Of the flag whole numbers ask to stop, and a half to save.
@@ -94,6 +98,7 @@ class Tally:
                                      spikes + is_spike, saves + asked_to_save,
                                      torch.where(is_spike.bool(), spike_z, latest_z), (age + 1) * (1 - is_spike)))
         self._grad_norm = sums.grad_norm
+        self._places += places
         self.step += 1
 
     def late(self) -> Verdict:
@@ -102,11 +107,13 @@ class Tally:
 
     def read(self) -> tuple[Line, Verdict]:
         """Everything up to this step; sums begin anew.  Waits for the device."""
-        values = torch.cat((self._sums, self._verdict.double(), self._grad_norm.double().view(1))).tolist()
+        last = torch.stack((self._grad_norm.double(), self._places))
+        values = torch.cat((self._sums, self._verdict.double(), last)).tolist()
         *totals, divisor = values[: len(self._sums)]
         self._sums.zero_()
+        self._places.zero_()
         self._late.exchange(self._verdict)               # what has been read now need not be read late
-        return Line(totals, divisor, values[-1]), Verdict.of(self.step, values[len(self._sums) : -1])
+        return Line(totals, divisor, *values[-2:]), Verdict.of(self.step, values[len(self._sums) : -2])
 
     def state(self) -> list[float]:
         """What a checkpoint must hold for the next line to be the same.  Waits for the device."""

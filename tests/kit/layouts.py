@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -30,6 +30,7 @@ from tests.kit.reference import PRETRAINING, Reference, Task, adapter_values, tr
 TOLERANCE = 1e-5
 
 Shards = list[tuple[str, tuple[int, ...], Box, Tensor]]
+Share = Callable[[Config, Batch, Mesh], Sequence[Batch]]
 
 TINY = {
     "run": {"seed": 7},
@@ -79,8 +80,8 @@ def shards(buckets: Iterable[Bucket], which: str) -> Shards:
             for spec, box, view in bucket.boxes(getattr(bucket, which))]
 
 
-def train_layout(config: Config, num_steps: int, task: Task = PRETRAINING) -> Result:
-    """Runs on one rank: `num_steps` steps in the layout of `config`."""
+def train_layout(config: Config, num_steps: int, task: Task = PRETRAINING, share: Share = microbatches) -> Result:
+    """Runs on one rank: `num_steps` steps in the layout of `config`; `share` is what a rank gets of a global batch."""
     mesh = mesh_for(Topology.of(config))
     model = parallelize(config, mesh, objective=task.objective, bucket_elements=6000)
     model.initialise(config.run.seed)
@@ -94,7 +95,7 @@ def train_layout(config: Config, num_steps: int, task: Task = PRETRAINING) -> Re
     for step in range(1, num_steps + 1):
         batch = task.batch(config, step)
         scale = 1 / task.divisor(batch)
-        own = model.forward_backward(microbatches(config, batch, mesh), scale)
+        own = model.forward_backward(share(config, batch, mesh), scale)
         sums = sum_over_world(own, model.buckets, mesh, num_sums=len(task.objective.sums),
                               reproducible=config.parallel.reproducible)
         if step == 1:
@@ -132,8 +133,8 @@ def assemble(parts: Iterable[Shards]) -> dict[str, Tensor]:
     return whole
 
 
-def run_layout(config: Config, num_steps: int, task: Task = PRETRAINING) -> list[Result]:
-    return run_distributed(train_layout, config.parallel.world_size, config, num_steps, task)
+def run_layout(config: Config, num_steps: int, task: Task = PRETRAINING, share: Share = microbatches) -> list[Result]:
+    return run_distributed(train_layout, config.parallel.world_size, config, num_steps, task, share)
 
 
 @cache

@@ -8,7 +8,7 @@ as a row, is never cut: it is left out where `data.on_error` is `skip`, and refu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class ComparisonSource(Source):
         texts += [None] * (self.answers - len(texts))
         margin = self.corpus.margin(record) if self.margins else None
         first, *rest = (self._row(window, place, text, margin or 0.0, number) for place, text in enumerate(texts))
-        return Sample(first.tokens, first.loss_mask, None, number, window, first.extra, tuple(rest))
+        return replace(first, rest=tuple(rest))
 
     def lengths(self, window: int) -> tuple[int, ...]:
         found = [min(len(text.tokens), self.fit.seq_len) for text in self.corpus.texts(self.records[window])]
@@ -101,7 +101,7 @@ class ComparisonSource(Source):
             extra |= {END: ends, MARGIN: np.float32(margin)}                     # type: ignore[dict-item]
         if self.reference is not None:
             extra[REFERENCE] = self.reference[window, place]
-        return Sample(tokens, mask, None, number, window, extra)
+        return Sample(tokens, mask, None, number, window, extra, min(len(learned), seq_len))
 
     def fingerprint(self) -> dict[str, Any]:
         return self.content() | {"weight": str(self.weight), "max_samples": self.max_samples}

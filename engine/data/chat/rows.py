@@ -107,7 +107,8 @@ class ConversationSource(Source):
     def window(self, window: int, number: int) -> Sample:
         texts = [self._text(conversation) for conversation in self.rows[window]]
         tokens, mask, ids = laid_out(texts, self.fit.seq_len, self.fit.pad_id)
-        return Sample(tokens, mask, ids if self.fit.packed else None, number, window, self.tags)
+        used = min(sum(len(own) for own, _ in texts), self.fit.seq_len)
+        return Sample(tokens, mask, ids if self.fit.packed else None, number, window, self.tags, used)
 
     def _text(self, conversation: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         [text] = self.corpus.texts(conversation)

@@ -22,6 +22,15 @@ def positions_of(rank: int, size: int, length: int, device: torch.device | str =
     return torch.cat((early + rank * piece, late + (2 * size - 1 - rank) * piece))
 
 
+def whole(parts: Tensor) -> Tensor:
+    """What the context ranks hold of sequences, [C, S part, …] → [S, …]."""
+    size, length = parts.shape[:2]
+    if size == 1:
+        return parts[0]
+    order = torch.cat([positions_of(rank, size, size * length, parts.device) for rank in range(size)])
+    return parts.flatten(0, 1)[order.argsort()]
+
+
 def context_part(batch: Batch, axis: Axis) -> Batch:
     """This context rank's tokens of a microbatch; queries of the attention mask are cut, keys stay whole."""
     if axis.size == 1:

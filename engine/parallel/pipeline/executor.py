@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.profiler import record_function
 
 from engine.distributed.collectives import DONE, Work
-from engine.model.context import Batch
+from engine.model.context import Batch, Batches
 from engine.model.objective import Head, Measure
 from engine.model.transformer import Transformer
 from engine.parallel.gradients import WeightGradQueue
@@ -51,7 +52,8 @@ class Executor:
         self._reset([], None)
 
     def _reset(self, batches: Sequence[Batch], measure: Measure | None) -> None:
-        self._batches, self._measure = batches, measure
+        self._batches = batches if isinstance(batches, Batches) else Batches(batches)
+        self._measure = measure
         self._arrived: dict[Key, tuple[Tensor, Work]] = {}        # inputs of F
         self._grads: dict[Key, tuple[Tensor, Work]] = {}          # gradients of outputs, for B
         self._outgoing: dict[Key, Tensor] = {}                    # to be sent
@@ -72,7 +74,7 @@ class Executor:
 
         Returns:
             What was measured of each microbatch, detached, [microbatches, tensors, …], on ranks that hold the last
-            chunk; None elsewhere.
+            chunk; None elsewhere.  Numbers of tokens [S, B] of a shorter microbatch have zeros behind them.
         """
         self._reset(batches, measure)
         # Filled in on the device: a number that is copied there would make the host wait for all that was started.
@@ -85,7 +87,7 @@ class Executor:
             with record_function(self._label(action)):
                 self._do[action.kind](action)
         self.messenger.wait_sent()
-        measured = torch.stack(self._measured) if self._measured else None
+        measured = _stacked(self._measured) if self._measured else None
         self._reset([], None)
         return measured
 
@@ -160,15 +162,22 @@ class Executor:
         self.messenger.send(action, tensor, self.placement[action.partner.chunk])
 
     def _receive_forward(self, action: Action) -> None:
-        message = self.messenger.receive(action, self.placement[action.partner.chunk])
-        self._arrived[action.chunk, action.microbatch] = message
+        self._arrived[action.chunk, action.microbatch] = self._receive(action)
 
     def _receive_backward(self, action: Action) -> None:
-        message = self.messenger.receive(action, self.placement[action.partner.chunk])
-        self._grads[action.chunk, action.microbatch] = message
+        self._grads[action.chunk, action.microbatch] = self._receive(action)
+
+    def _receive(self, action: Action) -> tuple[Tensor, Work]:
+        shape = self._batches.shape(action.microbatch)
+        return self.messenger.receive(action, self.placement[action.partner.chunk], shape)
 
     def _reduce_grad(self, action: Action) -> None:
         """Nothing to start: a chunk's last contribution has set its buckets off (`engine.parallel.data.buckets`)."""
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    longest = max(part.shape[1] for part in parts) if parts[0].dim() > 1 else 0
+    return torch.stack([F.pad(part, (0, 0, 0, longest - part.shape[1])) if part.dim() == 3 else part for part in parts])
 
 
 def forward_only(program: Sequence[Action]) -> tuple[Action, ...]:

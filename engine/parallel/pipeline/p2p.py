@@ -2,7 +2,7 @@
 
 Every message has a tag made of its microbatch, chunk and direction: with several chunks per stage two messages may be
 under way between the same two ranks at once, and without tags gloo may hand them over in either order.  Both ends of a
-message derive its shape from the layout; nothing is negotiated.
+message derive its shape from the microbatch, which all stages read; nothing is negotiated.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from engine.schedules.action import Action, Kind
 class Messenger:
     """Point-to-point messages along the pipeline axis; nothing here waits."""
 
-    def __init__(self, axis: Axis, num_chunks: int, shape: tuple[int, ...], dtype: torch.dtype,
+    def __init__(self, axis: Axis, num_chunks: int, parts: int, width: int, dtype: torch.dtype,
                  device: torch.device) -> None:
-        """`shape`: of every hidden state that crosses a stage boundary on this rank: [S or S/T, B, H]."""
-        self.axis, self.num_chunks = axis, num_chunks
-        self.shape, self.dtype, self.device = shape, dtype, device
+        """A hidden state that crosses a stage boundary is [S/`parts`, B, `width`] on this rank."""
+        self.axis, self.num_chunks, self.parts, self.width = axis, num_chunks, parts, width
+        self.dtype, self.device = dtype, device
         self._sending: list[tuple[Work, Tensor]] = []
 
     def send(self, action: Action, tensor: Tensor, stage: int) -> None:
@@ -33,9 +33,14 @@ class Messenger:
         work = dist.isend(tensor, self.axis.ranks[stage], group=self.axis.group, tag=self._tag(action))
         self._sending.append((work, tensor))
 
-    def receive(self, action: Action, stage: int) -> tuple[Tensor, Work]:
-        """Posts a receive; the tensor is valid after the handle's `wait`."""
-        buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def receive(self, action: Action, stage: int, shape: tuple[int, int]) -> tuple[Tensor, Work]:
+        """Posts a receive; the tensor is valid after the handle's `wait`.
+
+        Args:
+            shape: S and B of the microbatch.
+        """
+        length, rows = shape
+        buffer = torch.empty(length // self.parts, rows, self.width, dtype=self.dtype, device=self.device)
         return buffer, dist.irecv(buffer, self.axis.ranks[stage], group=self.axis.group, tag=self._tag(action))
 
     def wait_sent(self) -> None:
