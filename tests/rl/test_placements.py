@@ -73,7 +73,8 @@ def run_config(directory: Path, reward: Path, placement: dict[str, Any], **secti
                 "rollout": {"prompts": 4, "temperature": 0.8} | placement.get("rollout", {}),
                 "ppo": {"minibatch": 4, "kl_target": 1.0, "kl_horizon": 50, "reward_norm": True,
                         "ptx_coef": 0.5},
-                "data": {"seq_len": 8, "train": [{"path": str(reward.parents[1] / "text"), "kind": "pretrain"}]},
+                "data": {"seq_len": 8, "pad_to_multiple": 1,
+                         "train": [{"path": str(reward.parents[1] / "text"), "kind": "pretrain"}]},
                 "parallel": placement.get("parallel", {}),
                 "roles": roles | {"reward": [{"function": "places"}, model]}}
     return rl_config(directory, **settings | sections)
