@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import lcm
 
 from engine.config.placement import (
     as_role,
@@ -140,18 +139,6 @@ def _pipeline_problems(config: Config) -> Iterator[str]:
     if config.model.num_layers < parallel.pipeline * chunks:
         yield (f"model.num_layers({config.model.num_layers}) < pipeline({parallel.pipeline}) × "
                f"virtual_stages({chunks}) = {parallel.pipeline * chunks}: every chunk needs a layer")
-
-
-def row_multiple(config: Config) -> int:
-    """What the rows of a microbatch may be shortened to a multiple of.
-
-    Context ranks take an early and a late piece each, tensor ranks a share of what a context rank has, and products in
-    FP8 take tokens by sixteen; the rest is `data.pad_to_multiple`.
-    """
-    parallel = config.parallel
-    tensor = parallel.tensor if parallel.sequence else 1
-    on_a_rank = lcm(2 if parallel.context > 1 else 1, tensor * (1 if config.precision.fp8 == "off" else 16))
-    return lcm(parallel.context * on_a_rank, config.data.pad_to_multiple)
 
 
 def _sequence_problems(config: Config) -> Iterator[str]:

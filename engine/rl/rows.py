@@ -11,7 +11,6 @@ import numpy as np
 from torch import Tensor
 
 from engine.config import Config
-from engine.config.layout import row_multiple
 from engine.data.sample import Sample
 from engine.distributed.collectives import all_gather
 from engine.distributed.mesh import Mesh
@@ -21,7 +20,7 @@ from engine.model.fields import END, Field
 from engine.parallel.context.zigzag import whole
 from engine.rl.rollouts import Rollouts
 from engine.schedules.table import recipe
-from engine.train.batches import HostBatch, collate
+from engine.train.batches import HostBatch, collate, row_multiple
 
 
 def sample_of(rollouts: Rollouts, row: int, seq_len: int, extra: Mapping[Field, np.ndarray]) -> Sample:

@@ -26,13 +26,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import lcm
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.config import Config
-from engine.config.layout import row_multiple
 from engine.config.length import Ramp, Stage
 from engine.data.sample import Sample
 from engine.distributed.agree import maximum
@@ -199,6 +199,18 @@ class Loader:
             total.fill_(own)
         all_reduce(totals, mesh.data)
         return totals[0], totals[1]
+
+
+def row_multiple(config: Config) -> int:
+    """What the rows of a microbatch may be shortened to a multiple of.
+
+    Context ranks take an early and a late piece each, tensor ranks a share of what a context rank has, and products in
+    FP8 take tokens by sixteen; the rest is `data.pad_to_multiple`.
+    """
+    parallel = config.parallel
+    tensor = parallel.tensor if parallel.sequence else 1
+    on_a_rank = lcm(2 if parallel.context > 1 else 1, tensor * (1 if config.precision.fp8 == "off" else 16))
+    return lcm(parallel.context * on_a_rank, config.data.pad_to_multiple)
 
 
 def collate(rows: Sequence[Sample], multiple: int = 1, pinned: bool = False) -> HostBatch:

@@ -10,12 +10,11 @@ import torch
 
 from corpus_tools.conversations.start import open_corpora
 from engine.config import Config
-from engine.config.layout import row_multiple
 from engine.data.sample import Sample
 from engine.distributed.mesh import Mesh
 from engine.model.context import Batch
 from engine.model.fields import END, MARGIN, NOISE
-from engine.train.batches import Microbatches, collate
+from engine.train.batches import Microbatches, collate, row_multiple
 from tests.align.test_layouts import LAYOUTS, TASKS, reward_of_a_text
 from tests.align.test_sft import chat_config
 from tests.kit.layouts import check, reference, run_layout, tiny_config
