@@ -29,11 +29,13 @@ class Place:
         device: of weights and activations.
         dtype: of weights and activations.
         deterministic: the same input must give the same bits every time.
+        fp8: how FP8 matrices are scaled (`engine.kernels.fp8`); `off`: a run has none.
     """
 
     device: torch.device
     dtype: torch.dtype
     deterministic: bool = False
+    fp8: str = "off"
 
     def require(self, *, device: str | None = None, dtypes: tuple[torch.dtype, ...] = ()) -> None:
         """Raises `Unavailable` on another type of device or in another dtype."""

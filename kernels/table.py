@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
@@ -22,6 +23,7 @@ from engine.kernels.adamw import ADAMW, adamw_reference
 from engine.kernels.attention import ATTENTION, attention
 from engine.kernels.attention_block import ATTENTION_BLOCK, REFERENCE_BLOCK, AttentionBlock
 from engine.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
+from engine.kernels.fp8 import FP8_PRODUCT, Scaled, emulated
 from engine.kernels.layer_norm import LAYER_NORM, layer_norm
 from engine.kernels.log_probs import LOG_PROBS, log_probs_and_entropy
 from engine.kernels.matmul import LINEAR, WEIGHT_GRADIENT, add_product, linear
@@ -32,7 +34,7 @@ from engine.kernels.rope import ROPE, split_and_rotate
 from engine.kernels.swiglu import SWIGLU, swiglu
 
 TABLE: tuple[Operation, ...] = (ATTENTION, ATTENTION_BLOCK, RMS_NORM, LAYER_NORM, ROPE, SWIGLU, RELU2, CROSS_ENTROPY,
-                                LOG_PROBS, LINEAR, WEIGHT_GRADIENT, ADAMW)
+                                LOG_PROBS, LINEAR, WEIGHT_GRADIENT, FP8_PRODUCT, ADAMW)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Operations:
     log_probs: Callable[..., tuple[Tensor, Tensor]] = log_probs_and_entropy
     linear: Callable[..., Tensor] = linear
     weight_gradient: Callable[..., None] = add_product
+    fp8_product: Callable[[Scaled, Scaled, torch.dtype], Tensor] = emulated
     adamw: Callable[..., None] = adamw_reference
     chosen: tuple[Chosen, ...] = ()
 

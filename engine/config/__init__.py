@@ -15,6 +15,7 @@ from engine.config.length import BatchConfig
 from engine.config.load import config_names, load_config, preset_names
 from engine.config.model import ModelConfig, RopeScalingConfig
 from engine.config.parallel import ParallelConfig
+from engine.config.precision import PrecisionConfig
 from engine.config.reliability import FaultConfig, ReliabilityConfig, RewindConfig, SpikeConfig, WatchdogConfig
 from engine.config.rl import (
     ActorConfig,
@@ -35,7 +36,6 @@ from engine.config.schema import (
     EvalConfig,
     LogConfig,
     OptimConfig,
-    PrecisionConfig,
     ProfileConfig,
     RunConfig,
 )

@@ -18,6 +18,8 @@ from engine.config.support import unsupported
 from engine.errors import ConfigError
 from engine.schedules.table import chunk_problem, recipe
 
+# A block of FP8 numbers with one scale is never divided; tensor cores take multiples of 16 anyway.
+FP8_BLOCK = {"tensorwise": 16, "rowwise": 16, "blockwise": 128, "mxfp8": 32, "te": 16}
 MOST_ACTIONS = 1 << 18            # stages × chunks × microbatches; every rank builds the schedule of all stages
 
 
@@ -40,6 +42,7 @@ def resolve_layout(config: Config, world_size: int) -> Config:
         config = config.with_changes(parallel={"data": data})
         problems += [*_batch_problems(config, data), *_schedule_problems(config)]
     problems += [*_shard_problems(config, data), *_reproducible_problems(config), *_tensor_problems(config),
+                 *_fp8_problems(config),
                  *_pipeline_problems(config), *_sequence_problems(config)]
     found = {"this version cannot do that:": unsupported(config), "this layout cannot work:": problems}
     if any(found.values()):
@@ -127,6 +130,25 @@ def _tensor_problems(config: Config) -> Iterator[str]:
     for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
         if (size := getattr(config.model, name)) % tensor:
             yield f"model.{name}({size}) is not divisible by parallel.tensor({tensor})"
+
+
+def _fp8_problems(config: Config) -> Iterator[str]:
+    model, tensor, precision = config.model, config.parallel.tensor, config.precision
+    if precision.fp8 == "off":
+        return
+    if not precision.fp8_layers(model.num_layers):
+        yield (f"precision.fp8_skip{list(precision.fp8_skip)} leaves none of model.num_layers({model.num_layers}) to "
+               f"precision.fp8: {precision.fp8}: skip fewer")
+    block, divided = FP8_BLOCK[precision.fp8], f" / tensor({tensor})" if tensor > 1 else ""
+    for name, size, parts in (("hidden_size", model.hidden_size, 1), ("ffn_hidden_size", model.ffn_hidden_size, tensor),
+                              ("num_heads × head_dim", model.num_heads * model.head_dim, tensor),
+                              ("(num_heads + 2 × num_kv_heads) × head_dim",
+                               (model.num_heads + 2 * model.num_kv_heads) * model.head_dim, tensor)):
+        step = block if parts > 1 else 16
+        if size % parts == 0 and size // parts % step:
+            yield (f"model.{name}({size})" + (f"{divided} = {size // parts}" if parts > 1 else "") +
+                   f" is not a multiple of {step}, which precision.fp8: {precision.fp8} needs: change it, or set "
+                   "precision.fp8 to " + ("off" if step == 16 else "tensorwise or rowwise"))
 
 
 def _pipeline_problems(config: Config) -> Iterator[str]:

@@ -35,6 +35,7 @@ from engine.config.model import ModelConfig
 from engine.config.objectives import OBJECTIVES, PAIRS, ObjectiveName
 from engine.config.optimizers import OptimizerName
 from engine.config.parallel import ParallelConfig
+from engine.config.precision import PrecisionConfig
 from engine.config.reliability import ReliabilityConfig, fault_problems
 from engine.config.rl import (
     GROUP_OBJECTIVES,
@@ -61,14 +62,6 @@ class RunConfig(Section):
     objective: ObjectiveName = "pretrain"                    # a row of engine.config.objectives
     name: Words | None = None                                # a label for logs and reports; default: the folder's name
     device: Literal["auto", "cpu", "cuda"] = "auto"          # auto: cuda where there is one
-
-
-class PrecisionConfig(Section):
-    """Arithmetic.  Masters, moments and gradient accumulation are always fp32."""
-
-    compute: Literal["fp32", "bf16"] = "bf16"
-    fp8: Literal["off", "tensorwise", "rowwise", "te"] = "off"
-    grad_reduce: Literal["fp32", "bf16"] = "fp32"
 
 
 class SquareRootRule(Section):
@@ -165,6 +158,7 @@ class KernelsConfig(Section):
     log_probs: Words = "auto"
     linear: Words = "auto"
     weight_gradient: Words = "auto"
+    fp8_product: Words = "auto"
     adamw: Words = "auto"
 
 

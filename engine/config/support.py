@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from engine.config.rl import RL_OBJECTIVES
 from engine.config.schema import Config
 
 # (true where the configuration asks for it, what it asks for, what to do instead)
 UNSUPPORTED: tuple[tuple[Callable[[Config], bool], str, str], ...] = (
-    (lambda c: c.precision.fp8 != "off", "FP8", "set precision.fp8 to off"),
+    (lambda c: c.precision.fp8 == "te", "FP8 by Transformer Engine", "set precision.fp8 to tensorwise"),
+    (lambda c: c.precision.fp8 != "off" and c.run.objective in RL_OBJECTIVES, "FP8 in a run that makes its own texts",
+     "set precision.fp8 to off"),
     (lambda c: c.rollout.async_steps > 0, "making texts a step ahead", "set rollout.async_steps to 0"),
 )
 

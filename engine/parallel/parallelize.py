@@ -44,9 +44,10 @@ from engine.parallel.pipeline.p2p import Messenger
 from engine.parallel.pipeline.partition import deal_layers, layer_costs
 from engine.parallel.recompute import apply_recompute
 from engine.parallel.tensor.cut import cut_tensor
-from engine.parallel.tensor.gemms import GemmsFactory, plain_gemms
 from engine.parallel.tensor.head import ParallelHead
 from engine.parallel.tensor.layers import TensorContext
+from engine.precision.fp8 import gemms_of
+from engine.precision.gemms import GemmsFactory
 from engine.schedules.action import Action
 from engine.schedules.lowering import hoist_receives, lower
 from engine.schedules.program import Schedule
@@ -202,18 +203,19 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
 
     Args:
         operations: what to compute with; None: what `config.kernels` asks for and this rank's device has.
-        gemms: makes every linear layer's products; None: those of `operations`.
+        gemms: makes every linear layer's products; None: those that `config.precision` asks for.
         bucket_elements: size from which a bucket is closed.
 
     Raises:
-        ConfigError: an operation that `config.kernels` names cannot be used here.
+        ConfigError: an operation that `config.kernels` names, or FP8, cannot be used here.
     """
     parallel = config.parallel
     dtype = DTYPES[config.precision.compute]
     sequence = training and parallel.sequence and mesh.tensor.size > 1
     if operations is None:
         operations = choose_operations(config, mesh.device)
-    tensor = TensorContext(mesh.tensor, sequence, WeightGradQueue(), operations, gemms or plain_gemms(operations))
+    tensor = TensorContext(mesh.tensor, sequence, WeightGradQueue(), operations,
+                           gemms or gemms_of(config, mesh, sequence, operations))
     schedule = build_schedule(parallel.schedule, parallel.pipeline, config.num_microbatches, parallel.virtual_stages)
     chunks = build_chunks(config, schedule.placement, mesh.pipeline.index, operations)
     for chunk in chunks.values():
@@ -251,7 +253,7 @@ def choose_operations(config: Config, device: torch.device) -> Operations:
     Raises:
         ConfigError: it does not exist, or cannot be used there.
     """
-    place = Place(device, DTYPES[config.precision.compute], config.parallel.reproducible)
+    place = Place(device, DTYPES[config.precision.compute], config.parallel.reproducible, config.precision.fp8)
     return choose(place, config.kernels.model_dump())
 
 

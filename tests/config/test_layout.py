@@ -71,8 +71,8 @@ def test_sequence_parallelism_off_needs_no_division() -> None:
 
 
 def test_what_is_not_there_yet_is_no_matter_of_the_layout() -> None:
-    config = Config.model_validate({**make({}).to_dict(), "precision": {"fp8": "rowwise"}})
-    with pytest.raises(ConfigError, match=r"^this version cannot do that:\n  - FP8 is not available"):
+    config = Config.model_validate({**make({}).to_dict(), "precision": {"fp8": "te"}})
+    with pytest.raises(ConfigError, match=r"^this version cannot do that:\n  - FP8 by Transformer Engine is not avail"):
         resolve_layout(config, 1)
     with pytest.raises(ConfigError, match=r"cannot do that:\n  - FP8 .*\nthis layout cannot work:\n  - batch.global"):
         resolve_layout(config, 3)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.documents import Documents
+from engine.kernels.fp8 import E4M3, E5M2, amax_of, narrow, scales_of
 from tests.kit.compare import forward_backward, random
 
 LENGTH, BATCH, DIM = 40, 2, 16
@@ -184,6 +185,16 @@ def weight_gradient_cases() -> list[Case]:
     return [case(5, 24, 16), case(150, 136, 176), case(150, 176, 136)]
 
 
+def fp8_product_cases() -> list[Case]:
+    def run(function: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+        whole = (None, None)
+        a, b = (narrow(x, scales_of(amax_of(x, whole), dtype), whole, dtype)
+                for x, dtype in zip(inputs, (E5M2, E4M3), strict=True))
+        return [function(a, b, inputs[0].dtype)]
+
+    return [Case(f"48 × {k} × 32", (random(48, k, seed=15), random(32, k, seed=16)), run) for k in (16, 136, 21)]
+
+
 def adamw_cases() -> list[Case]:
     def run(function: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Two updates, one that is skipped, and another."""
@@ -205,4 +216,4 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "rope": rope_cases, "swiglu": swiglu_cases, "relu2": relu2_cases,
     "layer_norm": layer_norm_cases, "cross_entropy": vocabulary_cases,
     "log_probs": partial(vocabulary_cases, temperature=0.8), "linear": linear_cases,
-    "weight_gradient": weight_gradient_cases, "adamw": adamw_cases}
+    "weight_gradient": weight_gradient_cases, "fp8_product": fp8_product_cases, "adamw": adamw_cases}

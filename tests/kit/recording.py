@@ -29,7 +29,7 @@ from engine.optim.adamw import AdamW
 from engine.optim.gradients import sum_over_world
 from engine.parallel.context.ring import RingAttention
 from engine.parallel.parallelize import ParallelModel, parallelize
-from engine.parallel.tensor.gemms import PlainGemms
+from engine.precision.gemms import PlainGemms
 from tests.kit.distributed import mesh_for, run_distributed
 from tests.kit.layouts import microbatches
 from tests.kit.reference import global_batch

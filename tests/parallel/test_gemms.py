@@ -14,7 +14,7 @@ from engine.distributed.mesh import single_mesh
 from engine.kernels.table import PORTABLE
 from engine.model.spec import ParamSpec
 from engine.parallel.parallelize import ParallelModel, parallelize
-from engine.parallel.tensor.gemms import PlainGemms
+from engine.precision.gemms import PlainGemms
 from tests.kit.layouts import microbatches, tiny_config
 from tests.kit.reference import global_batch
 
@@ -43,7 +43,7 @@ class Watching(PlainGemms):
 
     def weight_gradient(self, out: Tensor, grad_out: Tensor, x: Tensor, *, accumulate: bool) -> None:
         self.asked.append("more weight" if accumulate else "weight")
-        assert out.dtype == torch.float32 and out.shape == (grad_out.shape[1], x.shape[1])
+        assert out.dtype == torch.float32 and out.shape == (grad_out.shape[-1], x.shape[-1])
         super().weight_gradient(out, grad_out, x, accumulate=accumulate)
 
 

@@ -241,7 +241,11 @@ class Bucket(FlatParameters):
         self.fill(self.master, entry, values)
 
     def start_publish(self) -> Work:
-        """Makes the masters the weights: copies this rank's shard and, up to level 2, starts collecting the others'."""
+        """Makes the masters the weights: copies this rank's shard and, up to level 2, starts collecting the others'.
+
+        The weights' version rises, whoever wrote them: that is how one knows who has made something of them.
+        """
+        torch.autograd.graph.increment_version(self.param_buffer)
         if self.param_shard is not self.master:
             self.param_shard.copy_(self.master)
         if self.level >= 3:

@@ -23,8 +23,8 @@ from engine.distributed.collectives import my_part
 from engine.distributed.mesh import Axis
 from engine.model.adapter import Adapter, Projection
 from engine.model.parameters import spec_of
-from engine.parallel.tensor.gemms import plain_gemms
 from engine.parallel.tensor.layers import ParallelLinear, TensorContext, full_sequence, sum_over_ranks
+from engine.precision.gemms import plain_gemms
 
 
 class ParallelAdapter(Adapter):

@@ -34,11 +34,12 @@ from engine.distributed.collectives import (
     start_reduce_scatter,
 )
 from engine.distributed.mesh import Axis
+from engine.kernels.fp8 import Scaled
 from engine.kernels.table import Operations
 from engine.model.layers import Adds, PositionEmbedding
 from engine.model.parameters import spec_of
 from engine.parallel.gradients import WeightGradQueue, slot_of
-from engine.parallel.tensor.gemms import Gemms, GemmsFactory
+from engine.precision.gemms import Gemms, GemmsFactory, Operand
 
 
 @dataclass(frozen=True)
@@ -77,48 +78,65 @@ def full_sequence(x: Tensor, context: TensorContext) -> Tensor:
     return all_gather(x, context.axis) if context.sequence else x
 
 
+def start_full_operand(x: Operand, context: TensorContext) -> tuple[Operand, Work]:
+    """As `start_full_sequence`, of what stands for this rank's part of the sequence in a product."""
+    if isinstance(x, Tensor) or not context.sequence:
+        return start_full_sequence(x, context) if isinstance(x, Tensor) else (x, DONE)
+    values, work = start_all_gather(x.values.view(torch.uint8), context.axis)      # no backend knows FP8
+    return Scaled(values.view(x.values.dtype), x.scales, x.block), work
+
+
+def full_operand(x: Operand, context: TensorContext) -> Operand:
+    """As `start_full_operand`, waiting."""
+    full, work = start_full_operand(x, context)
+    work.wait()
+    return full
+
+
 class _Linear(torch.autograd.Function):
     """x [S', B, in] → y [S'', B, out]; which of the two sequence lengths is the short one depends on `kind`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: ParallelLinear) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        operand = layer.gemms.operand(x)
+        ctx.save_for_backward(x, weight, operand.scales if isinstance(operand, Scaled) else None)
         ctx.layer, ctx.bias_shape = layer, None if bias is None else bias.shape
         matrix, context = weight.flatten(0, -2), layer.context
         if layer.kind == "column":
-            x = full_sequence(x, context)
-            out = layer.gemms.forward(x, matrix, None if bias is None else bias.flatten())
+            operand = full_operand(operand, context)
+            out = layer.gemms.forward(operand, matrix, None if bias is None else bias.flatten())
             # With a bias torch's product is a view, and to one that leaves here an adapter may not add in place.
             return out if bias is None or layer.adapter is None else out.clone()
-        out = sum_over_ranks(layer.gemms.forward(x, matrix, None), context)
+        out = sum_over_ranks(layer.gemms.forward(operand, matrix, None), context)
         return out if bias is None else out.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, scales = ctx.saved_tensors
         layer: ParallelLinear = ctx.layer
         matrix, context, gemms = weight.flatten(0, -2), layer.context, layer.gemms
+        trained = ctx.needs_input_grad[1]
+        x_full, gathering = (gemms.operand(x, scales=scales) if trained else x), DONE
+        grad_out = gemms.operand(grads[0], gradient=True)
         if layer.kind == "column":
-            grad_out = grads[0]
-            x_full, gathering = start_full_sequence(x, context) if ctx.needs_input_grad[1] else (x, DONE)
+            if trained:
+                x_full, gathering = start_full_operand(x_full, context)
             grad_x, summing = start_sum_over_ranks(gemms.input_gradient(grad_out, matrix), context)
         else:
-            grad_out = full_sequence(grads[0], context)
-            x_full, gathering = x, DONE
+            grad_out = full_operand(grad_out, context)
             grad_x, summing = gemms.input_gradient(grad_out, matrix), DONE
         grad_bias = None
         if ctx.bias_shape is not None and ctx.needs_input_grad[2]:
-            own = grad_out if layer.kind == "column" else grads[0]      # a row's bias is added behind the sum
-            grad_bias = sum_over_tokens(own).view(ctx.bias_shape)
+            grad_bias = sum_over_tokens(grads[0]).view(ctx.bias_shape)
         grad_weight = None
-        if ctx.needs_input_grad[1]:
+        if trained:
             gathering.wait()
-            grad_weight = _weight_grad(layer, grad_out.flatten(0, -2), x_full.flatten(0, -2))
+            grad_weight = _weight_grad(layer, grad_out, x_full)
         summing.wait()
         return grad_x, grad_weight, grad_bias, None
 
 
-def _weight_grad(layer: ParallelLinear, grad_out: Tensor, x: Tensor) -> Tensor | None:
+def _weight_grad(layer: ParallelLinear, grad_out: Operand, x: Operand) -> Tensor | None:
     """dW = dyᵀ·x, into the parameter's slot (now or at the `W` action), or returned to autograd if it has none.
 
     The layer is asked for its parameter: what autograd saved of it may be another tensor, when layers are recomputed.

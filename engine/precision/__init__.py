@@ -1,0 +1,1 @@
+"""In which arithmetic a layer's products are computed."""
