@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.config.model import ModelConfig
+from engine.kernels.fp8 import E4M3, amax_of, narrow, scales_of
 
 Inputs = Sequence[Tensor]
 Draw = Callable[..., Tensor]                    # normal numbers of a shape: a GPU multiplies zeros faster
@@ -77,6 +78,8 @@ def workloads(model: ModelConfig) -> Mapping[str, Workload]:
         "linear": Workload(lambda draw, t: [draw(t, 1, hidden), draw(2 * ffn, hidden)], _linear, flops=product_flops),
         "weight_gradient": Workload(lambda draw, t: [draw(t, 2 * ffn), draw(t, hidden)], _weight_gradient,
                                     flops=product_flops),
+        "fp8_product": Workload(lambda draw, t: [draw(t, hidden), draw(2 * ffn, hidden)], _fp8_product,
+                                flops=product_flops),
         "adamw": Workload(lambda draw, t: [draw(t * hidden), draw(t * hidden)], _adamw,
                           elements=lambda t: 7 * t * hidden),
     })
@@ -131,6 +134,12 @@ def _weight_gradient(function: Any, inputs: Inputs) -> Work:
         return [sums]
 
     return work
+
+
+def _fp8_product(function: Any, inputs: Inputs) -> Work:
+    """Tensorwise; the casts are not counted."""
+    a, b = (narrow(x, scales_of(amax_of(x, (None, None)), E4M3), (None, None), E4M3) for x in inputs)
+    return lambda: [function(a, b, inputs[0].dtype)]
 
 
 def _adamw(function: Any, inputs: Inputs) -> Work:
