@@ -161,6 +161,21 @@ def _plan(p: Parser) -> None:
     p.add_argument("--schedule-svg", metavar="FILE", help="draw the pipeline schedule, at costs as the model's")
 
 
+def _goodput(p: Parser) -> None:
+    p.add_argument("--gpus", type=int, required=True, metavar="N", help="of the job")
+    p.add_argument("--failures", type=float, default=419, metavar="N", help="that a job met with (default: Llama 3's, "
+                                                                            "%(default)s)")
+    p.add_argument("--days", type=float, default=54, metavar="D", help="in so many days (default: %(default)s)")
+    p.add_argument("--on", type=int, default=16_384, metavar="N", help="on so many GPUs (default: %(default)s)")
+    for name, value, text in (("restart", 60.0, "from a failure to training (default: %(default)s, which the tests "
+                                                "hold a lost node to)"),
+                              ("save", 1.0, "that training waits for a save (default: %(default)s)"),
+                              ("write", 0.0, "until a save counts, behind training's back (default: %(default)s)"),
+                              ("step", None, "of a step, to say the interval in steps")):
+        p.add_argument(f"--{name}-seconds", type=float, default=value, metavar="S", help=text)
+    p.add_argument("--json", action="store_true", help="print one object: best_interval_seconds goodput shares …")
+
+
 def _rehearse(p: Parser) -> None:
     p.add_argument("config", metavar="CONFIG.yaml", help=CONFIG)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as parallel.zero=3")
@@ -251,6 +266,8 @@ VERBS = (
     Verb("presets", "the models that model.preset knows", "presets llama3-8b", _presets),
     Verb("plan", "a job of any size on paper: what a rank holds and does, and the schedule as a picture",
          "plan llama-65b --explain-rank 777", _plan),
+    Verb("goodput", "what failures cost a job of any size, and how often it is best to save",
+         "goodput --gpus 2048 --restart-seconds 60 --save-seconds 2 --write-seconds 40", _goodput),
     Verb("rehearse", "one rank of a job of any size walked through here, its peers left out",
          "rehearse llama-65b --rank 777", _rehearse),
     Verb("schedule", "a pipeline schedule as a grid, with its bubble and peak activations",

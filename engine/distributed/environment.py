@@ -13,10 +13,11 @@ counts as started plainly.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -121,15 +122,32 @@ def child_environment(rank: int, world_size: int, store: Path, logs: Path,
         "GLOO_SOCKET_IFNAME": _loopback_interface(), "NCCL_SOCKET_IFNAME": _loopback_interface()}
 
 
-def tune_gpu(parallel: ParallelConfig, environ: MutableMapping[str, str] = os.environ) -> None:
+def gpu_generation() -> int | None:
+    """The major number of the compute capability of this machine's first GPU; None where nobody tells.
+
+    Asked of the driver's library (NVML): torch would start CUDA, which then has read its settings already.
+    """
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    gpu, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(gpu)) \
+        or nvml.nvmlDeviceGetCudaComputeCapability(gpu, ctypes.byref(major), ctypes.byref(minor))
+    return None if failed else major.value
+
+
+def tune_gpu(parallel: ParallelConfig, environ: MutableMapping[str, str] = os.environ,
+             generation: Callable[[], int | None] = gpu_generation) -> None:
     """Sets what this layout wants of CUDA; to be called before torch starts it.  What the user has set stays.
 
     With one connection kernels start in program order, so a tensor- or context-parallel collective overlaps as written;
     but a message that waits for its peer then blocks what comes behind, so ZeRO 3, which gathers ahead, keeps several.
+    That is so on compute capability 8.x and 9.x (A100, H100); from 10.x on kernels that communicate are not held up.
     Segments that grow instead of fragmenting are what buffers that come and go at every microbatch (ZeRO 2 and 3) need.
     """
     wanted = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    if parallel.tensor * parallel.context > 1 and parallel.zero < 3:
+    if parallel.tensor * parallel.context > 1 and parallel.zero < 3 and generation() in (8, 9, None):
         wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if parallel.reproducible:
         wanted["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"           # cuBLAS then adds up in one order

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from engine.config import ParallelConfig
-from engine.distributed.environment import child_environment, first_host, launch_environment, tune_gpu
+from engine.distributed.environment import child_environment, first_host, gpu_generation, launch_environment, tune_gpu
 from engine.errors import RequestError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -109,3 +111,28 @@ def test_cuda_is_set_up_for_the_layout(parallel: dict[str, Any], expected: dict[
     chosen = dict.fromkeys(environ, "the user's")
     tune_gpu(ParallelConfig(**parallel), chosen)
     assert set(chosen.values()) == {"the user's"}
+
+
+@pytest.mark.parametrize(("generation", "set_to"), [(7, None), (8, "1"), (9, "1"), (10, None), (12, None), (None, "1")])
+def test_one_connection_where_the_gpu_wants_it(generation: int | None, set_to: str | None) -> None:
+    environ: dict[str, str] = {}
+    tune_gpu(ParallelConfig(tensor=2), environ, lambda: generation)
+    assert environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == set_to
+
+
+@pytest.mark.parametrize(("failing", "expected"), [(None, 9), ("nvmlInit_v2", None),
+                                                   ("nvmlDeviceGetCudaComputeCapability", None)])
+def test_what_the_driver_says_of_the_gpu(failing: str | None, expected: int | None,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(name: str) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            for argument in arguments if name.endswith("Capability") else ():
+                if hasattr(argument, "_obj"):
+                    argument._obj.value = 9
+            return int(name == failing)
+        return call
+
+    library = SimpleNamespace(**{name: answer(name) for name in (
+        "nvmlInit_v2", "nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetCudaComputeCapability")})
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    assert gpu_generation() == expected
