@@ -1,6 +1,7 @@
 # make demo    create .venv, install, and run the whole path on the CPU
 # make test    the test suite
 # make check   style and types
+# make chaos   faults without end, and those that take long; what becomes of it (MINUTES=10)
 # make fuzz    many damaged inputs for every reader of files (FUZZ=5000 of them)
 # PYTHON=python3.12 picks the interpreter; PIP_FLAGS is handed to pip.
 
@@ -8,9 +9,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 FUZZ ?= 2000
+MINUTES ?= 10
 INSTALL = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off $(PIP_FLAGS) --constraint constraints.txt --editable
 
-.PHONY: demo test check fuzz clean
+.PHONY: demo test check fuzz chaos clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/octant demo
@@ -24,6 +26,10 @@ check: $(VENV)/.installed-dev
 
 fuzz: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -q --timeout 3600 --fuzz $(FUZZ) $$(find tests -name 'test_fuzz*.py')
+
+chaos: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -q --timeout 1800 --chaos tests/reliability/test_faults.py
+	@$(BIN)/python -m tests.kit.chaos --minutes $(MINUTES)
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -25,6 +25,7 @@ settings.load_profile("octant")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, metavar="N", help="damaged inputs per reader, new ones each time (default: "
                                                            "200, the same each time)")
+    parser.addoption("--chaos", action="store_true", help="also the faults that take long to be survived")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

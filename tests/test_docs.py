@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.cli import build_parser
+from tests.reliability.test_faults import FAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -38,6 +39,21 @@ def commands(path: Path) -> list[str]:
 def test_the_index_names_every_page() -> None:
     index = ROOT / "docs" / "README.md"
     assert sorted(link for link in links(index) if "/" not in link) == [path.name for path in PAGES if path != index]
+
+
+def test_every_fault_has_a_proof() -> None:
+    """Each row of the table names tests, and faults of theirs, that are there; and no fault is left out of it."""
+    table = text(ROOT / "docs" / "operations.md").partition("## Fault by fault")[2]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2 - 1:]
+    proved: set[str] = set()
+    for row in rows:
+        *cells, proofs = row.strip("| ").split(" | ")
+        found = re.findall(r"`([\w/]+\.py)::(\w+)(?:\[([^\]`]+)\])?`", proofs)
+        assert found and len(cells) >= 3 and all(cells[:3]), row
+        for path, test, fault in found:
+            assert re.search(rf"^def {test}\(", text(ROOT / "tests" / path), re.MULTILINE), f"{path}::{test}"
+            proved |= {fault} if fault else set()
+    assert len(rows) >= 30 and proved == set(FAULTS), proved ^ set(FAULTS)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

@@ -22,6 +22,7 @@ from typing import Any
 from engine.reading import shown
 
 SCALE, CARRIED = "score_scale", "rl"
+COMPARED = "replicas_compared"                               # copies on several ranks were equal when it was saved
 SECTIONS = ("model", "data", "run", "precision")             # of `config`, those that are looked into by name
 NUMBERS = ("step", "consumed_samples", "optimizer_step")
 LARGEST = 1 << 62
@@ -53,12 +54,11 @@ def check_metadata(metadata: Mapping[str, Any], step: int) -> None:
     for start, stop in _list_of(data, "skip", 2):
         if not (_is_size(start) and _is_size(stop) and start < stop):
             raise ValueError(f"data.skip leaves out [{shown(start)}, {shown(stop)}]")
-    base = _section(metadata, "base", "metadata")
-    if base and not all(isinstance(base.get(key), str) for key in ("path", "content")):
-        raise ValueError(f"base is {shown(base)}, not a path and a hash")
     scale = _section(metadata, SCALE, "metadata")
     if scale and not all(type(scale.get(key)) in (int, float) and abs(scale[key]) < LARGEST for key in ("mean", "std")):
         raise ValueError(f"{SCALE} is {shown(scale)}, not a mean and a standard deviation")
+    if not isinstance(metadata.get(COMPARED, False), bool):
+        raise ValueError(f"{COMPARED} is {shown(metadata[COMPARED])}, not true or false")
     if not all(map(_is_size, _list_of(metadata, "end_ids"))):
         raise ValueError(f"end_ids is {shown(metadata['end_ids'])}, not a list of ids")
 

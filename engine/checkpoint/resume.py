@@ -7,6 +7,7 @@ damaged checkpoint is renamed, for a person to look at and not to be tried again
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from engine.checkpoint.folder import (
     tidy,
 )
 from engine.checkpoint.manifest import DamagedCheckpoint
+from engine.checkpoint.metadata import COMPARED
 from engine.checkpoint.read import CheckpointReader, read_manifest
 from engine.distributed.agree import Group, gather_json, rank_in, share_bytes, share_json, size_of
 from engine.errors import CheckpointError
@@ -95,6 +97,24 @@ def open_verified(path: Path, group: Group = None,
             raise CheckpointError(f"rank {rank}: {verdict['refusal']}")
     found = list(dict.fromkeys(problem for verdict in verdicts for problem in verdict["problems"]))
     return (None if found else reader), found
+
+
+def set_aside_uncompared(directory: Path) -> list[Path]:
+    """For a run whose copies were found to differ: what was saved since they were last known to be equal.
+
+    Every save compares, so there are such checkpoints only where another version wrote them.  Where none was compared,
+    none is better than the others, and all stay.
+
+    Returns:
+        Their names now.
+    """
+    suspect: list[Path] = []
+    for path in reversed(committed_steps(directory).values()):
+        with contextlib.suppress(CheckpointError, OSError):
+            if CheckpointReader(path).metadata.get(COMPARED):
+                return [set_aside(each) for each in suspect]
+        suspect.append(path)
+    return []
 
 
 def _shared_manifest(path: Path, group: Group) -> bytes:

@@ -38,7 +38,7 @@ class ParallelConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     # how many layers recompute, of each stage the first: one number for all stages, or one each; null: all layers
     recompute_layers: NonNegative | tuple[NonNegative, ...] | None = None
-    check_replicas_every: NonNegative = 0                    # steps between comparisons of what must be equal; 0: never
+    check_replicas_every: NonNegative = 0                    # steps between comparisons of copies; 0: at saves
     debug_collectives: bool = False                          # compare shapes and types over the ranks before each one
     reproducible: bool = False                               # one order of summation for every data-parallel size
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from engine.config.fields import Count, NameOf, NonNegative, Number, Positive, Section
+from engine.config.fields import Count, NameOf, NonNegative, Positive, Section, Signed
 from engine.config.phases import LOG, PHASES, phases_of
 
 OF_SAVES = ("disk_full", "stalled_writer")                   # they strike whichever save comes next, in no phase
@@ -16,12 +16,12 @@ OF_SAVES = ("disk_full", "stalled_writer")                   # they strike which
 class FaultConfig(Section):
     """A fault to inject: what, on which rank, in which step, when the phase begins (`engine.reliability.inject`)."""
 
-    kind: Literal["kill", "stop", "hang", "raise", "nan", "slow", "bit_flip", "network_drop", "clock_jump", "disk_full",
-                  "stalled_writer"]
+    kind: Literal["kill", "segfault", "exit", "terminate", "stop", "hang", "raise", "nan", "slow", "bit_flip",
+                  "network_drop", "clock_jump", "disk_full", "stalled_writer", "damage"]
     rank: NonNegative = 0
     step: NonNegative = 1                                    # counted from 1
     phase: Annotated[str, NameOf("phase", PHASES)] = "forward_backward"       # one that the run has
-    seconds: Number = 5.0                                    # of `slow`, `clock_jump`, `stalled_writer`
+    seconds: Signed = 5.0                                    # of `slow`, `clock_jump` (or back), `stalled_writer`
     steps: Count = 1                                         # in a row
     every_time: bool = False                                 # again when a restart comes by; else once in a run.dir
 
@@ -73,5 +73,6 @@ class ReliabilityConfig(Section):
     spike: SpikeConfig | None = SpikeConfig()                # null: nobody looks
     rewind: RewindConfig | None = RewindConfig()             # null: it gives up instead
     max_skips: NonNegative = 10                              # steps skipped in a row; more: rewind.  0: any number
+    straggler_factor: Annotated[Positive, Field(gt=1)] | None = 1.5      # own time of a step over the median rank's
     max_restarts_without_progress: NonNegative = 3           # of a job, by launch/*.sh, without another checkpoint
     inject: tuple[FaultConfig, ...] | None = None            # faults, to see what happens; or OCTANT_INJECT

@@ -10,6 +10,7 @@ it returns wrong sums without an error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.distributed.mesh import Axis
+from engine.distributed.waits import Timed
 
 # torch.distributed offers no public type for what an asynchronous collective returns across its versions.
 Work = Any
@@ -58,16 +60,26 @@ def _check(operation: str, x: Tensor, axis: Axis) -> None:
         raise CollectiveMismatch(f"the ranks of the {axis.name} axis do not agree on a collective:\n  {lines}")
 
 
+def started(work: Work, axis: Axis) -> Work:
+    """The handle of what was started along an axis; waiting for it counts as such."""
+    return work if work is None or axis.waits is None else Timed(work, axis.waits)
+
+
+def _now(call: Callable[[], Any], axis: Axis) -> Any:
+    """Calls what waits for the other ranks itself."""
+    return call() if axis.waits is None else axis.waits.during(call)
+
+
 def all_gather_into(out: Tensor, x: Tensor, axis: Axis) -> Work:
     """Starts filling `out` [size·n, …] with the ranks' `x` [n, …]; `x` may be this rank's part of `out`."""
     _check("all-gather", x, axis)
-    return DONE if axis.size == 1 else _all_gather_single(out, x, group=axis.group, async_op=True)
+    return DONE if axis.size == 1 else started(_all_gather_single(out, x, group=axis.group, async_op=True), axis)
 
 
 def reduce_scatter_into(out: Tensor, x: Tensor, axis: Axis) -> Work:
     """Starts summing this rank's part of `x` [size·n, …] into `out` [n, …], which may be that part of `x`."""
     _check("reduce-scatter", x, axis)
-    return DONE if axis.size == 1 else _reduce_scatter_single(out, x, group=axis.group, async_op=True)
+    return DONE if axis.size == 1 else started(_reduce_scatter_single(out, x, group=axis.group, async_op=True), axis)
 
 
 def all_reduce(x: Tensor, axis: Axis, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
@@ -76,14 +88,18 @@ def all_reduce(x: Tensor, axis: Axis, *, op: dist.ReduceOp.RedOpType = dist.Redu
     if axis.size == 1:
         return DONE
     _check("all-reduce", x, axis)
-    return dist.all_reduce(x, op=op, group=axis.group, async_op=asynchronous) or DONE
+    if asynchronous:
+        return started(dist.all_reduce(x, op=op, group=axis.group, async_op=True), axis)
+    return _now(lambda: dist.all_reduce(x, op=op, group=axis.group), axis) or DONE
 
 
 def broadcast(x: Tensor, axis: Axis, index: int, *, asynchronous: bool = False) -> Work:
     """Overwrites `x` with that of the rank at `index` along the axis."""
     if axis.size == 1:
         return DONE
-    return dist.broadcast(x, axis.ranks[index], group=axis.group, async_op=asynchronous) or DONE
+    if asynchronous:
+        return started(dist.broadcast(x, axis.ranks[index], group=axis.group, async_op=True), axis)
+    return _now(lambda: dist.broadcast(x, axis.ranks[index], group=axis.group), axis) or DONE
 
 
 def all_to_all_into(out: Tensor, x: Tensor, axis: Axis) -> Work:
@@ -92,13 +108,13 @@ def all_to_all_into(out: Tensor, x: Tensor, axis: Axis) -> Work:
         out.copy_(x)
         return DONE
     _check("all-to-all", x, axis)
-    return dist.all_to_all_single(out, x, group=axis.group, async_op=True)
+    return started(dist.all_to_all_single(out, x, group=axis.group, async_op=True), axis)
 
 
 def exchange(out: Tensor, x: Tensor, axis: Axis, received: list[int], sent: list[int]) -> None:
     """Sends `sent[i]` elements of the one-dimensional `x` to rank i; `out` gets `received[i]` from it, by rank."""
     if axis.size > 1:
-        dist.all_to_all_single(out, x, received, sent, group=axis.group)
+        _now(lambda: dist.all_to_all_single(out, x, received, sent, group=axis.group), axis)
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
@@ -156,8 +172,9 @@ def start_ring_shift(x: Tensor, axis: Axis, tag: int = 0) -> RingShift:
     x, arriving = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     _check("ring shift", x, axis)
     following, previous = axis.ranks[(axis.index + 1) % axis.size], axis.ranks[axis.index - 1]
-    return RingShift(arriving, dist.batch_isend_irecv([dist.P2POp(dist.isend, x, following, axis.group, tag),
-                                                       dist.P2POp(dist.irecv, arriving, previous, axis.group, tag)]))
+    works = dist.batch_isend_irecv([dist.P2POp(dist.isend, x, following, axis.group, tag),
+                                    dist.P2POp(dist.irecv, arriving, previous, axis.group, tag)])
+    return RingShift(arriving, [started(work, axis) for work in works])
 
 
 def my_part(x: Tensor, axis: Axis) -> Tensor:

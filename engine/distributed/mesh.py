@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 
 from engine.distributed.topology import Topology
+from engine.distributed.waits import NOT_ON_A_GPU, Waits
 from engine.errors import RequestError
 
 
@@ -45,6 +46,7 @@ class Axis:
         ranks: their numbers in the job.
         index: this rank's place among them.
         checked: collectives compare what the ranks bring before they run.
+        waits: counts the time in which this rank waits for others; None: nobody does.
         size: how many they are; a field, since every collective of every layer asks.
     """
 
@@ -53,6 +55,7 @@ class Axis:
     index: int
     group: dist.ProcessGroup | None
     checked: bool = False
+    waits: Waits | None = field(default=None, compare=False)
     size: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,6 +119,7 @@ class Job:
             checked: every collective first compares operation, shape and dtype over its ranks; slow, for debugging.
         """
         self.device, self.checked = torch.device(device), checked
+        self.waits = Waits(self.device)
         self._timeout = timedelta(seconds=timeout_seconds)
         self._groups: dict[tuple[str | None, tuple[int, ...]], dist.ProcessGroup | None] = {}
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -169,7 +173,9 @@ class Job:
                     dist.destroy_process_group(group)
 
     def _axis(self, name: str, ranks: tuple[int, ...]) -> Axis:
-        return Axis(name, ranks, ranks.index(self.rank), self._groups.get((self._backend(name), ranks)), self.checked)
+        waits = None if self.device.type == "cuda" and name in NOT_ON_A_GPU else self.waits
+        return Axis(name, ranks, ranks.index(self.rank), self._groups.get((self._backend(name), ranks)), self.checked,
+                    waits)
 
     def _create(self, name: str, ranks: tuple[int, ...]) -> None:
         """A step of the walk through all groups: creates this one where it is not there yet and has two members."""

@@ -39,7 +39,7 @@ def append_event(directory: Path, kind: str, step: int, detail: Mapping[str, Any
     Raises:
         OSError: it cannot be written.
     """
-    record = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "kind": kind, "step": step,
+    record = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds"), "kind": kind, "step": step,
               "rank": rank, "detail": dict(detail)}
     with (directory / EVENTS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -6,6 +6,9 @@
 A fault strikes as its phase begins, on one rank (`engine.config.reliability.FaultConfig`):
 
     kill              SIGKILL, as a machine that runs out of memory does
+    segfault          SIGSEGV, as a library that goes wrong does
+    exit              gone without a word, exit code 1
+    terminate         SIGTERM: a request to stop
     stop              SIGSTOP: the process is there and does nothing, no thread of it
     hang              the main thread waits for ever; others go on
     raise             an exception
@@ -16,6 +19,7 @@ A fault strikes as its phase begins, on one rank (`engine.config.reliability.Fau
     clock_jump        the time of day leaps by so many seconds
     disk_full         the save that this step begins, or the next one, finds no room on this rank
     stalled_writer    that save waits so many seconds on this rank
+    damage            a byte of the newest checkpoint is another on disk
 
 Which faults have struck is remembered in the run's folder, before they do, so that a restart that comes by the same
 step goes on; with `every_time` they strike again.
@@ -37,6 +41,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.checkpoint.folder import CHECKPOINTS, committed_steps
 from engine.config.reliability import OF_SAVES, FaultConfig
 from engine.metrics.events import append_event
 from engine.metrics.phases import Moment
@@ -84,7 +89,7 @@ class Injector:
         while name == "shard created" and self._at_next_save:
             fault = self._at_next_save.pop()
             if fault.kind == "stalled_writer":
-                time.sleep(fault.seconds)
+                time.sleep(max(0.0, fault.seconds))
             else:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (injected)")
 
@@ -162,6 +167,17 @@ def _small_weight(buckets: Sequence[Bucket]) -> Tensor:
                key=lambda weight: weight.numel()).flatten()
 
 
+def _damage(directory: Path) -> None:
+    """The byte in the middle of the largest file of the newest checkpoint, where there is one."""
+    for newest in list(committed_steps(directory / CHECKPOINTS).values())[-1:]:
+        with max(newest.iterdir(), key=lambda path: path.stat().st_size).open("r+b") as file:
+            middle = file.seek(0, os.SEEK_END) // 2
+            file.seek(middle)
+            [byte] = file.read(1)
+            file.seek(middle)
+            file.write(bytes([byte ^ 1]))
+
+
 def _flip(weight: Tensor) -> None:
     """A bit of its first element's mantissa."""
     words = weight.view(torch.int16 if weight.element_size() == 2 else torch.int32)
@@ -174,14 +190,18 @@ class Strike(Protocol):
 
 STRIKES: dict[str, Strike] = {
     "kill": lambda injector, fault: _signal_self(signal.SIGKILL),
+    "segfault": lambda injector, fault: _signal_self(signal.SIGSEGV),
+    "exit": lambda injector, fault: os._exit(1),
+    "terminate": lambda injector, fault: _signal_self(signal.SIGTERM),
     "stop": lambda injector, fault: _signal_self(signal.SIGSTOP),
     "hang": lambda injector, fault: _wait_for_ever(),
     "raise": lambda injector, fault: _raise(),
     "nan": lambda injector, fault: injector._nan(),
-    "slow": lambda injector, fault: time.sleep(fault.seconds),
+    "slow": lambda injector, fault: time.sleep(max(0.0, fault.seconds)),
     "bit_flip": lambda injector, fault: _flip(_small_weight(injector._buckets)),
     "network_drop": lambda injector, fault: _cut_connections(),
     "clock_jump": lambda injector, fault: _jump(fault.seconds),
     "disk_full": lambda injector, fault: injector._save_fault(fault),
     "stalled_writer": lambda injector, fault: injector._save_fault(fault),
+    "damage": lambda injector, fault: _damage(injector._directory),
 }

@@ -27,6 +27,7 @@ from engine.checkpoint.folder import CHECKPOINTS, committed_steps
 from engine.config import Config, load_config, resolve_layout
 from engine.errors import ConfigError, OctantError
 from engine.launching.local import LOST_PEER
+from engine.metrics.events import append_event
 from engine.reliability.wishes import DONE_FILE, STOP_FILE
 from engine.writing import write_whole
 
@@ -63,6 +64,8 @@ def after(config: Config, status: int, since: float) -> tuple[int, str]:
     if first is not None and first["exit_code"] == WRONG:
         return WRONG, said
     step = max(committed_steps(run_dir / CHECKPOINTS), default=0)
+    with contextlib.suppress(OSError):
+        append_event(run_dir, "failed", step, {"status": status, "what": said})
     failures, at = _budget(run_dir)
     failures = failures + 1 if step == at else 1
     with contextlib.suppress(OSError):                       # a full disk must not end it

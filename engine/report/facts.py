@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from engine.config import Config
 from engine.metrics.console import mfu_text
+from engine.metrics.goodput import account, text
 from engine.model.flops import count_parameters
 from engine.report.charts import number
 from engine.report.runs import Run
@@ -28,6 +31,8 @@ def facts(run: Run) -> dict[str, str]:
         "Throughput": f"{rounded(run.steady('tokens_per_second'))} tokens/s, "
                       f"{rounded(run.steady('step_seconds'))} s a step (medians)",
         "Utilisation": f"{rounded(run.steady('tflops_per_device'))} TFLOP/s per device, {mfu_text(run.steady('mfu'))}",
+        "Goodput": _goodput(run),
+        "Slow ranks": _slow(run),
         "Peak memory": "n/a" if peak_memory is None else f"{peak_memory / 2**30:.2f} GiB on rank 0",
         "Skipped updates": rounded(run.latest("skipped")),
         "Model": f"{model.num_layers} layers, hidden {model.hidden_size:,}, {model.num_heads} heads "
@@ -62,6 +67,26 @@ def _duration(run: Run) -> str:
     if not run.starts or run.last_written is None:
         return steps or "n/a"
     return f"{_time((run.last_written - run.starts[0].time).total_seconds())}" + f", {steps}" * bool(steps)
+
+
+def _goodput(run: Run) -> str:
+    """Of all starts, up to the last record."""
+    found = next((seconds for each in reversed(run.records) if (seconds := account(each)) is not None), None)
+    return "n/a" if found is None else text(found).removeprefix("goodput ")
+
+
+def _slow(run: Run) -> str:
+    """Ranks whose own time stood out, and how often."""
+    factor = run.config.reliability.straggler_factor or math.inf
+    ratios = [(each["slowest_rank"], each["slowest_seconds"] / each["own_seconds"]) for each in run.records
+              if each.get("own_seconds") and each.get("slowest_seconds") is not None]
+    slow: dict[int, list[float]] = {}
+    for rank, ratio in ratios:
+        if ratio > factor:
+            slow.setdefault(rank, []).append(ratio)
+    often = sorted(slow.items(), key=lambda entry: -len(entry[1]))[:4]
+    return "; ".join(f"rank {rank} in {len(found):,} of {len(ratios):,} records, up to {max(found):.1f} × the median's"
+                     for rank, found in often) or ("none" if ratios else "n/a")
 
 
 def _software(run: Run) -> str:

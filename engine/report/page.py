@@ -133,6 +133,7 @@ def _tiles(run: Run) -> str:
         "tokens": rounded(run.latest("tokens")),
         "tokens/s": rounded(run.steady("tokens_per_second")),
         "TFLOP/s a device": rounded(run.steady("tflops_per_device")),
+        "goodput": "n/a" if (goodput := run.latest("goodput")) is None else f"{goodput:.1%}",
         "MFU (causal)": mfu_text(run.steady("mfu")).removeprefix("MFU ").removesuffix(" (causal)"),
     }
     cards = (f'<div class="card tile"><span class="muted">{name}</span><b>{value}</b></div>'

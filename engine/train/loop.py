@@ -40,7 +40,6 @@ from engine.metrics.throughput import throughput
 from engine.model.flops import flops_per_token
 from engine.optim.gradients import clip_divisor, sum_over_world
 from engine.optim.schedule import LearningRates
-from engine.parallel.replicas import check_replicas
 from engine.reliability.spikes import SPIKES, SpikeMonitor
 from engine.train.batches import Loader, noisy
 from engine.train.corpora import Corpora
@@ -82,7 +81,7 @@ class Trainer(Running):
     def __post_init__(self) -> None:
         config = self.config
         self.hooks = (
-            Hook("check_replicas", self._check_replicas, every=config.parallel.check_replicas_every),
+            Hook("check_replicas", self._compare_replicas, every=config.parallel.check_replicas_every),
             Hook("evaluate", self._evaluate, every=config.eval.every if self.corpora.valid else 0,
                  when=lambda step: self._is_last(step) and self._measures_scores()),
             Hook("log", self._log, when=lambda _: bool(self.row)),
@@ -216,9 +215,6 @@ class Trainer(Running):
         speed = throughput(self.places / taken.steps, seconds, flops, self.mesh.world.size, peak)
         split = OF_CORPORA.timing(taken.by_phase, taken.steps)
         return {"step_seconds": seconds, **speed.record(), **split}
-
-    def _check_replicas(self) -> None:
-        check_replicas(self.state.model, self.state.step)
 
     def _evaluate(self) -> None:
         assert self.corpora.valid is not None

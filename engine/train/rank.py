@@ -110,7 +110,8 @@ def _run(trainer: Running, directory: Path, stamped: bool, doctor_report: str, n
             if finished:
                 with writing(directory):
                     write_whole(directory / DONE_FILE, f"{trainer.state.step}\n")
-            trainer.journal.incident("end", trainer.state.step, {"finished": finished})
+            trainer.journal.incident("end", trainer.state.step, {"finished": finished, "goodput": trainer.account()})
+            trainer.journal.note(trainer.tools.goodput.text())
             _say_goodbye(trainer.journal, config, finished)
         elif not stamped:
             _sign(mesh, f"ends at step {trainer.state.step}")

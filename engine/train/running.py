@@ -11,12 +11,15 @@ journal, and saves.  What a step is, and what a checkpoint holds besides tensors
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.folder import CHECKPOINTS
+from engine.checkpoint.metadata import COMPARED
+from engine.checkpoint.resume import set_aside_uncompared
 from engine.checkpoint.write import CheckpointWriter, SaveReport
 from engine.config import Config
 from engine.config.phases import phases_of
@@ -24,10 +27,13 @@ from engine.distributed.mesh import Mesh
 from engine.errors import WorkerError
 from engine.kernels.table import Operations
 from engine.metrics.console import Console
+from engine.metrics.goodput import Goodput
 from engine.metrics.phases import Phases, Taken
 from engine.metrics.sinks import open_sinks
 from engine.parallel.data.buckets import Bucket
+from engine.parallel.replicas import ReplicasDiffer, differences, require_equal
 from engine.reliability.inject import Injector
+from engine.reliability.stragglers import Stragglers
 from engine.reliability.wishes import Wishes
 from engine.train.garbage import collected_on_schedule
 from engine.train.hooks import Hook
@@ -45,12 +51,15 @@ class Tools:
     Attributes:
         journal: where progress goes; mute but on rank 0.
         wishes: what people ask for by files; on rank 0.
+        goodput: the account of the run's time, as rank 0 keeps it.
     """
 
     writer: CheckpointWriter
     journal: Journal
     profiler: StepProfiler
     wishes: Wishes
+    stragglers: Stragglers = field(default_factory=lambda: Stragglers(None, None))
+    goodput: Goodput = field(default_factory=Goodput)
 
     @staticmethod
     def of(config: Config, mesh: Mesh, step: int, buckets: Sequence[Bucket], phases: Phases, stamped: bool,
@@ -70,8 +79,9 @@ class Tools:
         injector = Injector(faults, mesh.rank, directory, buckets, phases_of(config.run.objective).in_step[0])
         writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_,
                                   mesh.world.group, milestones=config.checkpoint.keep_every, on_point=injector.at_point)
-        journal = Journal()
+        journal, goodput = Journal(), Goodput()
         if mesh.rank == 0:
+            goodput = Goodput.going_on(directory, step)
             with writing(directory):
                 sinks = open_sinks(config, directory, step)
             journal = Journal(Console(config.steps, first_step=step, stamped=stamped), sinks, directory)
@@ -83,7 +93,8 @@ class Tools:
             phases.listeners.append(injector)
         if config.profile.steps and mesh.rank in config.profile.ranks:
             phases.listeners.append(profiler)
-        return Tools(writer, journal, profiler, Wishes(directory))
+        stragglers = Stragglers(config.reliability.straggler_factor, mesh.world.group)
+        return Tools(writer, journal, profiler, Wishes(directory), stragglers, goodput)
 
 
 @dataclass(kw_only=True)
@@ -154,7 +165,7 @@ class Running(ABC):
             self.journal.note(f"nothing to do: step {self.state.step} of {self.config.steps} is done; raise `steps`")
         with collected_on_schedule() as collect:
             while self.state.step < self.config.steps and not self.verdict.stop:
-                with self.phases.step(self.state.step + 1):
+                with self.phases.step(self.state.step + 1), self._counting_waits():
                     self._step()
                 for hook in self.hooks:
                     if hook.due(self.state.step):
@@ -180,20 +191,63 @@ class Running(ABC):
     def _log(self) -> None:
         """Completes the record and hands it out."""
         if "lr" in self.row:                             # of a step, not of an evaluation alone
-            self.row |= self._speed(self.phases.taken())
+            taken = self.phases.taken()
+            self.row |= self._speed(taken) | self._pace(taken)
         self.journal.log(self.row)
         self.row = {}
 
+    @contextmanager
+    def _counting_waits(self) -> Iterator[None]:
+        """Within it, the time in which this rank waits for others is counted."""
+        if (waits := self.mesh.world.waits) is None:
+            yield
+            return
+        waits.on = True
+        yield
+        waits.on = False
+
+    def _pace(self, taken: Taken) -> dict[str, float]:
+        """Who was slow, and where the time went; every rank must call this."""
+        waits, stragglers = self.mesh.world.waits, self.tools.stragglers
+        waited = 0.0 if waits is None else waits.taken() / taken.steps
+        pace = stragglers.compare(taken.in_steps / taken.steps, waited)
+        if pace.newly:
+            self.journal.incident("straggler", self.state.step, {"ranks": list(pace.newly), **pace.record()},
+                                  stragglers.words(pace))
+        return pace.record() | self.tools.goodput.record(taken, pace.waiting * taken.steps)
+
     def _save(self) -> None:
         self.wishes.saving()
-        self.writer.save(self.state.step, self.state.pieces(), self._metadata())
+        self._compare_replicas()
+        self.writer.save(self.state.step, self.state.pieces(), self._metadata() | {COMPARED: True})
         self.saved_step = self.state.step
+
+    def _compare_replicas(self) -> None:
+        """Ends the run on every rank, before anything is saved, where copies of its state are none any more.
+
+        Raises:
+            ReplicasDiffer: the next start goes on from the newest checkpoint whose copies were equal.
+        """
+        found = [line for each in self.state.roles if each.model is not None and each.optimizer is not None
+                 for line in differences(each.model, each.optimizer.moments)]
+        try:
+            require_equal(found, self.state.step, self.mesh.world)
+        except ReplicasDiffer as error:
+            self._report_saves(self.writer.wait())
+            if self.mesh.rank == 0:
+                set_aside_uncompared(self.writer.directory)
+            self.journal.incident("replicas", self.state.step, {"what": str(error)})
+            raise
 
     def _finish(self) -> None:
         """Saves the state where the latest save is of an earlier one."""
         if self.saved_step != self.state.step:
             self._save()
         self._report_saves(self.writer.wait(), last=True)
+
+    def account(self) -> dict[str, float]:
+        """Where the time went up to now, over all starts of the run; on rank 0."""
+        return self.tools.goodput.record(self.phases.taken(), 0.0)
 
     def _report_saves(self, reports: Sequence[SaveReport], last: bool = False) -> None:
         for report in reports:

@@ -29,7 +29,7 @@ from engine.distributed.topology import Topology
 CONTEXT = mp.get_context("forkserver")
 # Imported once, in the process that the others are forked from: a second and a half each, and their memory is shared.
 CONTEXT.set_forkserver_preload(["torch.distributed", "engine.parallel.parallelize", "engine.optim.adamw",
-                               "engine.rl.start"])
+                               "engine.train.rank", "engine.rl.start"])
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:

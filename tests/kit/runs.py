@@ -139,6 +139,19 @@ def start(*arguments: object, module: bool = True, **options: Any) -> subprocess
                             **options)
 
 
+def launch(config: Config, **environment: str) -> subprocess.Popen[str]:
+    """`launch/train.sh` on this machine, which starts a run again until it is done."""
+    folder = Path(config.run.dir)
+    path = write_config(config, folder.with_name(folder.name + ".yaml"))
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")
+                 and not name.startswith("SLURM_")}
+    return subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "train.sh"), str(path)], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True, env=inherited | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": str(config.parallel.world_size)} | environment)
+
+
 def await_true(condition: Callable[[], object], what: str, process: subprocess.Popen[str] | None = None) -> None:
     """Waits until `condition` holds; fails when `process` ends before that, or after a minute."""
     deadline = time.monotonic() + 60

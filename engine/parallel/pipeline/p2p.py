@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.distributed.collectives import Work
+from engine.distributed.collectives import Work, started
 from engine.distributed.mesh import Axis
 from engine.schedules.action import Action, Kind
 
@@ -31,7 +31,7 @@ class Messenger:
         self._sending = [(work, kept) for work, kept in self._sending if not work.is_completed()]
         tensor = tensor.contiguous()
         work = dist.isend(tensor, self.axis.ranks[stage], group=self.axis.group, tag=self._tag(action))
-        self._sending.append((work, tensor))
+        self._sending.append((started(work, self.axis), tensor))
 
     def receive(self, action: Action, stage: int, shape: tuple[int, int]) -> tuple[Tensor, Work]:
         """Posts a receive; the tensor is valid after the handle's `wait`.
@@ -41,7 +41,8 @@ class Messenger:
         """
         length, rows = shape
         buffer = torch.empty(length // self.parts, rows, self.width, dtype=self.dtype, device=self.device)
-        return buffer, dist.irecv(buffer, self.axis.ranks[stage], group=self.axis.group, tag=self._tag(action))
+        work = dist.irecv(buffer, self.axis.ranks[stage], group=self.axis.group, tag=self._tag(action))
+        return buffer, started(work, self.axis)
 
     def wait_sent(self) -> None:
         """Returns when everything has left."""
