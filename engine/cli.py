@@ -150,6 +150,8 @@ def _plan(p: Parser) -> None:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as parallel.zero=3")
     p.add_argument("--gpus", metavar="N[,N…]", help="processes (default: as parallel.data says, or a node)")
     p.add_argument("--gpu", metavar="NAME", help="device, such as h100-sxm (default: of the first lines of CONFIG)")
+    p.add_argument("--calibrate", nargs="+", default=[], metavar="FILE",
+                   help="figures of the device from what octant bench mfu and octant bench network measured (--json)")
     p.add_argument("--search", action="store_true", help="find the fastest layouts that fit")
     p.add_argument("--tokens", metavar="T", help="length of the run, such as 1.4T, instead of the configuration's")
     p.add_argument("--budget", metavar="C", help="the best model and tokens for so many operations, such as 1e21")
@@ -200,10 +202,10 @@ def _schedule(p: Parser) -> None:
 
 
 def _bench(p: Parser) -> None:
-    p.add_argument("action", metavar="WHAT", choices=("mfu", "matmul", "kernels", "step"),
-                   help="mfu: steps of a job, any layout on any processes; matmul: the speed of plain matrix products; "
-                        "kernels: every implementation of every operation; step: a training step beside peers, and "
-                        "where its time goes")
+    p.add_argument("action", metavar="WHAT", choices=("mfu", "network", "matmul", "kernels", "step"),
+                   help="mfu: steps of a job, any layout on any processes; network: messages and collectives, and the "
+                        "slow pair; matmul: the speed of plain matrix products; kernels: every implementation of every "
+                        "operation; step: a training step beside peers, and where its time goes")
     p.add_argument("rest", nargs=argparse.REMAINDER, metavar="…", help="options of that benchmark; try --help after it")
 
 

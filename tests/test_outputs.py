@@ -52,6 +52,7 @@ WRITING = [  # a command, and the files it would write
     ("schedule 1f1b --stages 2 --microbatches 4 --svg out.svg", ("out.svg",)),
     ("plan CONFIG --schedule-svg out.svg", ("out.svg",)),
     ("bench matmul --json out.json --repeats 1 --size 8", ("out.json",)),
+    ("bench network --json out.json --markdown out.md", ("out.json", "out.md")),
     ("bench mfu CONFIG --json out.json --markdown out.md --svg out.svg", ("out.json", "out.md", "out.svg")),
     ("demo --dir out", ("out/notes.txt", "out/demo.yaml")),
 ]

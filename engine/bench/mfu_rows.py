@@ -36,10 +36,16 @@ GIB = 2**30
 
 def identity(config: Config, device: str) -> str:
     """Of a row: equal for equal jobs on equal devices."""
-    values = config.to_dict()
-    said = {name: values[name] for name in SECTIONS} | {"device": device, "objective": config.run.objective,
-                                                        "data": [config.data.seq_len, config.data.document_mask]}
+    said = _measured_of(config) | {"device": device}
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _measured_of(config: Config) -> dict[str, Any]:
+    """Of a configuration what a step's time depends on: enough to plan the same job."""
+    values = config.to_dict()
+    return {name: values[name] for name in SECTIONS} | {
+        "run": {"objective": config.run.objective},
+        "data": {"seq_len": config.data.seq_len, "document_mask": config.data.document_mask}}
 
 
 def row_of(config: Config, device: str, nodes: int, peak: float | None, measured: Measured,
@@ -73,7 +79,8 @@ def _head(config: Config, device: str, nodes: int) -> Row:
     model = config.model
     return {"job": identity(config, device), "world": config.parallel.world_size, "nodes": nodes, "gpu": device,
             "model": f"{model.num_layers} × {model.hidden_size}", "seq_len": config.data.seq_len,
-            "global_batch": config.batch.global_, "layout": layout_of(config), "words": words(config)}
+            "global_batch": config.batch.global_, "layout": layout_of(config), "words": words(config),
+            "config": _measured_of(config)}
 
 
 def _predicted(planned: Planned) -> Row:

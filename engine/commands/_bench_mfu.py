@@ -21,6 +21,7 @@ from engine.config import Config, load_config, resolve_layout
 from engine.distributed.environment import LaunchEnvironment, launch_environment, tune_gpu
 from engine.errors import ConfigError, RequestError
 from engine.launching.local import RankFailure, run_as_rank
+from engine.plan.calibrate import calibrated
 from engine.plan.devices import Device, device, device_of_driver
 from engine.plan.job import Planned
 from engine.plan.memory import SLACK, gib
@@ -72,6 +73,7 @@ def _options() -> Parser:
     parser.add_argument("--weak-of", type=int, metavar="N", help="batch.global is for N processes: take the share of "
                                                                  "as many as there are")
     parser.add_argument("--gpu", metavar="NAME", help="device of the plan (default: the one that is there)")
+    parser.add_argument("--calibrate", nargs="+", default=[], type=Path, metavar="FILE", help="as of octant plan")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows; those in it are not measured again")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the time by cause")
@@ -204,7 +206,8 @@ def _on_this_rank(asked: argparse.Namespace, configs: Sequence[Config], launched
 def _device(asked: argparse.Namespace, name: str, launched: LaunchEnvironment) -> Device | None:
     """What the plan is for: as many to a node as there are."""
     found = device_of_driver(name) if asked.gpu is None else device(asked.gpu)
-    return None if found is None else replace(found, per_node=launched.local_world_size)
+    return None if found is None else replace(calibrated(found, asked.calibrate).device,
+                                              per_node=launched.local_world_size)
 
 
 def _require_fit(config: Config, on: Device | None, memory: int | None) -> None:

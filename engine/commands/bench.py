@@ -16,7 +16,7 @@ BENCHMARKS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType({
     "step": step.run,
 })
 # Those that take a job's processes.
-DISTRIBUTED: Mapping[str, str] = MappingProxyType({"mfu": "_bench_mfu"})
+DISTRIBUTED: Mapping[str, str] = MappingProxyType({"mfu": "_bench_mfu", "network": "_bench_network"})
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from engine.errors import RequestError
 from engine.hints import hint
 from engine.parallel.pipeline.timeline import timeline
 from engine.plan import search as searching
+from engine.plan.calibrate import calibrated
 from engine.plan.devices import Device, device, device_named_in
 from engine.plan.job import Planned
 from engine.plan.roles import PlannedRoles, actor_of, roles_summary
@@ -126,8 +127,12 @@ def _lengthened(config: Config, tokens: str | None) -> Config:
 
 
 def _device(args: argparse.Namespace) -> Device:
-    """The one asked for, else the one that the configuration's first lines name."""
-    return device(args.gpu or device_named_in(args.config) or DEFAULT_DEVICE)
+    """The one asked for, else the one that the configuration's first lines name; with measured figures."""
+    listed = device(args.gpu or device_named_in(args.config) or DEFAULT_DEVICE)
+    found = calibrated(listed, [Path(name) for name in args.calibrate])
+    for line in found.said if not args.json else ():
+        print(f"calibrated with {line}")
+    return found.device
 
 
 def _compare(args: argparse.Namespace, loaded: Config, sizes: list[int], on: Device) -> int:

@@ -9,7 +9,8 @@ a device's links inside a node in one direction, and of its share of the network
                          DGX H100: 400 Gb/s for each GPU
     b200                 NVIDIA DGX B200 data sheet: 2,250 (FP8 4,500) TFLOP/s, 8 TB/s, NVLink 1.8 TB/s, 400 Gb/s
     rtx-4090             NVIDIA Ada whitepaper: 165 (FP8 330) TFLOP/s, 1,008 GB/s; PCIe 4 × 16, 32 GB/s
-    cpu                  none: figures of a core of a recent server, not of yours
+    cpu                  none: figures of a core of a recent server, not of yours; the host is the device, so that
+                         what starting a kernel takes is in what a kernel takes
 
 What is reached are a few numbers for each device, `Reached`: shares of the peaks that the largest products and streams
 attain, the size at which half of that is lost, what a kernel costs however small, and the latency of a message.  They
@@ -72,6 +73,7 @@ class Device:
         link: to the others of its node, one direction.
         network: its share of the node's network.
         per_node: devices of a node.
+        off_by: of figures that were measured: by how much they miss their own measurements, on average.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Device:
     network: float
     per_node: int = 8
     reached: Reached = field(default=Reached())
+    off_by: float | None = None
 
 
 def _gpu(name: str, gib: float, bf16: float, fp8: float, fp32: float, bandwidth: float, link: float, gbit: float,
@@ -105,7 +108,8 @@ DEVICES = MappingProxyType({device.name: device for device in (
     _gpu("h200", 139.8, 989, 1979, 67, 4800, 450, 400, **H100),
     _gpu("b200", 178.3, 2250, 4500, 80, 8000, 900, 400, **B200),
     _gpu("rtx-4090", 23.5, 165, 330, 82.6, 1008, 32, 100),
-    replace(_gpu("cpu", 16, 0.1, 0, 0.05, 10, 2, 10, kernel=2e-5, latency=1e-4, far=1e-4), per_node=64),
+    replace(_gpu("cpu", 16, 0.1, 0, 0.05, 10, 2, 10, kernel=4e-5, dispatch=0.0, dispatch_collective=0.0,
+                 latency=1e-4, far=1e-4), per_node=64),
 )})
 
 DRIVERS = MappingProxyType({"a100": "a100-80g", "h100": "h100-sxm", "h200": "h200", "b200": "b200", "4090": "rtx-4090"})

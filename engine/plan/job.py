@@ -56,8 +56,9 @@ class Planned:
 
     @property
     def error(self) -> float:
-        """What predictions of runs like this one were off by, on average."""
-        return relative_error(self.device.name, self.world)
+        """What predictions of runs like this one were off by, on average; of a calibrated device, of its own runs."""
+        known = self.device.off_by
+        return relative_error(self.device.name, self.world) if known is None else known
 
     def record(self) -> dict[str, Any]:
         """The object of `octant plan --json`."""
