@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.config import Config
 from engine.plan.devices import Device
-from engine.plan.error import relative_error
+from engine.plan.error import memory_error, relative_error
 from engine.plan.stages import StageMemory, all_stages
 from engine.plan.step import StepTime, step_time
 
@@ -69,7 +69,7 @@ class Planned:
                         "optimizer": round(it.state.optimizer), "activations": round(it.activations),
                         "workspace": round(it.workspace), "total": round(it.total)} for it in self.stages],
             "fits": self.fits, "needed_bytes": round(self.fullest.needed), "device_bytes": round(self.device.memory),
-            "largest_term": {"name": name, "bytes": round(size)},
+            "needed_error": memory_error(self.device.name), "largest_term": {"name": name, "bytes": round(size)},
             "step_seconds": self.time.seconds, "step_seconds_error": self.error, "mfu": self.time.mfu,
             "mfu_full": self.time.mfu_full, "bubble": self.time.bubble,
             "tokens_per_second": self.time.tokens_per_second, "days": self.days, "breakdown": self.time.breakdown}

@@ -207,21 +207,24 @@ class _Walk:
     def reducing(self, units: list[Unit], now: int) -> dict[str, float]:
         """Gradient buckets that fill or are on their way: two at a time, besides the one that fills."""
         parallel = self.config.parallel
-        alone = parallel.data_size * parallel.context == 1
-        narrow = 2 if self.config.precision.grad_reduce == "bf16" and not alone else 0
+        ranks, several = parallel.data_size * parallel.context, self.config.num_microbatches > 1
+        narrow = 2 if self.config.precision.grad_reduce == "bf16" and ranks > 1 else 0
         per_element = (FP32 if parallel.zero >= 2 else 0) + narrow
-        if not per_element or (parallel.zero < 2 and not parallel.reproducible and now > 0 and
-                               self.config.num_microbatches > 1 and not narrow):
-            return {}
-        filled, live = sum(_elements(unit) for unit in units[now:]), 0.0
+        filled, full = sum(_elements(unit) for unit in units[now:]), 0
         seen: list[int] = []
+        complete: list[int] = []
         for size in self.state.buckets:
-            if filled <= 0:
-                break
-            seen.append(size)
-            filled -= size
-        live = sum(sorted(seen[-4:])[-3:])
-        return {"gradient buckets": live * per_element}
+            full += size
+            if full - size < filled:
+                seen.append(size)
+            if several or full <= filled or now == 0:            # those of the microbatch before wait for their turn
+                complete.append(size)
+        if not per_element or (parallel.zero < 2 and not parallel.reproducible and now > 0 and several and not narrow):
+            seen = []
+        live = _most_of_three(seen) * per_element
+        if parallel.reproducible and ranks > 1:                  # everybody's of this shard, to be added in one order
+            live += _most_of_three(complete) * (narrow or FP32) * (1 if parallel.zero else ranks)
+        return {"gradient buckets": live} if live else {}
 
 
 class _Mail:
@@ -263,6 +266,11 @@ def _lowered(schedule: str, stages: int, microbatches: int, chunks: int) -> tupl
 def stage_program(schedule: str, stages: int, microbatches: int, chunks: int, stage: int) -> Program:
     """What the executor of a stage is given: a receive is posted before the computation in front of it."""
     return hoist_receives(_lowered(schedule, stages, microbatches, chunks)[stage])
+
+
+def _most_of_three(sizes: list[int]) -> int:
+    """Of buckets in the order in which they are reduced."""
+    return sum(sorted(sizes[-4:])[-3:])
 
 
 def _elements(unit: Unit) -> int:

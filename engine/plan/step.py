@@ -85,8 +85,11 @@ def step_time(config: Config, device: Device, practice: Practice = OCTANT, *, ro
     elapsed = _roughly if roughly else _elapsed
     pipeline = elapsed(config, lambda action: chunks[action.chunk].of(action.kind) + _waits(
         action, placement, message, practice), 0.0 if not practice.data_hidden else message)
+    pipeline += _informing(config, chunks, placement)
     count = config.num_microbatches
     total = sum((chunks[chunk].all for chunk in mine), Pass()) * count
+    if refers_live(config):
+        total += sum((chunks[chunk].forward for chunk in mine), Pass()) * count
     waiting = 0.0 if practice.data_hidden else message * crossing / 2 * count
     after, update = _after(config, clock, stage_state(config, 0, even=practice.deals_evenly), chunks[mine[0]])
     seconds = pipeline + after + update
@@ -99,6 +102,21 @@ def step_time(config: Config, device: Device, practice: Practice = OCTANT, *, ro
         return tokens * flops_per_token(config.model, config.data.seq_len, attention, config.adapter) / peak
 
     return StepTime(seconds, breakdown, mfu("causal"), mfu("full"), tokens)
+
+
+def refers_live(config: Config) -> bool:
+    """Whether the model without its adapter says in every step what it thinks of the answers."""
+    return config.run.objective == "dpo" and config.dpo.reference == "live"
+
+
+def _informing(config: Config, chunks: list[_ChunkCost], placement: tuple[int, ...]) -> float:
+    """Of a live reference: forward passes of all microbatches before the step's own, at the slowest stage's pace."""
+    if not refers_live(config):
+        return 0.0
+    work = [0.0] * config.parallel.pipeline
+    for chunk, stage in enumerate(placement):
+        work[stage] += chunks[chunk].forward.total
+    return config.num_microbatches * max(work) + sum(work) - max(work)
 
 
 def _chunk_costs(config: Config, clock: Clock) -> list[_ChunkCost]:

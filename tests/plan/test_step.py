@@ -76,3 +76,11 @@ def test_devices_name_themselves(tmp_path: Path) -> None:
     head.write_text("# for 8 × H100-SXM, or more\nmodel: {preset: tiny}   # a100-80g\n")
     assert device_named_in(str(head)) == "h100-sxm" and device_named_in("llama-65b") is None
     assert relative_error("a100-40g", 8) == relative_error("a100-80g", 8) < relative_error("cpu", 1)
+
+
+def test_a_live_reference_is_one_more_forward_pass() -> None:
+    sections: dict[str, Any] = {"adapter": {"rank": 2}, "run": {"objective": "dpo"}, "parallel": {"pipeline": 2}}
+    cached, live = (step_time(tiny_config(**sections, dpo={"reference": how}), device("a100-80g"))
+                    for how in ("cached", "live"))
+    assert 1.1 < live.seconds / cached.seconds < 1.5
+    assert sum(live.breakdown.values()) == pytest.approx(live.seconds)
