@@ -9,6 +9,7 @@ The gradient with respect to this rank's logits is again local:
 
     softmax − onehot = softmax(z_rank) · exp(lse(z_rank) − lse(z)) − [t mine]
 
+lse(z) = log Z comes out beside the loss, for losses that keep it small (z-loss); its gradient is the first term alone.
 so the softmax over this rank's columns is computed once, kept instead of the logits, and turned into the gradient in
 place.  Columns beyond `num_valid` are padding: they take no part, and their gradient is zero.  All of it is in fp32.
 """
@@ -29,13 +30,13 @@ Gather = Callable[[Tensor], Tensor]
 
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor, *, first: int = 0, num_valid: int | None = None,
-                            gather: Gather | None = None) -> Tensor:
-    """Plain torch; arguments and result as of `cross_entropy`."""
+                            gather: Gather | None = None) -> tuple[Tensor, Tensor]:
+    """Plain torch; arguments and results as of `cross_entropy`."""
     wide = logits[..., :num_valid].flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     local = targets.flatten() - first
     mine = (local >= 0) & (local < wide.shape[1])
     if gather is None and num_valid is None:
-        return F.cross_entropy(wide, local, reduction="none").view(targets.shape)
+        return F.cross_entropy(wide, local, reduction="none").view(targets.shape), wide.logsumexp(1).view(targets.shape)
     if not wide.shape[1]:                        # a rank whose columns are all padding: its logits take no part
         wide = F.pad(logits[..., :0].flatten(0, -2).to(wide.dtype), (0, 1), value=float("-inf"))
     lse = wide.logsumexp(1)
@@ -43,11 +44,10 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor, *, first: int = 0, 
     own = torch.stack((lse, target_logit)).detach()
     everyone = own.unsqueeze(0) if gather is None else gather(own)
     total = everyone[:, 0].logsumexp(0)
-    value = total - everyone[:, 1].sum(0)
     # Only what this rank's logits contribute is differentiated: ∂lse/∂lse_rank is its share of the sum of exponentials.
     share = (own[0] - total).exp()
-    change = torch.where(share > 0, share * (lse - own[0]), 0.0) - (target_logit - own[1])
-    return (value + change).view(targets.shape)
+    log_z = total + torch.where(share > 0, share * (lse - own[0]), 0.0)
+    return (log_z - everyone[:, 1].sum(0) - (target_logit - own[1])).view(targets.shape), log_z.view(targets.shape)
 
 
 class Columns(NamedTuple):
@@ -115,28 +115,32 @@ def whole_width(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, num_valid: int, gather: Gather | None) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, num_valid: int,
+                gather: Gather | None) -> tuple[Tensor, Tensor]:
         own = of_columns(logits.flatten(0, -2)[:, :num_valid], targets, first)
         lse, target_logit, _ = over_ranks(torch.stack((own.lse, own.target_logit)), gather)
         ctx.save_for_backward(own.softmax, (own.lse - lse).exp_(), own.column, own.mine)
         ctx.logits_shape, ctx.logits_dtype = logits.shape, logits.dtype
-        return (lse - target_logit).view(targets.shape)
+        ctx.set_materialize_grads(False)
+        return (lse - target_logit).view(targets.shape), lse.view(targets.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         softmax, share, index, mine = ctx.saved_tensors
-        scale = grads[0].flatten().to(softmax.dtype)
+        of_loss, of_log_z = (None if grad is None else grad.flatten().to(softmax.dtype) for grad in grads)
+        scale = torch.zeros_like(share) if of_loss is None else of_loss
+        of_both = scale if of_log_z is None else scale + of_log_z
         # in place: the logits' gradient is the one buffer of their size that this step allocates.  A second backward
         # pass through the same graph is refused by autograd, which sees that a saved tensor has changed.
-        grad = softmax.mul_(scale.mul(share).unsqueeze(1))
+        grad = softmax.mul_(of_both.mul(share).unsqueeze(1))
         if grad.shape[1]:
             grad.scatter_add_(1, index, torch.where(mine, -scale, 0.0).unsqueeze(1))
         return whole_width(grad, ctx.logits_shape, ctx.logits_dtype), None, None, None, None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, first: int = 0, num_valid: int | None = None,
-                  gather: Gather | None = None) -> Tensor:
-    """Loss per token, in fp32, shaped like `targets`.
+                  gather: Gather | None = None) -> tuple[Tensor, Tensor]:
+    """Loss per token, and the logarithm of the softmax's denominator; fp32 and shaped like `targets`, both.
 
     Args:
         logits: [..., columns] this rank's columns of the vocabulary.

@@ -57,7 +57,7 @@ class Operations:
     rope: Callable[..., tuple[Tensor, Tensor, Tensor]] = split_and_rotate
     swiglu: Callable[[Tensor], Tensor] = swiglu
     relu2: Callable[[Tensor], Tensor] = relu2
-    cross_entropy: Callable[..., Tensor] = cross_entropy
+    cross_entropy: Callable[..., tuple[Tensor, Tensor]] = cross_entropy
     log_probs: Callable[..., tuple[Tensor, Tensor]] = log_probs_and_entropy
     linear: Callable[..., Tensor] = linear
     weight_gradient: Callable[..., None] = add_product

@@ -22,7 +22,7 @@ from engine.data.tokenizer_identity import END_OF_DOCUMENT, TOKENIZER
 from engine.errors import CheckpointError
 from engine.reading import shown
 
-HARMLESS = frozenset({"model.max_seq_len"})
+HARMLESS = frozenset({"model.max_seq_len", "model.init_std", "model.init_output"})
 # What a run that takes the weights and nothing else may change.
 STRETCHABLE = HARMLESS | {"model.rope_theta", "model.rope_scaling", "model.norm_eps"}
 # A score in place of the language model's head is new; what is left out with that may have been the embedding.

@@ -72,6 +72,8 @@ class ModelConfig(Section):
     qkv_bias: bool = False
     attention_bias: bool = False                             # on q, k, v and the projection behind attention
     mlp_bias: bool = False
+    init_std: Rate | Literal["small"] = 0.02                 # of matrices at the start; small: √(2 / 5·hidden_size)
+    init_output: Literal["depth", "plain", "wang"] = "depth"         # of those behind each half, see residual_init_std
     head: Literal["language_model", "score"] = "language_model"      # score: one number per token (reward, critic)
 
     @model_validator(mode="after")

@@ -70,6 +70,7 @@ class ReliabilityConfig(Section):
 
     watchdog: WatchdogConfig | None = WatchdogConfig()       # null: only the collectives' timeout of ten minutes
     on_nonfinite: Literal["skip", "stop"] = "skip"           # a gradient that is not finite: stop gives up at once
+    max_grad_norm: Positive | None = None                    # a step whose gradient is larger changes nothing
     spike: SpikeConfig | None = SpikeConfig()                # null: nobody looks
     rewind: RewindConfig | None = RewindConfig()             # null: it gives up instead
     max_skips: NonNegative = 10                              # steps skipped in a row; more: rewind.  0: any number

@@ -28,6 +28,7 @@ from engine.config.fields import (
     RateOrZero,
     Section,
     Seed,
+    Share,
     Words,
 )
 from engine.config.length import BatchConfig, Ramp, Tokens, Warmup, read_tokens
@@ -90,6 +91,8 @@ class OptimConfig(Section):
     eps: Rate = 1e-8
     weight_decay: RateOrZero = 0.1
     grad_clip: Number = 1.0                                  # largest global gradient norm; 0: no clipping
+    z_loss: RateOrZero = 0.0                                 # of pretraining: weight of log²Z beside the loss
+    embedding_grad: Share = 1.0                              # of the embedding's gradient, so much is used
 
     @model_validator(mode="after")
     def _of_this_optimizer(self) -> OptimConfig:
@@ -262,6 +265,9 @@ class Config(Section):
     def _source_problems(self) -> Iterator[str]:
         """Kinds of data that the objective does not learn from."""
         objective = self.run.objective
+        if self.optim.z_loss and objective != "pretrain":
+            yield (f"optim.z_loss({self.optim.z_loss:g}) is added to the loss of run.objective pretrain, and it is "
+                   f"{objective}: leave optim.z_loss out")
         if self.data.fim and objective != "pretrain":
             yield f"data.fim rearranges texts, for run.objective pretrain, and it is {objective}: leave data.fim out"
         for source in (*self.data.train, *self.data.valid):

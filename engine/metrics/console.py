@@ -64,8 +64,8 @@ class Console:
         self._print(step_line(record, self.total_steps, self.seconds_left()))
         skipped = record.get("skipped") or 0
         if self._skipped is not None and (more := skipped - self._skipped) > 0:
-            self.warning(f"skipped {more} step{'s' * (more > 1)}, weights unchanged: the gradient was not finite, or "
-                         "no label counted")
+            self.warning(f"skipped {more} step{'s' * (more > 1)}, weights unchanged: the gradient was not finite or "
+                         "too large, or no label counted")
         self._skipped = skipped
         if self._bar is not None:
             self._bar.reach(record["step"])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from engine.config import ModelConfig
-from engine.model.kinds import INIT_STD, attention_of, mlp_of, norm_of
+from engine.model.kinds import attention_of, init_std, mlp_of, norm_of
 from engine.model.spec import BETWEEN, VOCABULARY, ParamSpec
 
 Specs = Mapping[str, ParamSpec]
@@ -36,16 +36,16 @@ def below(specs: Specs, module: str) -> Specs:
 
 def end_specs(config: ModelConfig) -> Specs:
     """The parameters in front of the first layer and behind the last; a tied output layer has the embedding's name."""
-    table = (config.vocab_size, config.hidden_size)
-    embedding = ParamSpec("embedding.weight", table, VOCABULARY, init_std=INIT_STD, tied=config.tie_embeddings)
+    table, std = (config.vocab_size, config.hidden_size), init_std(config)
+    embedding = ParamSpec("embedding.weight", table, VOCABULARY, init_std=std, tied=config.tie_embeddings)
     final_norm = norm_of(config).parameters("final_layernorm", config.hidden_size)
     ends = {"embedding.weight": embedding, **{spec.name: spec for spec in final_norm}}
     if config.position == "learned":
         rows = config.max_seq_len + config.position_offset
         ends["position_embedding.weight"] = ParamSpec("position_embedding.weight", (rows, config.hidden_size), BETWEEN,
-                                                      init_std=INIT_STD)
+                                                      init_std=std)
     if config.head == "score":
         scale = (config.hidden_size + 1) ** -0.5
         return ends | {"score.weight": ParamSpec("score.weight", (1, config.hidden_size), BETWEEN, init_std=scale)}
-    own = ParamSpec("output_layer.weight", table, VOCABULARY, init_std=INIT_STD)
+    own = ParamSpec("output_layer.weight", table, VOCABULARY, init_std=std)
     return ends | {"output_layer.weight": replace(embedding, tied_copy=True) if config.tie_embeddings else own}

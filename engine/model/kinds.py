@@ -23,15 +23,23 @@ from engine.config import ModelConfig
 from engine.config.kinds import ATTENTIONS, MLPS, NORMS
 from engine.model.spec import BETWEEN, INSIDE, ParamSpec, Rule
 
-INIT_STD = 0.02
+
+def init_std(config: ModelConfig) -> float:
+    """Standard deviation that matrices start with; `small` is Nguyen & Salazar's (2019, section 2.2)."""
+    return (2 / (5 * config.hidden_size)) ** 0.5 if config.init_std == "small" else config.init_std
 
 
 def residual_init_std(config: ModelConfig) -> float:
-    """Layers that write into the residual stream start smaller, by 1/√(2·layers) (Radford et al. 2019, section 2.3)."""
-    return INIT_STD / (2 * config.num_layers) ** 0.5
+    """That of layers that write into the residual stream, by `model.init_output`.
+
+    With `depth` they start smaller by 1/√(2·layers) (Radford et al. 2019, section 2.3), with `wang` as GPT-J's and
+    GPT-NeoX-20B's do (Black et al. 2022, section 2.1).
+    """
+    return {"depth": init_std(config) / (2 * config.num_layers) ** 0.5, "plain": init_std(config),
+            "wang": 2 / (config.num_layers * config.hidden_size ** 0.5)}[config.init_output]
 
 
-def linear(name: str, out_shape: tuple[int, ...], in_features: int, rule: Rule, *, init_std: float = INIT_STD,
+def linear(name: str, out_shape: tuple[int, ...], in_features: int, rule: Rule, *, init_std: float,
            bias: bool = False) -> Iterator[ParamSpec]:
     """The parameters of a linear layer; `rule` is its weight's.
 
@@ -107,7 +115,7 @@ class GroupedQuery(Kind):
     def parameters(self, config: ModelConfig) -> Iterator[ParamSpec]:
         groups, heads, dim = config.num_kv_heads, config.num_heads, config.head_dim
         yield from linear("linear_qkv", (groups, heads // groups + 2, dim), config.hidden_size, Rule("column", 0),
-                          bias=config.qkv_bias or config.attention_bias)
+                          init_std=init_std(config), bias=config.qkv_bias or config.attention_bias)
         if config.qk_norm:
             for name in ("q_layernorm", "k_layernorm"):
                 yield from norm_of(config).parameters(name, dim, INSIDE)
@@ -140,7 +148,7 @@ class FeedForward(Kind):
 
     def parameters(self, config: ModelConfig) -> Iterator[ParamSpec]:
         yield from linear("linear_fc1", (self.inputs, config.ffn_hidden_size), config.hidden_size, Rule("column", 1),
-                          bias=config.mlp_bias)
+                          init_std=init_std(config), bias=config.mlp_bias)
         yield from linear("linear_fc2", (config.hidden_size,), config.ffn_hidden_size, Rule("row", 1),
                           init_std=residual_init_std(config), bias=config.mlp_bias)
 

@@ -39,8 +39,11 @@ class Head(Protocol):
 
     scale: Tensor | None
 
-    def weighted_losses(self, x_SBH: Tensor, labels_SB: Tensor, weights_SB: Tensor | None) -> tuple[Tensor, Tensor]:
+    def weighted_losses(self, x_SBH: Tensor, labels_SB: Tensor, weights_SB: Tensor | None,
+                        z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         """Σ −weight·log p(label), weights of 1 for None, and −log p(label) itself, fp32 [S, B], not differentiable.
+
+        With `z_loss` the sum is of weight·(−log p(label) + z_loss·log²Z), where Z is the softmax's denominator.
 
         The cheapest way to train: the sum must be the objective's first one as it stands, because its gradients are
         computed together with it.
@@ -108,12 +111,37 @@ class Objective(ABC):
 class NextToken(Objective):
     """Pretraining: the mean loss of the labels that count."""
 
+    z_loss = 0.0
+
     def __call__(self, x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
+        return [self._summed(x_SBH, head, batch)[0]]
+
+    def _summed(self, x_SBH: Tensor, head: Head, batch: Batch) -> tuple[Tensor, Tensor]:
         assert batch.labels_SB is not None
-        return [head.weighted_losses(x_SBH, batch.labels_SB, batch.loss_mask_SB)[0]]
+        return head.weighted_losses(x_SBH, batch.labels_SB, batch.loss_mask_SB, self.z_loss)
 
     def count(self, batch: Batch) -> Tensor | int:
         return batch.tokens_SB.numel() if batch.loss_mask_SB is None else batch.loss_mask_SB.sum()
+
+
+class NextTokenWithZLoss(NextToken):
+    """The same, and z_loss·log²Z of each label, which keeps the logits from drifting (PaLM, section 5).
+
+    `loss` is the label's alone, to be compared with other runs' losses.
+    """
+
+    sums = ("loss", "loss/labels")
+
+    def __init__(self, z_loss: float) -> None:
+        self.z_loss = z_loss
+
+    def __call__(self, x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
+        total, losses = self._summed(x_SBH, head, batch)
+        return [total, (losses if batch.loss_mask_SB is None else losses * batch.loss_mask_SB).sum()]
+
+    def numbers(self, totals: Sequence[float], divisor: float) -> dict[str, float]:
+        total, labels = totals
+        return {"loss": labels / divisor, "z_loss": (total - labels) / divisor}
 
 
 NEXT_TOKEN = NextToken()
@@ -121,4 +149,4 @@ NEXT_TOKEN = NextToken()
 
 def next_token(config: Config) -> Objective:
     """What `run.objective: pretrain` trains."""
-    return NEXT_TOKEN
+    return NextTokenWithZLoss(config.optim.z_loss) if config.optim.z_loss else NEXT_TOKEN

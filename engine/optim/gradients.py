@@ -83,6 +83,11 @@ def _in_fixed_order(sums: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh) 
     return everyone.permute(2, 1, 0).flatten(1).sum(1), squares
 
 
+def unusable(grad_norm: Tensor, most: float | None) -> Tensor:
+    """Whether a step is to change nothing: its norm is not finite, or beyond `most` (OPT-175B's logbook)."""
+    return (grad_norm.isfinite() if most is None else grad_norm <= most).logical_not()
+
+
 def clip_divisor(grad_norm: Tensor, max_norm: float) -> Tensor:
     """What gradients are divided by so that their norm is at most `max_norm` (0: no limit)."""
     if max_norm == 0:

@@ -215,7 +215,7 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
     if operations is None:
         operations = choose_operations(config, mesh.device)
     tensor = TensorContext(mesh.tensor, sequence, WeightGradQueue(), operations,
-                           gemms or gemms_of(config, mesh, sequence, operations))
+                           gemms or gemms_of(config, mesh, sequence, operations), config.optim.embedding_grad)
     schedule = build_schedule(parallel.schedule, parallel.pipeline, config.num_microbatches, parallel.virtual_stages)
     chunks = build_chunks(config, schedule.placement, mesh.pipeline.index, operations)
     for chunk in chunks.values():

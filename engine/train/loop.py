@@ -11,9 +11,9 @@ What else there is to do, and when the run is saved and ends, is the same for ev
 part of a step runs as a phase with a name (`engine.metrics.phases`).
 
 A step that cannot be taken, because its gradient is not finite or because not one label counts in it, is *skipped*: it
-uses up its samples and changes nothing else; so is a spike, where the configuration says so
-(`engine.reliability.spikes`).  All ranks see the same all-reduced numbers, so all skip, and after
-`reliability.max_skips` in a row all go back (`GoBack`), or give up.
+uses up its samples and changes nothing else; so is one whose gradient is larger than `reliability.max_grad_norm`, and a
+spike, where the configuration says so (`engine.reliability.spikes`).  All ranks see the same all-reduced numbers, so
+all skip, and after `reliability.max_skips` in a row all go back (`GoBack`), or give up.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from engine.metrics.peaks import peak_tflops
 from engine.metrics.phases import Phases, Taken
 from engine.metrics.throughput import throughput
 from engine.model.flops import flops_per_token
-from engine.optim.gradients import clip_divisor, sum_over_world
+from engine.optim.gradients import clip_divisor, sum_over_world, unusable
 from engine.optim.schedule import LearningRates
 from engine.reliability.spikes import SPIKES, SpikeMonitor
 from engine.train.batches import Loader, noisy
@@ -142,7 +142,8 @@ class Trainer(Running):
                                   flag=self._flag(), reproducible=config.parallel.reproducible)
         with phase("update"):
             lr = self.learning_rates(state.step + 1, state.consumed_samples + batches.num_samples)
-            skipped = torch.isfinite(sums.grad_norm).logical_not()
+            skipped = unusable(sums.grad_norm, config.reliability.max_grad_norm)
+            too_large = skipped & sums.grad_norm.isfinite()
             if not isinstance(divisor, int):
                 skipped |= divisor == 0
             loss, limit = sums.sums[0] * scale, config.reliability.spike
@@ -157,7 +158,7 @@ class Trainer(Running):
         state.consumed_samples += batches.num_samples
         with phase("read"):
             self.spikes.remember(loss, sums.grad_norm, skipped)
-            self.tally.add(sums, divisor, skipped.float(), z, is_spike.float(), batches.places)
+            self.tally.add(sums, divisor, skipped.float(), z, is_spike.float(), too_large, batches.places)
             self._hear(lr)
 
     def _hear(self, lr: float) -> None:
@@ -172,6 +173,10 @@ class Trainer(Running):
 
     def _tell(self, before: Verdict, now: Verdict) -> None:
         super()._tell(before, now)
+        if now.too_large > before.too_large:
+            self.journal.incident("too_large", now.step, {"steps": now.too_large - before.too_large},
+                                  f"step {now.step} changed nothing: its gradient norm is above "
+                                  f"reliability.max_grad_norm({self.config.reliability.max_grad_norm:g})")
         if now.spikes > before.spikes:
             step, limit = now.step - now.spike_age, self.config.reliability.spike
             assert limit is not None
@@ -269,7 +274,9 @@ class Trainer(Running):
                             "is no label: use longer documents, or set it to false")
         remedy = "lower optim.lr, or go back and leave samples out (octant rewind)" if updates \
             else "no update was ever made: check the weights that the run began with, and its data"
-        raise WorkerError(f"{what}a gradient that is not finite and changed nothing (reliability.max_skips: "
+        limit = self.config.reliability.max_grad_norm
+        larger = "" if limit is None else f", or larger than reliability.max_grad_norm({limit:g}),"
+        raise WorkerError(f"{what}a gradient that is not finite{larger} and changed nothing (reliability.max_skips: "
                           f"{self.config.reliability.max_skips}); {remedy}. Nothing was saved in place of the last "
                           "good checkpoint")
 

@@ -30,7 +30,7 @@ from engine.distributed.topology import Topology
 from engine.model.context import Batch
 from engine.model.objective import NEXT_TOKEN, Measure, Objective
 from engine.model.parameters import initialise
-from engine.optim.gradients import StepSums, clip_divisor, sum_over_world
+from engine.optim.gradients import StepSums, clip_divisor, sum_over_world, unusable
 from engine.optim.optimizer import Optimizer, make_optimizer
 from engine.parallel.data.offload import Offload
 from engine.parallel.parallelize import ParallelModel, parallelize
@@ -151,13 +151,13 @@ class RoleState:
                               reproducible=self.model.config.parallel.reproducible)
 
     def update(self, lr: float, totals: StepSums | None, counts: Tensor | None = None) -> None:
-        """Clips by the norm in `totals` and updates the masters; a step whose norm is not finite changes nothing.
+        """Clips by the norm in `totals` and updates the masters; a step whose norm is `unusable` changes nothing.
 
         Args:
             counts: the objective's count of the global batch; where it is 0, the step changes nothing either.
         """
         if self.model is not None and self.optimizer is not None and totals is not None:
-            skipped = totals.grad_norm.isfinite().logical_not()
+            skipped = unusable(totals.grad_norm, self.model.config.reliability.max_grad_norm)
             skipped = skipped if counts is None else skipped | (counts == 0)
             self.optimizer.step(lr, clip_divisor(totals.grad_norm, self.model.config.optim.grad_clip), skipped.float())
 

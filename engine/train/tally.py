@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.optim.gradients import StepSums
 
 UNLOGGED = "unlogged"                      # where a checkpoint's metadata keep `Tally.state`
-NUM_NUMBERS = 8                            # of a verdict, on the device
+NUM_NUMBERS = 9                            # of a verdict, on the device
 STOP, SAVE = 1.0, 0.5                      # what a rank adds to the flag of a step's sums to ask for it
 
 
@@ -51,6 +51,7 @@ class Verdict:
             save.  What is heard of some steps only is counted, so that nothing is missed.
         spike_z: how far the latest spike stood out.
         spike_age: steps since then.
+        too_large: since the process began, steps that changed nothing because their gradient was too large.
     """
 
     step: int = 0
@@ -62,13 +63,14 @@ class Verdict:
     saves: int = 0
     spike_z: float = 0.0
     spike_age: int = 0
+    too_large: int = 0
 
     @staticmethod
     def of(step: int, numbers: Sequence[float]) -> Verdict:
         """From the numbers as they lie on the device."""
-        stop, in_a_row, divisor, skips, spikes, saves, spike_z, spike_age = numbers
+        stop, in_a_row, divisor, skips, spikes, saves, spike_z, spike_age, too_large = numbers
         return Verdict(step, stop > 0, int(in_a_row), divisor > 0, int(skips), int(spikes), int(saves), spike_z,
-                       int(spike_age))
+                       int(spike_age), int(too_large))
 
 
 class Tally:
@@ -84,19 +86,20 @@ class Tally:
         self.step = step
 
     def add(self, sums: StepSums, divisor: Tensor | int, skipped: Tensor, spike_z: Tensor, is_spike: Tensor,
-            places: Tensor | int = 0) -> None:
-        """Takes a step's totals in; `skipped` is 1 where it changed nothing, else 0, and so is `is_spike`.
+            too_large: Tensor, places: Tensor | int = 0) -> None:
+        """Takes a step's totals in; `skipped` is 1 where it changed nothing, else 0, and so are the two questions.
 
         Of the flag whole numbers ask to stop, and a half to save.
         """
         counted = divisor if isinstance(divisor, Tensor) else torch.full_like(self._sums[0], divisor)
         finite = torch.isfinite(sums.sums).all()
         self._sums += torch.where(finite, torch.cat((sums.sums.double(), counted.double().view(1))), 0.0)
-        _, in_a_row, _, skips, spikes, saves, latest_z, age = self._verdict
+        _, in_a_row, _, skips, spikes, saves, latest_z, age, large = self._verdict
         asked_to_save = sums.flag.frac() * 2
         self._verdict = torch.stack((sums.flag.floor(), (in_a_row + 1) * skipped, counted.float(), skips + skipped,
                                      spikes + is_spike, saves + asked_to_save,
-                                     torch.where(is_spike.bool(), spike_z, latest_z), (age + 1) * (1 - is_spike)))
+                                     torch.where(is_spike.bool(), spike_z, latest_z), (age + 1) * (1 - is_spike),
+                                     large + too_large))
         self._grad_norm = sums.grad_norm
         self._places += places
         self.step += 1

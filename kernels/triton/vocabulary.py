@@ -65,16 +65,17 @@ def forward_kernel(logits: tl.tensor, targets: tl.tensor, lse: tl.tensor, target
 
 @triton.jit
 def backward_kernel(logits: tl.tensor, targets: tl.tensor, largest: tl.tensor, log_sum: tl.tensor, entropy: tl.tensor,
-                    of_log_prob: tl.tensor, of_entropy: tl.tensor, size: tl.tensor, stride: tl.tensor, first: tl.tensor,
-                    inverse_temperature: tl.tensor, BLOCK: tl.constexpr, ENTROPY: tl.constexpr) -> None:
+                    of_target: tl.tensor, of_softmax: tl.tensor, of_entropy: tl.tensor, size: tl.tensor,
+                    stride: tl.tensor, first: tl.tensor, inverse_temperature: tl.tensor, BLOCK: tl.constexpr,
+                    ENTROPY: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = logits + row * stride + column
     z = tl.load(at, mask=column < size, other=float("-inf")).to(tl.float32) * inverse_temperature
     log_p = (z - tl.load(largest + row)) - tl.load(log_sum + row)
     p = tl.exp(log_p)
-    scale = tl.load(of_log_prob + row)
-    grad = tl.where(column == tl.load(targets + row) - first, scale, 0.0) - p * scale
+    grad = tl.where(column == tl.load(targets + row) - first, tl.load(of_target + row), 0.0)
+    grad -= p * tl.load(of_softmax + row)
     if ENTROPY:
         grad -= tl.where(p > 0, p * (log_p + tl.load(entropy + row)), 0.0) * tl.load(of_entropy + row)
     grad = tl.where(column < size, grad * inverse_temperature, 0.0)          # nothing flows into padding
@@ -82,11 +83,11 @@ def backward_kernel(logits: tl.tensor, targets: tl.tensor, largest: tl.tensor, l
 
 
 class _LogProbs(torch.autograd.Function):
-    """Log-probability of the targets, and with `entropy` the entropy."""
+    """Log-probability of the targets, log Z, and with `entropy` the entropy."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, first: int, num_valid: int,
-                gather: Gather | None, entropy: bool) -> tuple[Tensor, Tensor | None]:
+                gather: Gather | None, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         rows, stride = targets.numel(), logits.shape[-1]
         targets_flat = targets.flatten()
         parts = torch.empty((3 if entropy else 2, rows), dtype=torch.float32, device=logits.device)
@@ -102,41 +103,44 @@ class _LogProbs(torch.autograd.Function):
         ctx.save_for_backward(logits, targets_flat, largest, log_sum, whole_entropy)
         ctx.cut = num_valid, stride, first, 1 / temperature
         ctx.set_materialize_grads(False)
-        return (target_logit - lse).view(targets.shape), \
+        return (target_logit - lse).view(targets.shape), lse.view(targets.shape), \
             None if whole_entropy is None else whole_entropy.view(targets.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, targets, largest, log_sum, entropy = ctx.saved_tensors
         given = [None if grad is None else grad.flatten().float() for grad in grads]
-        of_log_prob = torch.zeros_like(log_sum) if given[0] is None else given[0]
-        of_entropy = of_log_prob if given[1] is None else given[1]
+        of_target = torch.zeros_like(log_sum) if given[0] is None else given[0]
+        of_softmax = of_target if given[1] is None else of_target - given[1]
+        of_entropy = of_target if given[2] is None else given[2]
         launch(backward_kernel, (len(log_sum), -(-logits.shape[-1] // BACKWARD_BLOCK)), logits, targets, largest,
-               log_sum, log_sum if entropy is None else entropy, of_log_prob, of_entropy, *ctx.cut,
-               BLOCK=BACKWARD_BLOCK, ENTROPY=given[1] is not None, num_warps=8)
+               log_sum, log_sum if entropy is None else entropy, of_target, of_softmax, of_entropy, *ctx.cut,
+               BLOCK=BACKWARD_BLOCK, ENTROPY=given[2] is not None, num_warps=8)
         increment_version(logits)
         return logits, None, None, None, None, None, None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, first: int = 0, num_valid: int | None = None,
-                  gather: Gather | None = None) -> Tensor:
+                  gather: Gather | None = None) -> tuple[Tensor, Tensor]:
     """As `engine.kernels.cross_entropy.cross_entropy`; the backward pass overwrites `logits`."""
     num_valid = logits.shape[-1] if num_valid is None else num_valid
-    return -_LogProbs.apply(logits.contiguous(), targets, 1.0, first, num_valid, gather, False)[0]
+    log_prob, log_z, _ = _LogProbs.apply(logits.contiguous(), targets, 1.0, first, num_valid, gather, False)
+    return -log_prob, log_z
 
 
 def log_probs_and_entropy(logits: Tensor, targets: Tensor, *, temperature: float = 1.0, first: int = 0,
                           num_valid: int | None = None, gather: Gather | None = None) -> tuple[Tensor, Tensor]:
     """As `engine.kernels.log_probs.log_probs_and_entropy`; the backward pass overwrites `logits`."""
     num_valid = logits.shape[-1] if num_valid is None else num_valid
-    return _LogProbs.apply(logits.contiguous(), targets, temperature, first, num_valid, gather, True)
+    log_prob, _, entropy = _LogProbs.apply(logits.contiguous(), targets, temperature, first, num_valid, gather, True)
+    return log_prob, entropy
 
 
 def try_out(place: Place) -> None:
     """Compiles and runs all of it on something small."""
     logits = torch.zeros(2, 8, dtype=place.dtype, device=place.device, requires_grad=True)
     targets = torch.zeros(2, dtype=torch.int64, device=place.device)
-    cross_entropy(logits * 1, targets).sum().backward()
+    cross_entropy(logits * 1, targets)[0].sum().backward()
     log_prob, entropy = log_probs_and_entropy(logits * 1, targets)
     (log_prob + entropy).sum().backward()
 
@@ -147,5 +151,5 @@ def ahead() -> Iterator[Ahead]:
         yield Ahead(forward_kernel, ("*bf16", "*i64", *["*fp32"] * 5, "i32", "i32", "fp32"),
                     {"SIZE": 128256, "BLOCK": FORWARD_BLOCK, "ENTROPY": entropy}, 8, 96, f"entropy: {entropy}",
                     ("stride",))
-        yield Ahead(backward_kernel, ("*bf16", "*i64", *["*fp32"] * 5, "i32", "i32", "i32", "fp32"),
+        yield Ahead(backward_kernel, ("*bf16", "*i64", *["*fp32"] * 6, "i32", "i32", "i32", "fp32"),
                     {"BLOCK": BACKWARD_BLOCK, "ENTROPY": entropy}, 8, 64, f"entropy: {entropy}", ("size", "stride"))

@@ -32,8 +32,8 @@ def weights() -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_reference(dtype: torch.dtype) -> None:
-    def weighted(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda logits: loss(logits, tokens()) * weights()
+    def weighted(loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
+        return lambda logits: loss(logits, tokens())[0] * weights()
 
     logits = 4 * random(*SHAPE, VOCABULARY, seed=1)
     assert_equal(weighted(cross_entropy), weighted(cross_entropy_reference), [logits], dtype)
@@ -42,16 +42,21 @@ def test_equals_the_reference(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_loss_is_never_in_bf16(dtype: torch.dtype) -> None:
     logits = random(*SHAPE, VOCABULARY, seed=1, dtype=dtype)
-    assert cross_entropy(logits, tokens()).dtype == torch.promote_types(dtype, torch.float32)
+    assert all(each.dtype == torch.promote_types(dtype, torch.float32) for each in cross_entropy(logits, tokens()))
 
 
 def run_ranks(logits: Tensor, cut: Sequence[int], padding: float) -> tuple[list[Tensor], list[Tensor]]:
     """Losses and logits' gradients of every rank."""
-    losses, parts = play_ranks(logits, cut, padding, lambda part, first, size, gather: cross_entropy(
+    pairs, parts = play_ranks(logits, cut, padding, lambda part, first, size, gather: cross_entropy(
         part, tokens(), first=first, num_valid=size, gather=gather))
+    losses = [with_z_loss(*pair) for pair in pairs]
     for loss in losses:
         loss.backward(weights().to(loss.dtype))
     return losses, [part.grad for part in parts]
+
+
+def with_z_loss(loss: Tensor, log_z: Tensor) -> Tensor:
+    return loss + 0.1 * log_z.square()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,7 +66,9 @@ def test_any_cut_of_the_vocabulary(cut: tuple[int, ...], padding: float, dtype: 
     logits = (4 * random(*SHAPE, VOCABULARY, seed=3)).to(dtype)
     losses, gradients = run_ranks(logits, cut, padding)
     whole = logits.double().requires_grad_()
-    want = cross_entropy_reference(whole, tokens())
+    loss, log_z = cross_entropy_reference(whole, tokens())
+    assert torch.equal(log_z, whole.logsumexp(-1))
+    want = with_z_loss(loss, log_z)
     want.backward(weights())
     for loss in losses:
         assert relative_error(loss, want.detach()) < min(TOLERANCE[dtype], 1e-6)
@@ -75,38 +82,38 @@ def test_any_cut_of_the_vocabulary(cut: tuple[int, ...], padding: float, dtype: 
 def test_large_logits_do_not_overflow(offset: float) -> None:
     logits = random(*SHAPE, VOCABULARY, seed=4, dtype=torch.float32)
     shifted = (logits + offset).requires_grad_()
-    loss = cross_entropy(shifted, tokens())
+    loss, _ = cross_entropy(shifted, tokens())
     loss.sum().backward()
-    assert torch.allclose(loss, cross_entropy_reference(logits, tokens()), atol=2e-3)      # fp32's spacing at 1e4
+    assert torch.allclose(loss, cross_entropy_reference(logits, tokens())[0], atol=2e-3)      # fp32's spacing at 1e4
     assert shifted.grad.isfinite().all()
 
 
 def test_an_improbable_target_has_a_finite_loss() -> None:
     """Its probability underflows to zero; its loss and gradient are still right."""
     logits = torch.tensor([[0.0, 500.0, -500.0]], requires_grad=True)
-    loss = cross_entropy(logits, torch.tensor([2]))
+    loss, _ = cross_entropy(logits, torch.tensor([2]))
     loss.backward()
     assert loss.item() == 1000.0 and torch.equal(logits.grad, torch.tensor([[0.0, 1.0, -1.0]]))
 
 
 def test_forbidden_tokens_have_no_gradient() -> None:
     logits = random(2, 4, seed=5).index_fill(1, torch.tensor([3]), float("-inf")).requires_grad_()
-    loss = cross_entropy(logits, torch.tensor([0, 1]))
+    loss, _ = cross_entropy(logits, torch.tensor([0, 1]))
     loss.sum().backward()
-    assert torch.allclose(loss, cross_entropy_reference(logits[:, :3], torch.tensor([0, 1])))
+    assert torch.allclose(loss, cross_entropy_reference(logits[:, :3], torch.tensor([0, 1]))[0])
     assert logits.grad[:, 3].eq(0).all() and logits.grad.isfinite().all()
 
 
 def test_the_logits_are_left_alone() -> None:
     logits = random(*SHAPE, VOCABULARY, seed=6).requires_grad_()
     before = logits.detach().clone()
-    cross_entropy(logits, tokens()).sum().backward()
+    sum(cross_entropy(logits, tokens())).sum().backward()
     assert torch.equal(logits.detach(), before)
 
 
 def test_a_second_backward_pass_is_refused_rather_than_wrong() -> None:
     """The first one turned the saved softmax into the gradient."""
-    loss = cross_entropy(random(*SHAPE, VOCABULARY, seed=7).requires_grad_(), tokens()).sum()
+    loss = cross_entropy(random(*SHAPE, VOCABULARY, seed=7).requires_grad_(), tokens())[0].sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()

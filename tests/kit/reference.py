@@ -115,6 +115,8 @@ def train_reference(config: Config, num_steps: int, task: Task = PRETRAINING) ->
     if config.adapter is not None:
         attach_adapters(model, config.adapter)
     initialise(model, config.run.seed)
+    if (share := config.optim.embedding_grad) != 1:
+        model.embedding.register_forward_hook(lambda *call: call[-1] * share + call[-1].detach() * (1 - share))
     with torch.no_grad():
         for p in model.parameters():
             if (values := adapter_values(spec_of(p))) is not None:

@@ -182,3 +182,28 @@ def test_by_hand_and_remembered(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert cli.run(["train", str(path)]) == 2
     assert "rewinds.json, which says what data the run leaves out, cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_a_gradient_beyond_the_limit_changes_nothing(tmp_path: Path, log_every: int,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """As a spike that is skipped does not; it is counted, said, and found in the events."""
+    def run(name: str, **rule: Any) -> Config:
+        config = poisoned_config(tmp_path, name, log={"every": log_every}, reliability={"spike": None} | rule)
+        assert run_on_poisoned_data(config, (14 * 4, 15 * 4), 1e3) == ""
+        return config
+
+    runs = (run("limit", max_grad_norm=100.0), run("spike", spike={"window": 8, "z": 50.0, "action": "skip"}),
+            run("neither"))
+    assert trained(runs[0]) == trained(runs[1]) != trained(runs[2])
+    assert [metrics(each)[-1]["skipped"] for each in runs] == [1, 1, 0]
+    found = [{(event.kind, event.step) for event in read_events(Path(config.run.dir))} - {("start", 0), ("end", 24)}
+             for config in runs]
+    assert found == [{("skip", 15), ("too_large", 15)}, {("skip", 15), ("spike", 15)}, set()]
+    said = "step 15 changed nothing: its gradient norm is above reliability.max_grad_norm(100)"
+    assert said in capsys.readouterr().out
+
+
+def test_gradients_that_stay_beyond_the_limit_end_the_run(tmp_path: Path) -> None:
+    config = poisoned_config(tmp_path, "run", reliability={"rewind": None, "max_grad_norm": 1e-9})
+    assert "not finite, or larger than reliability.max_grad_norm(1e-09), and" in run_on_poisoned_data(config, (0, 0), 1)

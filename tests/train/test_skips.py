@@ -180,11 +180,11 @@ def sums(loss: float, grad_norm: float = 1.0, flag: float = 0.0) -> StepSums:
 def test_a_line_is_the_mean_of_the_steps_whose_loss_is_finite() -> None:
     tally, zero, one = Tally(1, torch.device("cpu")), torch.zeros(()), torch.ones(())
     for loss, divisor, skipped in ((6.0, 2, zero), (NAN, 5, one), (9.0, torch.tensor(4.0), zero)):
-        tally.add(sums(loss), divisor, skipped, zero, zero)
+        tally.add(sums(loss), divisor, skipped, zero, zero, zero)
     line, verdict = tally.read()
     assert (line.totals, line.divisor) == ([15.0], 6.0)
     assert (verdict.skips_in_a_row, verdict.counts, verdict.stop) == (0, True, False)
-    tally.add(sums(NAN, NAN), 5, one, zero, zero)
+    tally.add(sums(NAN, NAN), 5, one, zero, zero, zero)
     line, verdict = tally.read()
     assert line.divisor == 0 and verdict.skips_in_a_row == 1
 
@@ -193,7 +193,7 @@ def test_a_line_is_the_mean_of_the_steps_whose_loss_is_finite() -> None:
 def test_a_verdict_is_late_or_at_once(read: Callable[[Tally], Any]) -> None:
     tally, seen = Tally(1, torch.device("cpu")), []
     for flag in (0.0, 1.0, 0.0, 2.0):
-        tally.add(sums(1.0, flag=flag), 1, *[torch.zeros(())] * 3)
+        tally.add(sums(1.0, flag=flag), 1, *[torch.zeros(())] * 4)
         seen.append(read(tally).stop)
     assert seen in ([False, False, True, False], [False, True, False, True])
     assert seen[1] == (seen[-1] is True)
@@ -203,5 +203,5 @@ def test_large_counts_are_exact() -> None:
     """A line may stand for more labels than fp32 can count."""
     tally = Tally(1, torch.device("cpu"))
     for _ in range(9):
-        tally.add(sums(2.0 ** 22), 2 ** 22 + 1, *[torch.zeros(())] * 3)
+        tally.add(sums(2.0 ** 22), 2 ** 22 + 1, *[torch.zeros(())] * 4)
     assert tally.read()[0].divisor == 9 * (2 ** 22 + 1)

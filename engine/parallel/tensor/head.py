@@ -31,13 +31,15 @@ class ParallelHead:
         self._columns = {} if chunk.output_layer is None else self._own_columns(spec_of(chunk.output_layer.weight).box)
         self.scale: Tensor | None = None
 
-    def weighted_losses(self, x_SBH: Tensor, labels_SB: Tensor, weights_SB: Tensor | None) -> tuple[Tensor, Tensor]:
+    def weighted_losses(self, x_SBH: Tensor, labels_SB: Tensor, weights_SB: Tensor | None,
+                        z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+        compute = partial(self._losses, z_loss=z_loss)
         if self.scale is not None and self._ahead and not self._adapted:
-            ahead = partial(weighted_sum, labels=labels_SB, weights=weights_SB, scale=self.scale, compute=self._losses)
+            ahead = partial(weighted_sum, labels=labels_SB, weights=weights_SB, scale=self.scale, compute=compute)
             total, losses = self._chunk.through_output_layer(x_SBH, ahead)
             return total, losses
-        losses = self.token_losses(x_SBH, labels_SB)
-        return (losses if weights_SB is None else losses.mul(weights_SB)).sum(), losses.detach()
+        summed, losses = self._per_token(x_SBH, labels_SB, compute)
+        return (summed if weights_SB is None else summed.mul(weights_SB)).sum(), losses.detach()
 
     def token_losses(self, x_SBH: Tensor, labels_SB: Tensor) -> Tensor:
         return self._per_token(x_SBH, labels_SB, self._losses)[0]
@@ -62,8 +64,10 @@ class ParallelHead:
                                                                                    compute=compute))
         return found
 
-    def _losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        return (self._tensor.operations.cross_entropy(logits, labels, **self._columns),)
+    def _losses(self, logits: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, ...]:
+        """What is summed up of each token, and its loss."""
+        losses, log_z = self._tensor.operations.cross_entropy(logits, labels, **self._columns)
+        return (losses + z_loss * log_z.square() if z_loss else losses), losses
 
     def scores(self, x_SBH: Tensor) -> Tensor:
         scores = self._chunk.scores(x_SBH)

@@ -44,13 +44,18 @@ from engine.precision.gemms import Gemms, GemmsFactory, Operand
 
 @dataclass(frozen=True)
 class TensorContext:
-    """What a cut layer needs to know about its peers, and what it computes with."""
+    """What a cut layer needs to know about its peers, and what it computes with.
+
+    Attributes:
+        embedding_grad: share of its gradient that the embedding gets.
+    """
 
     axis: Axis
     sequence: bool
     weight_grads: WeightGradQueue
     operations: Operations
     gemms: GemmsFactory
+    embedding_grad: float = 1.0
 
 
 def sum_over_ranks(x: Tensor, context: TensorContext) -> Tensor:
@@ -183,16 +188,16 @@ class ParallelLinear(nn.Module):
 
 class _VocabEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, first: int, num_rows: int, context: TensorContext) -> Tensor:
-        local = tokens - first
-        mine = (local >= 0) & (local < num_rows)
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, layer: VocabEmbedding) -> Tensor:
+        local = tokens - layer.first
+        mine = (local >= 0) & (local < layer.num_rows)
         rows = torch.where(mine, local, 0)
         ctx.save_for_backward(rows, mine, weight)
-        ctx.context = context
+        ctx.context = layer.context
         out = F.embedding(rows, weight)
-        if context.axis.size == 1:
+        if layer.context.axis.size == 1:
             return out
-        return sum_over_ranks(out.masked_fill_(~mine.unsqueeze(-1), 0.0), context)
+        return sum_over_ranks(out.masked_fill_(~mine.unsqueeze(-1), 0.0), layer.context)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -200,16 +205,21 @@ class _VocabEmbedding(torch.autograd.Function):
         grad = full_sequence(grads[0], ctx.context)
         if ctx.context.axis.size > 1:
             grad = grad.masked_fill(~mine.unsqueeze(-1), 0.0)
+        if ctx.context.embedding_grad != 1:
+            grad = grad * ctx.context.embedding_grad
         index, values = rows.flatten(), grad.flatten(0, -2)
         slot = slot_of(weight)
         if slot is None:
-            return None, torch.zeros_like(weight).index_add_(0, index, values.to(weight.dtype)), None, None, None
+            return None, torch.zeros_like(weight).index_add_(0, index, values.to(weight.dtype)), None
         slot.add_rows(index, values)
-        return None, None, None, None, None
+        return None, None, None
 
 
 class VocabEmbedding(nn.Module):
-    """Embedding whose rows are spread over the tensor axis: a rank looks up its own, and the sum has them all."""
+    """Embedding whose rows are spread over the tensor axis: a rank looks up its own, and the sum has them all.
+
+    Its weight gets a share of the gradient, as of e·α + stop_gradient(e)·(1 − α) (Zeng et al. 2022, section 2.2).
+    """
 
     def __init__(self, weight: nn.Parameter, context: TensorContext) -> None:
         super().__init__()
@@ -219,7 +229,7 @@ class VocabEmbedding(nn.Module):
 
     def forward(self, tokens_SB: Tensor) -> Tensor:
         """[S, B] → [S, B, H], or [S/T, B, H] with sequence parallelism."""
-        return _VocabEmbedding.apply(tokens_SB, self.weight, self.first, self.num_rows, self.context)
+        return _VocabEmbedding.apply(tokens_SB, self.weight, self)
 
 
 class PartPositionEmbedding(PositionEmbedding):

@@ -40,10 +40,10 @@ def per_token(x: Tensor, layer: ParallelLinear, *, labels: Tensor, compute: PerT
 
 def weighted_sum(x: Tensor, layer: ParallelLinear, *, labels: Tensor, weights: Tensor | None, scale: Tensor,
                  compute: PerToken) -> tuple[Tensor, Tensor]:
-    """Σ weight · the first of what `compute` makes, to be differentiated with `scale` as its gradient; and its terms.
+    """Σ weight · the first of what `compute` makes, to be differentiated with `scale` as its gradient.
 
     Returns:
-        The sum, a scalar, and what is summed up before it is weighted, shaped like `labels`, not differentiable.
+        The sum, a scalar, and the last of what `compute` makes, shaped like `labels`, not differentiable.
     """
     return _WeightedSum.apply(x, layer.weight, labels, weights, scale, layer, compute)
 
@@ -149,23 +149,25 @@ class _WeightedSum(torch.autograd.Function):
                 layer: ParallelLinear, compute: PerToken) -> tuple[Tensor, Tensor]:
         chunks = _Chunks(full_sequence(x, layer.context), weight, labels, layer)
         terms: list[Tensor] = []
+        found: list[Tensor] = []
         upstream = scale.expand(labels.numel()) if weights is None else scale * weights.flatten()
 
         def gradients() -> Iterator[tuple[slice, Tensor]]:
             for rows in chunks.slices:
-                logits, (value, *_) = chunks.results(rows, compute, True)
+                logits, (value, *others) = chunks.results(rows, compute, True)
                 terms.append(value.detach())
+                found.append(others[-1].detach() if others else terms[-1])
                 gradient = torch.autograd.grad(value, logits, upstream[rows].to(value.dtype))
-                del logits, value
+                del logits, value, others
                 yield rows, gradient[0]
                 del gradient
 
         grad_x, ctx.grad_weight = chunks.backward(gradients(), ctx.needs_input_grad[1])
-        losses = _joined(terms).view(labels.shape)
+        summed, last = _joined(terms), _joined(found).view(labels.shape)
         ctx.save_for_backward(grad_x)
         ctx.scale = scale
-        ctx.mark_non_differentiable(losses)
-        return (losses if weights is None else losses.mul(weights)).sum(), losses
+        ctx.mark_non_differentiable(last)
+        return (summed if weights is None else summed.mul(weights.flatten())).sum(), last
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
