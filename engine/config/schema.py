@@ -17,24 +17,17 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 
 from engine.config.alignment import HEAD, AdapterConfig, DPOConfig, ORPOConfig, RewardConfig, SFTConfig
 from engine.config.data import DataConfig
-from engine.config.decay import Cosine, Decay
 from engine.config.fields import (
     Count,
-    Fraction,
     NonNegative,
-    Number,
-    Positive,
-    Rate,
-    RateOrZero,
     Section,
     Seed,
-    Share,
     Words,
 )
-from engine.config.length import BatchConfig, Ramp, Tokens, Warmup, read_tokens
+from engine.config.length import BatchConfig, Ramp, Tokens, read_tokens
 from engine.config.model import ModelConfig
 from engine.config.objectives import OBJECTIVES, PAIRS, ObjectiveName
-from engine.config.optimizers import OptimizerName
+from engine.config.optim import OptimConfig
 from engine.config.parallel import ParallelConfig
 from engine.config.precision import PrecisionConfig
 from engine.config.reliability import ReliabilityConfig, fault_problems
@@ -63,46 +56,6 @@ class RunConfig(Section):
     objective: ObjectiveName = "pretrain"                    # a row of engine.config.objectives
     name: Words | None = None                                # a label for logs and reports; default: the folder's name
     device: Literal["auto", "cpu", "cuda"] = "auto"          # auto: cuda where there is one
-
-
-class SquareRootRule(Section):
-    """Fine-tuning at the rate of pretraining, times the square root of how much smaller a batch is."""
-
-    labels: Positive                                         # of a batch: tokens that are learned
-    pretraining: Positive                                    # tokens of a batch in pretraining
-
-    @property
-    def factor(self) -> float:
-        return (self.labels / self.pretraining) ** 0.5
-
-
-class OptimConfig(Section):
-    """The optimizer and its learning-rate schedule."""
-
-    name: OptimizerName = "adamw"
-    lr: Rate = 1.5e-4
-    warmup_steps: NonNegative = 0
-    warmup: Warmup | None = None                             # instead: 2000 (steps), 1% (of the run), 375M (tokens)
-    decay: Decay = Cosine()                                  # a name of `engine.config.decay`, or {shape: NAME, …}
-    min_lr: RateOrZero = Field(default_factory=lambda values: values["decay"].floor(values["lr"]))
-    square_root: SquareRootRule | None = None                # makes lr and min_lr, then of pretraining, smaller
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)           # of AdamW, which muon uses for what is no matrix
-    momentum: Fraction | None = None                         # of sgd (null: 0.9) and muon (null: 0.95)
-    eps: Rate = 1e-8
-    weight_decay: RateOrZero = 0.1
-    grad_clip: Number = 1.0                                  # largest global gradient norm; 0: no clipping
-    z_loss: RateOrZero = 0.0                                 # of pretraining: weight of log²Z beside the loss
-    embedding_grad: Share = 1.0                              # of the embedding's gradient, so much is used
-
-    @model_validator(mode="after")
-    def _of_this_optimizer(self) -> OptimConfig:
-        if self.momentum is not None and self.name == "adamw":
-            raise ValueError(f"momentum({self.momentum:g}) is of sgd and muon; adamw has betas")
-        return self
-
-    def momentum_or(self, default: float) -> float:
-        """Of an optimizer whose own default is `default`."""
-        return default if self.momentum is None else self.momentum
 
 
 class CheckpointConfig(Section):
@@ -231,6 +184,9 @@ class Config(Section):
             problems.append(f"optim.min_lr({self.optim.min_lr}) > optim.lr({self.optim.lr})")
         if not problems:
             problems += self.optim.decay.problems(round(self.num_batches), self.rates)
+        if self.optim.name == "adafactor" and self.parallel.reproducible:
+            problems.append("optim.name adafactor sums over rows and columns shard by shard, so its bits depend on the "
+                            "number of data-parallel ranks, and parallel.reproducible cannot hold: set it to false")
         problems += self._adapter_problems()
         problems += self._source_problems()
         problems += fault_problems(self.reliability.inject or (), self.run.objective)

@@ -41,6 +41,12 @@ FUSED = {
 }
 
 
+def fused_in(name: str) -> Fused:
+    """What the weight or bias called so is made of: of one thing, where it is not a projection's."""
+    module, _, kind = name.rpartition(".")
+    return FUSED.get(module.rpartition(".")[2] if kind in ("weight", "bias") else "", Fused(("",)))
+
+
 def is_projection(name: str) -> bool:
     """Whether a parameter is the weight of a linear layer inside a layer of the model."""
     layer, _, kind = name.rpartition(".")

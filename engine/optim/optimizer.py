@@ -8,7 +8,7 @@ are divided by, and whether the step is to change nothing, are scalars on the de
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pkgutil import resolve_name
 
 import torch
@@ -16,8 +16,16 @@ from torch import Tensor
 
 from engine.config import OptimConfig
 from engine.config.optimizers import OPTIMIZERS
+from engine.distributed.pieces import Piece
 from engine.kernels.table import Operations
 from engine.parallel.data.buckets import Bucket
+
+
+Now = Callable[[Tensor], Tensor]
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class Optimizer(ABC):
@@ -43,6 +51,19 @@ class Optimizer(ABC):
             grad_divisor: fp32 scalar; gradients are divided by it.
             found_inf: fp32 scalar; 1 makes this step change nothing.
         """
+
+    def pieces(self, prefix: str, now: Now = as_it_is) -> list[Piece]:
+        """This rank's part of what it keeps of the weights, called `prefix.NAME.…`; the tensors are the live ones.
+
+        Args:
+            now: from a tensor of `state` to where its values are at the moment.
+        """
+        return [piece for name, of_bucket in self.moments.items() for i, moment in of_bucket.items()
+                for piece in self.buckets[i].pieces(f"{prefix}.{name}", now(moment))]
+
+    def state(self) -> list[Tensor]:
+        """All tensors of `pieces`, padding included."""
+        return [moment for of_bucket in self.moments.values() for moment in of_bucket.values()]
 
     def num_steps(self) -> int:
         """Updates made so far; skipped ones do not count."""

@@ -113,8 +113,7 @@ def state_bytes(buckets: Iterable[Bucket], optimizer: Optimizer, frozen: Iterabl
         gradients += [bucket.grad_buffer] + ([bucket.grad_shard] if bucket.per_microbatch else [])
         masters += [] if bucket.master is bucket.param_shard else [bucket.master]
     return StateBytes(_storage(parameters), _storage(gradients),
-                      _storage([*masters, *(moment for of_bucket in optimizer.moments.values()
-                                           for moment in of_bucket.values())]))
+                      _storage([*masters, *optimizer.state()]))
 
 
 def _storage(tensors: Iterable[Tensor]) -> int:

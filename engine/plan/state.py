@@ -13,9 +13,9 @@ from functools import lru_cache
 from math import prod
 
 from engine.config import AdapterConfig, Config, ModelConfig
-from engine.config.optimizers import OPTIMIZERS
+from engine.config.optimizers import OPTIMIZERS, Row
 from engine.model.inventory import Specs, end_specs, layer_specs
-from engine.model.projections import all_adapter_specs, is_projection
+from engine.model.projections import all_adapter_specs, fused_in, is_projection
 from engine.model.spec import ParamSpec
 from engine.parallel.pipeline.partition import deal_layers, layer_costs
 from engine.schedules.table import build_placement
@@ -68,7 +68,8 @@ class StageState:
         units: of its chunks, in forward order, chunk by chunk.
         buckets: elements of each, padding included, in the order in which a backward pass fills them.
         frozen: elements of what is not trained, under adapters.
-        matrices: elements of the buckets that hold the layers' matrices alone.
+        matrices: elements of the buckets that hold matrices alone, of which the optimizer keeps something else.
+        factored: rows and columns of matrices, where it keeps a number of each.
     """
 
     config: Config
@@ -76,6 +77,7 @@ class StageState:
     buckets: tuple[int, ...]
     frozen: int = 0
     matrices: int = 0
+    factored: int = 0
 
     @property
     def bytes(self) -> StateBytes:
@@ -87,7 +89,8 @@ class StageState:
         gradients = shard if parallel.zero >= 2 else total + (shard if parallel.reproducible else 0)
         frozen = self.frozen // (shards_of(self.config) if parallel.zero >= 3 else 1)
         row, matrices = OPTIMIZERS[self.config.optim.name], self.matrices // shards_of(self.config)
-        moments = shard * row.moments - matrices * (row.moments - (row.of_matrices or 0))
+        moments = shard * row.moments - matrices * (row.moments - (row.of_matrices or 0)) + self.factored
+        moments += shard if row.averages and self.config.optim.momentum else 0
         masters = 0 if width == FP32 else shard
         return StateBytes((whole + frozen) * width, gradients * FP32, (moments + masters) * FP32)
 
@@ -122,8 +125,8 @@ def stage_state(config: Config, stage: int, *, even: bool = False) -> StageState
     chunks = [chunk for chunk, owner in enumerate(placement) if owner == stage]
     by_chunk = {chunk: tuple(_units(config, chunk, len(placement), deal[chunk])) for chunk in chunks}
     sizes: list[int] = []
-    frozen = matrices = 0
-    apart = OPTIMIZERS[config.optim.name].of_matrices is not None
+    frozen = matrices = factored = 0
+    row = OPTIMIZERS[config.optim.name]
     both = {0, len(placement) - 1} <= set(chunks)
     for chunk in reversed(chunks):
         portions = [_own(unit, both) for unit in by_chunk[chunk]]
@@ -131,13 +134,14 @@ def stage_state(config: Config, stage: int, *, even: bool = False) -> StageState
             portions = [[spec for portion in portions for spec in portion]]
         for portion in reversed(portions):
             for size, of_matrices in _bucket_sizes((spec for spec in reversed(portion) if spec.trainable),
-                                                   shards_of(config), apart):
+                                                   shards_of(config), row):
                 sizes.append(size)
                 matrices += size if of_matrices else 0
+            factored += sum(map(rows_and_columns, portion)) if row.factored else 0
             rest = sum(_up(prod(spec.local_shape), ALIGNMENT) for spec in portion if not spec.trainable)
             frozen += _up(rest, ALIGNMENT * (shards_of(config) if config.parallel.zero == 3 else 1))
     return StageState(config, tuple(unit for units in by_chunk.values() for unit in units), tuple(sizes), frozen,
-                      matrices)
+                      matrices, factored)
 
 
 def _units(config: Config, chunk: int, num_chunks: int, layers: Sequence[int]) -> Iterator[Unit]:
@@ -174,11 +178,20 @@ def _own(unit: Unit, both: bool) -> list[ParamSpec]:
     return [] if unit.what == "embedding" else [replace(spec, tied=False) for spec in unit.specs]
 
 
-def _bucket_sizes(specs: Iterable[ParamSpec], num_shards: int, matrices_apart: bool) -> Iterator[tuple[int, bool]]:
+def rows_and_columns(spec: ParamSpec) -> int:
+    """Of a matrix that is trained, on a tensor rank; columns of each of those that it holds."""
+    if not (spec.decay and spec.trainable):
+        return 0
+    *outside, width = spec.local_shape
+    fused = fused_in(spec.name)
+    return prod(outside) + width * len([*fused.rows(outside[fused.dim])])
+
+
+def _bucket_sizes(specs: Iterable[ParamSpec], num_shards: int, row: Row) -> Iterator[tuple[int, bool]]:
     """Elements of the buckets that take in these parameters, given in backward order, and whether of matrices alone."""
     filling: dict[tuple[bool, ...], tuple[int, int]] = {}              # kind → elements so far, and with alignment
     for spec in specs:
-        matrix = matrices_apart and is_projection(spec.name)
+        matrix = spec.decay if row.factored else row.of_matrices is not None and is_projection(spec.name)
         kind, size = (matrix, spec.decay, spec.partial_sum, spec.tied), prod(spec.local_shape)
         elements, aligned = filling.get(kind, (0, 0))
         if elements and elements + size > BUCKET_ELEMENTS:

@@ -179,10 +179,7 @@ class RoleState:
 
     def moments(self, prefix: str = "") -> list[Piece]:
         """This rank's part of the optimizer's moments, in whichever memory they are now."""
-        if self.model is None or self.optimizer is None:
-            return []
-        return [piece for name, of_bucket in self.optimizer.moments.items() for i, moment in of_bucket.items()
-                for piece in self.model.buckets[i].pieces(f"{prefix}optimizer.{name}", self._now(moment))]
+        return [] if self.optimizer is None else self.optimizer.pieces(f"{prefix}optimizer", self._now)
 
     def _now(self, vector: Tensor) -> Tensor:
         for part in self.parked:
@@ -197,7 +194,7 @@ def _offloads(role: Role, model: ParallelModel, optimizer: Optimizer | None) -> 
         weights = [parameter for chunk in model.chunks.values() for parameter in chunk.parameters()]
         weights = list({id(weight): weight for weight in weights}.values())
         return (Offload((), weights) if role.refilled else Offload(weights),)
-    moments = [] if optimizer is None else [each for of in optimizer.moments.values() for each in of.values()]
+    moments = [] if optimizer is None else optimizer.state()
     masters = [bucket.master for bucket in model.buckets if bucket.master is not bucket.param_shard]
     gradients = [tensor for bucket in model.buckets for tensor in bucket.gradients()]
     return Offload(weights), Offload([*masters, *moments], gradients)

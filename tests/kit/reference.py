@@ -25,6 +25,7 @@ from engine.model.parameters import initial_values, initialise, spec_of
 from engine.model.spec import ParamSpec
 from engine.model.transformer import Transformer
 from engine.optim.schedule import learning_rate
+from tests.kit.adafactor import Adafactor
 from tests.kit.muon import Muon
 
 
@@ -101,6 +102,8 @@ def optimizers_of(named: dict[str, torch.nn.Parameter], config: Config) -> list[
         matrices = [name for name, p in named.items() if name.startswith("layers.") and p.dim() > 1
                     and name.endswith(".weight")]
     rest = [p for name, p in named.items() if name not in matrices]
+    if optim.name == "adafactor":
+        return [Adafactor(named, config)]
     groups = [{"params": [p for p in rest if spec_of(p).decay], "weight_decay": optim.weight_decay},
               {"params": [p for p in rest if not spec_of(p).decay], "weight_decay": 0.0}]
     if optim.name == "sgd":
