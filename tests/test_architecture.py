@@ -54,7 +54,7 @@ RANK_CEILINGS = {
     "": 350,              # errors, reading, writing, hints, progress
     "align": 600,         # objectives besides pretraining
     "checkpoint": 1_600,  # formats 1 and 2, resuming, adapters apart
-    "config": 1_870,      # and the sections of alignment, reliability, roles with their placement, FP8; keys are most
+    "config": 1_910,      # and the sections of alignment, reliability, roles with their placement, FP8; keys are most
     "data": 2_060,        # corpora, conversations and comparisons, tokenizers of three kinds
     "distributed": 1_000,     # and moving live weights between roles
     "kernels": 1_000,     # and implementations for a GPU of each operation
