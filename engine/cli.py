@@ -223,6 +223,11 @@ def _rewind(p: Parser) -> None:
                                                                              "from there on")
 
 
+def _log(p: Parser) -> None:
+    p.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder")
+    p.add_argument("--all", action="store_true", help="a line for each save and each skipped step")
+
+
 def _config(p: Parser) -> None:
     p.add_argument("config", metavar="CONFIG.yaml", nargs="?", help=CONFIG)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as optim.lr=3e-4")
@@ -263,6 +268,7 @@ VERBS = (
     Verb("checkpoint", "list, inspect, verify or reshard checkpoints", "checkpoint list runs/x", model.checkpoint),
     Verb("rewind", "a run back to an earlier step, leaving out the data behind it: once, and remembered",
          "rewind runs/x --to 1000 --skip-steps 300", _rewind),
+    Verb("log", "what happened to a run: starts, changes, skips, spikes, saves, ways back, ends", "log runs/x", _log),
     Verb("config", "a configuration as it will be read, resolved; or the schema of one",
          "config tiny parallel.tensor=2", _config),
     Verb("presets", "the models that model.preset knows", "presets llama3-8b", _presets),

@@ -61,6 +61,7 @@ class Chart:
         clipped: the y-axis covers the central values, and some room around them.
         marks: steps to be marked at the foot of the plot.
         mark_label: what the marks mean.
+        lines: steps to be marked from head to foot, and what is said when one points at the mark.
         width, height: of the picture in pixels.
         across: what the x-axis counts.
     """
@@ -72,6 +73,7 @@ class Chart:
     clipped: bool = False
     marks: Sequence[int] = ()
     mark_label: str = ""
+    lines: Sequence[tuple[int, str]] = ()
     width: int = 560
     height: int = 260
     across: str = "step"
@@ -94,9 +96,17 @@ def line_chart(chart: Chart) -> str:
     marks = (line(x(step), chart.foot, x(step), chart.foot - 9, "mark") for step in chart.marks[:MAX_MARKS])
     return picture(chart.width, chart.height, chart.title, [
         text(16, 24, chart.title, "title"), *_legend(chart, y), *_frame(chart, x, y),
+        *(line(x(step), TOP, x(step), chart.foot, "change") for step, _ in lines_of(chart, x)),
         element("clipPath", rect(LEFT, TOP - 2, chart.right - LEFT + 4, chart.foot - TOP + 4), id=clip),
         group(*(_path(series, x, y) for series in chart.series), *marks, clip_path=f"url(#{clip})"),
-        *_hover(chart, x, y)])
+        *_hover(chart, x, y),
+        *(group(rect(x(step) - 4, TOP, 8, chart.foot - TOP, fill="transparent"), hint=f"after step {step:,}: {words}")
+          for step, words in lines_of(chart, x))])
+
+
+def lines_of(chart: Chart, x: Axis) -> list[tuple[int, str]]:
+    """The lines from head to foot that stand inside the plot."""
+    return [(step, words) for step, words in chart.lines if x.low <= step <= x.high][:MAX_MARKS]
 
 
 def moving_median(points: Sequence[Point], window: int) -> list[Point]:

@@ -10,6 +10,7 @@ from engine.metrics.goodput import account, text
 from engine.model.flops import count_parameters
 from engine.report.charts import number
 from engine.report.runs import Run
+from engine.report.story import changes
 
 
 def facts(run: Run) -> dict[str, str]:
@@ -24,6 +25,8 @@ def facts(run: Run) -> dict[str, str]:
         "Progress": progress(run),
         "Started": _started(run),
         "Duration": _duration(run),
+        **({"Changed": "; ".join(f"after step {event.step:,}: {changes(event.detail)}" for event in run.changes)}
+           if run.changes else {}),
         "Software": _software(run),
         "Loss": f"{fixed(losses[0])} → {fixed(losses[-1])}" if losses else "n/a",
         "Validation loss": f"{fixed(valid[-1][1])} at step {valid[-1][0]:,}" if valid else "not evaluated",

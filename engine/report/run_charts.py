@@ -9,6 +9,7 @@ from engine.report.charts import Chart, Series, central, moving_median
 from engine.report.preference_charts import preference_charts
 from engine.report.rl_charts import rl_charts
 from engine.report.runs import Run
+from engine.report.story import changes
 
 
 def charts(runs: Sequence[Run]) -> dict[str, Chart]:
@@ -26,6 +27,9 @@ def charts(runs: Sequence[Run]) -> dict[str, Chart]:
         "memory_bytes": replace(_chart(runs, "memory_bytes", "Peak memory of rank 0", "GiB", smooth=False,
                                        scale=2 ** -30), from_zero=True),
     }
+    if len(runs) == 1:
+        lines = [(event.step, changes(event.detail)) for event in runs[0].changes]
+        found = {name: replace(chart, lines=lines if chart.across == "step" else ()) for name, chart in found.items()}
     return {name: chart for name, chart in found.items()
             if any(value is not None for series in chart.series for _, value in series.points)}
 

@@ -21,6 +21,7 @@ from engine.metrics.events import Event, read_events
 from engine.metrics.sinks import METRICS_FILE
 from engine.reading import parse_object, read_bytes, shown
 from engine.report.charts import Point
+from engine.report.story import CHANGED
 
 MOST_BYTES = 4 << 30                    # ten million logged steps
 LARGEST = 1e300                         # of a number; charts add up and scale
@@ -35,6 +36,7 @@ class Run:
     config: Config
     records: Sequence[dict[str, Any]]
     starts: Sequence[Event] = ()                             # each time it was started, as it said then
+    changes: Sequence[Event] = ()                            # what a start did otherwise than the run before it
     last_written: datetime | None = None                     # when its last record was
 
     def points(self, key: str) -> list[Point]:
@@ -84,9 +86,10 @@ def read_run(directory: str | Path) -> Run:
         raise RequestError(f"{directory} is not a folder; give the folder of a run (run.dir of its configuration)")
     records = read_metrics(directory / METRICS_FILE)
     config = load_config(directory / "config.yaml")
-    starts = [event for event in read_events(directory) if event.kind == "start"]
+    events = read_events(directory)
+    starts, changes = ([event for event in events if event.kind == kind] for kind in ("start", CHANGED))
     written = datetime.fromtimestamp((directory / METRICS_FILE).stat().st_mtime).astimezone()
-    return Run(config.run.name or directory.resolve().name, directory, config, records, starts, written)
+    return Run(config.run.name or directory.resolve().name, directory, config, records, starts, changes, written)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ svg.chart .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 svg.chart .faint { fill: none; stroke-width: 1; stroke-linejoin: round; opacity: .38; }
 svg.chart .dashed { fill: none; stroke-width: 1.5; stroke-dasharray: 5 3; }
 svg.chart .dot { stroke: var(--paper); stroke-width: 1; }
+svg.chart .change { stroke: var(--c3); stroke-width: 1; stroke-dasharray: 4 3; }
 svg.chart .mark { stroke: var(--alert); stroke-width: 1.5; }
 svg.chart .tip rect { fill: transparent; }
 svg.chart .tip :not(rect) { visibility: hidden; }

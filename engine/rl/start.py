@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from engine.checkpoint.compatibility import require_compatible
+from engine.checkpoint.compatibility import Difference, require_compatible
 from engine.checkpoint.metadata import CARRIED
 from engine.config import Config
 from engine.config.rl import CRITIC_OBJECTIVES
@@ -27,7 +27,7 @@ from engine.rl.rollout_log import RolloutLog
 from engine.rl.rollouts import PromptSource, Rollouts, Scorer
 from engine.rl.texts import Texts
 from engine.train.running import Tools
-from engine.train.start import find_start, leave_other_line, require_same_windows
+from engine.train.start import find_start, leave_other_line, note_changes, require_same_windows
 from engine.train.state import TrainState
 
 
@@ -95,6 +95,7 @@ def _take_over(state: TrainState, carried: Carried, cast: Cast, config: Config, 
                group: Group) -> tuple[list[str], Carried]:
     """What `checkpoint.resume` asks for, over the weights that the roles began with."""
     reader, notes = find_start(config, group)
+    differing: list[Difference] = []
     if reader is not None:
         saved = reader.metadata
         if "state" not in saved or CARRIED not in saved:
@@ -109,4 +110,6 @@ def _take_over(state: TrainState, carried: Carried, cast: Cast, config: Config, 
         carried = carried.restored(saved[CARRIED])
         notes = [*notes, *(f"changed since the checkpoint: {difference}" for difference in differing),
                  f"resumed from {reader.path} (step {state.step}, {carried.next_prompt} prompts consumed)"]
-    return [*notes, *leave_other_line(config, state, reader, group)], replace(carried)
+    notes = [*notes, *leave_other_line(config, state, reader, group)]
+    note_changes(config, state.step, differing, group)
+    return notes, replace(carried)

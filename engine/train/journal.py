@@ -67,6 +67,7 @@ class Journal:
             self.console.warning(f"step {report.step} was saved, but {report.warning}")
         if report.error is None:
             self.console.checkpoint(report.step, report.path, report.stalled_seconds)
+            self.incident("save", report.step, {"path": str(report.path)})
         else:
             self.console.warning(f"step {report.step} was not saved: {report.error}")
 

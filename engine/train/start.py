@@ -13,10 +13,11 @@ So the same command can be given again and again: `load` is for the first time, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.checkpoint.adapted import Base, open_model
-from engine.checkpoint.compatibility import require_compatible
+from engine.checkpoint.compatibility import Difference, require_compatible
 from engine.checkpoint.folder import CHECKPOINTS
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import find_latest, open_checkpoint
@@ -24,10 +25,11 @@ from engine.config import Config
 from engine.data.skipping import require_same_past
 from engine.distributed.agree import Group, rank_in
 from engine.errors import CheckpointError, ConfigError
+from engine.metrics.events import append_event
 from engine.reading import shown
 from engine.reliability.spikes import SPIKES, SpikeMonitor
 from engine.train.corpora import Corpora
-from engine.train.run_folder import begin_another_line
+from engine.train.run_folder import begin_another_line, writing
 from engine.train.state import TrainState
 from engine.train.tally import UNLOGGED, Tally
 
@@ -46,8 +48,10 @@ def take_over(state: TrainState, tally: Tally, spikes: SpikeMonitor, config: Con
     """
     asked = config.checkpoint
     reader, notes = find_start(config, group)
+    differing: list[Difference] = []
     if reader is not None:
-        notes += _resume(state, config, corpora, reader, group)
+        differing = _resume(state, config, corpora, reader, group)
+        notes += about_resume(differing, reader, state)
         _restore(tally, spikes, reader)
     else:
         if config.adapter is not None and asked.load is None:
@@ -56,7 +60,9 @@ def take_over(state: TrainState, tally: Tally, spikes: SpikeMonitor, config: Con
         if asked.load is not None:
             notes += _load_weights(state, config, corpora, open_model(Path(asked.load), group))
     tally.step = state.step
-    return notes + leave_other_line(config, state, reader, group)
+    notes += leave_other_line(config, state, reader, group)
+    note_changes(config, state.step, differing, group)
+    return notes
 
 
 def find_start(config: Config, group: Group) -> tuple[CheckpointReader | None, list[str]]:
@@ -82,7 +88,22 @@ def leave_other_line(config: Config, state: TrainState, reader: CheckpointReader
     return [] if earlier is None else [f"what {run_dir} held of an earlier run is in {earlier} now"]
 
 
-def _resume(state: TrainState, config: Config, corpora: Corpora, reader: CheckpointReader, group: Group) -> list[str]:
+def about_resume(differing: Sequence[Difference], reader: CheckpointReader, state: TrainState) -> list[str]:
+    """What a person should know of a run that goes on from a checkpoint."""
+    return [*(f"changed since the checkpoint: {difference}" for difference in differing),
+            f"resumed from {reader.path} (step {state.step}, {state.consumed_samples} samples consumed)"]
+
+
+def note_changes(config: Config, step: int, differing: Sequence[Difference], group: Group) -> None:
+    """What a run does otherwise from this step on, as a line of its `events.jsonl`."""
+    if differing and rank_in(group) == 0:
+        with writing(Path(config.run.dir)):
+            append_event(Path(config.run.dir), "changed", step, {each.key: [each.saved, each.current]
+                                                                 for each in differing})
+
+
+def _resume(state: TrainState, config: Config, corpora: Corpora, reader: CheckpointReader,
+            group: Group) -> list[Difference]:
     if "state" not in reader.metadata:
         raise CheckpointError(f"{reader.path} holds weights only: start a run from it with checkpoint.load")
     below = Base.saved(reader.metadata)
@@ -100,8 +121,7 @@ def _resume(state: TrainState, config: Config, corpora: Corpora, reader: Checkpo
     if below is not None:
         state.load_base(below.open(None if config.checkpoint.load is None else Path(config.checkpoint.load), group))
     state.load(reader)
-    return [*(f"changed since the checkpoint: {difference}" for difference in differing),
-            f"resumed from {reader.path} (step {state.step}, {state.consumed_samples} samples consumed)"]
+    return differing
 
 
 def _restore(tally: Tally, spikes: SpikeMonitor, reader: CheckpointReader) -> None:
