@@ -105,5 +105,6 @@ def require_ids(tokenizer: Tokenizer, config: ModelConfig, spec: object) -> None
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise DataError(f"the tokenizer {spec} has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}: it is"
-                        " another model's, or the model's vocabulary was not extended with it\n"
+                        " another model's, or the model's vocabulary was not extended with it (octant convert "
+                        "extend-vocab)\n"
                         "  --tokenizer PATH names the right one, --tokenizer none goes without")

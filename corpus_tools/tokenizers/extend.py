@@ -8,7 +8,8 @@ cut, since letters that found no old union now may: pieces *with a Han character
 and are the default.
 
 A new embedding row starts as the mean of the rows of the pieces it replaces, those the old model cut the new piece
-into; the plan lists them, and `expanded_rows` applies it to any weight with one row per id.
+into; the plan lists them, and `expanded_rows` applies it to any weight with one row per id (`octant convert
+extend-vocab` to a checkpoint's).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +103,7 @@ def extend_tokenizer(
         sha256=hashlib.sha256(data).hexdigest(),
         old_vocab_size=len(old.pieces),
         vocab_size=len(old.pieces) + len(new),
-        rows=_rows(base, len(old.pieces), new),
+        rows=rows_of_new_pieces(base, len(old.pieces), new),
         unreachable=_unreachable(old, new),
     )
     with write_errors(output):
@@ -127,7 +129,7 @@ def _new_pieces(old: SentencePieceModel, other: SentencePieceModel, only: str) -
     return [Piece(text, float(lowest - index)) for index, text in enumerate(wanted)]
 
 
-def _rows(base: Path, first_id: int, new: list[Piece]) -> list[NewRow]:
+def rows_of_new_pieces(base: Path, first_id: int, new: Sequence[Piece]) -> list[NewRow]:
     """What the old model cuts each new piece into, without the `▁` it would put in front."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=with_settings(base.read_bytes(), dummy_prefix=False))
     cut = [processor.encode(piece.text.replace(SPACE, " ")) for piece in new]
@@ -148,21 +150,20 @@ def _unreachable(old: SentencePieceModel, new: list[Piece]) -> list[int]:
     return sorted(missing)
 
 
-def expanded_rows(old_weight: Any, plan: ExpansionPlan) -> Any:
-    """A weight [old_vocab_size, …] (numpy or torch) -> [vocab_size, …]: old rows copied, new ones means of old ones.
+def expanded_rows(old_weight: Any, old_vocab_size: int, rows: Sequence[NewRow]) -> Any:
+    """A weight [old_vocab_size, …] (numpy or torch) with further rows: old ones copied, new ones means of old ones.
 
     Rows behind `old_vocab_size` (padding) are dropped.
 
     Raises:
         RequestError: there are too few.
     """
-    if old_weight.shape[0] < plan.old_vocab_size:
-        raise RequestError(f"a weight of {old_weight.shape[0]} rows cannot hold the {plan.old_vocab_size} old pieces")
-    shape = (plan.vocab_size, *old_weight.shape[1:])
+    if old_weight.shape[0] < old_vocab_size:
+        raise RequestError(f"a weight of {old_weight.shape[0]} rows cannot hold the {old_vocab_size} old pieces")
+    shape = (old_vocab_size + len(rows), *old_weight.shape[1:])
     torch_like = hasattr(old_weight, "new_empty")
     weight = old_weight.new_empty(shape) if torch_like else np.empty(shape, old_weight.dtype)
-    weight[: plan.old_vocab_size] = old_weight[: plan.old_vocab_size]
-    for row in plan.rows:
+    weight[:old_vocab_size] = old_weight[:old_vocab_size]
+    for row in rows:
         weight[row.id] = old_weight[row.replaces].mean(0)
     return weight
-

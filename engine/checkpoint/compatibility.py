@@ -29,6 +29,8 @@ STRETCHABLE = HARMLESS | {"model.rope_theta", "model.rope_scaling", "model.norm_
 HEAD, NEW_SCORE = "model.head", frozenset({"model.head", "model.tie_embeddings"})
 # What an adapter's numbers mean; the rest of it is how it is trained.
 ADAPTER = frozenset({"adapter.rank", "adapter.alpha", "adapter.targets"})
+VOCABULARY = "model.vocab_size"
+EXTENDED = "\nwhere the tokenizer is the model's own and more pieces: octant convert extend-vocab gives them rows first"
 UNKNOWN = "a key that this version does not know"
 TOKENIZER_PATH = "data.tokenizer"
 IRRELEVANT = ("run.dir", "run.name", "run.device", "checkpoint.", "log.", "eval.", "reliability.")
@@ -86,8 +88,9 @@ def require_compatible(saved: Mapping[str, Any], current: Mapping[str, Any], whe
     found = differences(saved, current, weights_only)
     refused = [difference for difference in found if difference.refused]
     if refused:
+        larger = any(each.key in (VOCABULARY, f"data fingerprint, {TOKENIZER}") for each in refused)
         raise CheckpointError(f"{where} is of another model, or of another tokenizer; use its values, or start a new "
-                              "run:\n  " + "\n  ".join(map(str, refused)))
+                              "run:\n  " + "\n  ".join(map(str, refused)) + EXTENDED * larger)
     return found
 
 

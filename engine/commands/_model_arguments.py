@@ -67,7 +67,7 @@ def _inference(p: Parser) -> None:
 
 
 def convert(p: Parser) -> None:
-    to_hf, from_hf, to_megatron, from_megatron, to_peft, from_peft, average, merge = actions = add_actions(
+    to_hf, from_hf, to_megatron, from_megatron, to_peft, from_peft, average, merge, extend = actions = add_actions(
         p, ("to-hf", "a checkpoint as a Hugging Face model", "convert to-hf runs/x/checkpoints/step-00001000 out/"),
         ("from-hf", "a Hugging Face Llama, Mistral or Qwen2 model as a checkpoint", "convert from-hf model/ out/"),
         ("to-megatron", "a checkpoint as megatron-core's torch_dist", "convert to-megatron runs/x out/"),
@@ -77,7 +77,9 @@ def convert(p: Parser) -> None:
         ("from-peft", "an adapter of PEFT as a checkpoint, on top of another one",
          "convert from-peft adapter/ out/ --base runs/x"),
         ("average", "the last checkpoints of a run as one", "convert average runs/x out/ --last 5"),
-        ("merge", "two models of one shape as one", "convert merge runs/a runs/b out/ --method slerp"))
+        ("merge", "two models of one shape as one", "convert merge runs/a runs/b out/ --method slerp"),
+        ("extend-vocab", "a model with rows for the pieces that were appended to its tokenizer",
+         "convert extend-vocab runs/x out/ --tokenizer merged.model"))
     for action in actions:
         action.add_argument("source", metavar="FROM")
         if action is merge:
@@ -98,6 +100,10 @@ def convert(p: Parser) -> None:
     to_peft.add_argument("--base-name", metavar="MODEL", help="written as base_model_name_or_path: the model under it, "
                                                               "as transformers will find it")
     from_peft.add_argument("--base", required=True, metavar="CHECKPOINT", help="the model that it was trained on")
+    extend.add_argument("--tokenizer", required=True, metavar="MODEL",
+                        help="what `octant tokenizer extend` made of the model's own, or another that begins with it")
+    extend.add_argument("--from-tokenizer", metavar="MODEL", help="where the model's own tokenizer is now (default: "
+                                                                  "where the run found it)")
     average.add_argument("--last", type=int, default=5, metavar="N", help="how many (default: %(default)s)")
     merge.add_argument("--method", choices=("linear", "slerp", "ties"), default="linear", help="(default: %(default)s)")
     merge.add_argument("--share", type=float, default=0.5, help="of B, for linear and slerp (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""`octant convert to-hf|from-hf|to-megatron|from-megatron|to-peft|from-peft|average|merge`."""
+"""`octant convert to-hf|from-hf|to-megatron|from-megatron|to-peft|from-peft|average|merge|extend-vocab`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from checkpoints_tools.hub import local_folder
 from checkpoints_tools.megatron import convert_from_megatron, convert_to_megatron
 from checkpoints_tools.peft import convert_from_peft, convert_to_peft
 from checkpoints_tools.to_hf import convert_to_hf
+from checkpoints_tools.vocabulary import extend_vocabulary
 from engine.checkpoint.adapted import open_model
 from engine.checkpoint.folder import checkpoints_at, no_checkpoint
 from engine.checkpoint.read import CheckpointReader
@@ -28,7 +29,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def run(args: argparse.Namespace) -> int:
     actions = {"to-hf": _to_hf, "from-hf": _from_hf, "to-megatron": _to_megatron, "from-megatron": _from_megatron,
-               "to-peft": _to_peft, "from-peft": _from_peft, "average": _average, "merge": _merge}
+               "to-peft": _to_peft, "from-peft": _from_peft, "average": _average, "merge": _merge,
+               "extend-vocab": _extend_vocab}
     return actions[args.action](args)
 
 
@@ -109,6 +111,16 @@ def _merge(args: argparse.Namespace) -> int:
     combine([a, b], Path(args.output), blend, {"method": args.method} | setting, [base] if base else [], Progress)
     print(f"{args.output}: {a.path} and {b.path}, merged by {args.method}")
     print(hint("eval", args.output, "--data", "PREFIX", why=f"or train on: checkpoint.load={args.output}"))
+    return 0
+
+
+def _extend_vocab(args: argparse.Namespace) -> int:
+    reader = _open(args.source, None)
+    rows = extend_vocabulary(reader, Path(args.output), args.tokenizer, args.from_tokenizer, Progress)
+    print(f"{args.output}: the model of {reader.path} with {len(rows):,} new rows, {rows[-1].id + 1:,} in all; each is "
+          "the mean of those of the pieces that it replaces")
+    print(hint("generate", args.output, "--prompt", "The", why=f"or train on: checkpoint.load={args.output} "
+                                                               f"data.tokenizer={args.tokenizer}"))
     return 0
 
 

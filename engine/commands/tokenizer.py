@@ -38,6 +38,7 @@ def _extend(args: argparse.Namespace) -> int:
     if plan.unreachable:
         print(f"{len(plan.unreachable):,} of the new pieces are never produced: no two pieces join to them")
     print(f"{plan_path(path)}: each new embedding row as the mean of the old rows of the pieces it replaces")
+    print(f"a model of the old one takes it with octant convert extend-vocab RUN OUT --tokenizer {path}")
     print(_try(path))
     return 0
 

@@ -20,7 +20,6 @@ from engine.distributed.pieces import Piece
 from engine.kernels.table import Operations
 from engine.parallel.data.buckets import Bucket
 
-
 Now = Callable[[Tensor], Tensor]
 
 
