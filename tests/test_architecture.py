@@ -65,9 +65,9 @@ RANK_CEILINGS = {
     "precision": 250,     # the products of a layer, FP8
     "reliability": 490,   # and the watchdog, what to do about a bad step, who is slow
     "schedules": 430,
-    "train": 1_600,       # and going back before spikes, what a reference says, what all runs share, their account
+    "train": 1_640,       # and going back before spikes, what a reference says, what all runs share, their account
 }
-RANK_CEILING = 13_200     # lower than the sum: who needs the whole of a room makes another smaller
+RANK_CEILING = 13_250     # lower than the sum: who needs the whole of a room makes another smaller
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
