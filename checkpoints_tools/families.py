@@ -18,7 +18,7 @@ Json = dict[str, Any]
 
 # Keys of our model section that only some families have, beside the kind of feed-forward layer, and their defaults.
 FEATURES = ("qk_norm", "qkv_bias", "attention_bias", "mlp_bias", "norm", "residual", "position", "position_offset",
-            "rope_share", "embedding_scale")
+            "rope_share", "embedding_scale", "window", "full_every")
 DEFAULTS = {key: ModelConfig.model_fields[key].default for key in FEATURES}
 
 
@@ -63,7 +63,8 @@ class Family:
     def has_all_of(self, config: ModelConfig) -> bool:
         """Whether a model of this family computes just what `config` does."""
         stated = DEFAULTS | self.always | self.derived(config.model_dump())
-        free = {*self.flags, *(["rope_share"] if self.partial_rotary else [])}
+        free = {*self.flags, *(["rope_share"] if self.partial_rotary else []),
+                *(["window"] if self.window == "all" else [])}
         features = all(getattr(config, key) == stated[key] for key in FEATURES if key not in free)
         return features and config.mlp in self.mlps.values() and config.attention == "grouped-query" and \
             self.computes(config)
@@ -116,7 +117,7 @@ FAMILIES = {family.name: family for family in (
     Family("MistralForCausalLM", "mistral",
            {**SAME, "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8,
             "max_position_embeddings": 131072, "sliding_window": 4096},
-           {"sliding_window": None}, window="all"),
+           window="all"),
     Family("Qwen2ForCausalLM", "qwen2", QWEN, {"use_sliding_window": False}, window="layer_types",
            always={"qkv_bias": True}),
     Family("Qwen3ForCausalLM", "qwen3", {**QWEN, "head_dim": 128}, {"use_sliding_window": False}, window="layer_types",
@@ -129,7 +130,7 @@ FAMILIES = {family.name: family for family in (
     Family("Phi3ForCausalLM", "phi3",
            {**SAME, "hidden_size": 3072, "intermediate_size": 8192, "vocab_size": 32064, "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096},
-           {"sliding_window": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, window="all", partial_rotary=True,
+           {"resid_pdrop": 0.0, "embd_pdrop": 0.0}, window="all", partial_rotary=True,
            keys={"head_dim": None}, computes=divides,
            names={f"layers.{{i}}.{QKV}.weight": ("model.layers.{i}.self_attn.qkv_proj.weight",) * 3,
                   "layers.{i}.mlp.linear_fc1.weight": ("model.layers.{i}.mlp.gate_up_proj.weight",) * 2}),
@@ -144,7 +145,7 @@ FAMILIES = {family.name: family for family in (
            {**SAME, "hidden_size": 3072, "intermediate_size": 12288, "num_hidden_layers": 30, "num_attention_heads": 24,
             "num_key_value_heads": 2, "vocab_size": 49152, "hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096, "use_bias": True, "tie_word_embeddings": True},
-           {"sliding_window": None, "residual_dropout": 0.0, "embedding_dropout": 0.0}, {"use_bias": True},
+           {"residual_dropout": 0.0, "embedding_dropout": 0.0}, {"use_bias": True},
            window="all", mlps={"gelu_pytorch_tanh": "gelu-tanh", "gelu": "gelu"}, always=BIASED,
            keys={"rms_norm_eps": "norm_epsilon"},
            names=tensors("model.layers", {}, {"mlp.linear_fc1": "mlp.c_fc", "mlp.linear_fc2": "mlp.c_proj"})),

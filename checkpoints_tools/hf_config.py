@@ -54,7 +54,8 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: Json) -> Json:
         "vocab_size": config.vocab_size, "max_position_embeddings": config.max_seq_len,
         "rope_theta": theta, "rope_scaling": scaling, "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings, "hidden_act": family.hidden_act(config), "attention_dropout": 0.0,
-        **({"partial_rotary_factor": config.rope_share} if family.partial_rotary else {})}
+        **({"partial_rotary_factor": config.rope_share} if family.partial_rotary else {}),
+        **({"sliding_window": config.window} if family.window == "all" else {})}
     return {
         "architectures": [architecture_of(family.name, config.head)], "model_type": family.model_type,
         **family.in_its_words(common), "initializer_range": 0.02, "use_cache": True, **family.written,
@@ -169,7 +170,7 @@ def _model_section(found: Settings, family: Family) -> Json:
         "max_seq_len": found.count("max_position_embeddings"), "rope_theta": theta, "rope_scaling": scaling,
         "rope_share": share, "norm_eps": found.number("rms_norm_eps"),
         "tie_embeddings": found.flag("tie_word_embeddings"),
-        "mlp": family.mlps[found.get("hidden_act")],
+        "mlp": family.mlps[found.get("hidden_act")], "window": _window(found, family),
         **family.always, **{flag: found.flag(flag) for flag in family.flags}}
     return section | family.derived(section)
 
@@ -228,24 +229,29 @@ def _our_scaling(found: Settings, rope: Settings, kind: str) -> Json:
     return section
 
 
+def _window(found: Settings, family: Family) -> int | None:
+    """How far every layer looks back, where that is shorter than the longest sequence."""
+    if family.window != "all" or found.get("sliding_window") is None:
+        return None
+    window = found.count("sliding_window")
+    return window if window < found.count("max_position_embeddings") else None
+
+
 def _require_whole_attention(found: Settings, family: Family, config: ModelConfig) -> None:
     """
     Raises:
-        CheckpointError: a layer looks back through a window shorter than the longest sequence.
+        CheckpointError: some layers look back through a window shorter than the longest sequence.
     """
-    kinds = _layer_kinds(found, family, config.num_layers)
-    window = found.get("sliding_window")
-    if "sliding_attention" not in kinds or window is None:
+    if family.window != "layer_types" or found.get("sliding_window") is None:
         return
-    if found.count("sliding_window") < config.max_seq_len:
-        raise found.refuse("sliding_window", "which Octant's model does not have: attention reaches back to the first "
-                           "token.  Up to the window both are the same: with max_position_embeddings in config.json "
-                           "lowered to it, the model converts")
+    if "sliding_attention" in _layer_kinds(found, config.num_layers) and \
+            found.count("sliding_window") < config.max_seq_len:
+        raise found.refuse("sliding_window", "in layers chosen in a way that Octant's model does not have.  Up to the "
+                           "window both are the same: with max_position_embeddings in config.json lowered to it, the "
+                           "model converts")
 
 
-def _layer_kinds(found: Settings, family: Family, num_layers: int) -> set[str]:
-    if family.window != "layer_types":
-        return {"sliding_attention"} if family.window == "all" else set()
+def _layer_kinds(found: Settings, num_layers: int) -> set[str]:
     stated, windowed = found.get("layer_types"), found.flag("use_sliding_window")
     if stated is None:
         return {"sliding_attention"} if windowed and found.count("max_window_layers", 0) < num_layers else set()

@@ -39,7 +39,7 @@ WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "
 MOST_TRACKER = 64                       # bytes of the file that names an iteration
 # Keys of the model section, and the value that is known here.
 ELSEWHERE = {"head": "language_model", "norm": "rmsnorm", "residual": "sequential", "position": "rope",
-             "rope_share": 1.0, "embedding_scale": 1.0}
+             "rope_share": 1.0, "embedding_scale": 1.0, "window": None}
 PADDED = ("embedding.weight", "output_layer.weight")
 
 

@@ -9,7 +9,9 @@ Shapes: S queries, T keys, B batch, G key-value groups, Q query heads per group,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from engine.kernels.operation import Implementation, Operation, Place, Unavailab
 
 
 def attention_reference(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
-                        documents: Documents | None = None) -> Tensor:
+                        documents: Documents | None = None, window: int | None = None) -> Tensor:
     """The definition, with the scores written out; arguments as of `attention`."""
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_SBGQD, k_TBGD, v_TBGD))
     scores = torch.einsum("sbgqd,tbgd->bgqst", q, k) * q.shape[-1] ** -0.5
@@ -28,21 +30,33 @@ def attention_reference(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: T
         mask = documents.mask(scores.device)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
+    if window is not None:
+        mask = latest(mask, window)
     scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
     out = torch.einsum("bgqst,tbgd->sbgqd", scores.softmax(-1), v)
     return out.flatten(2).to(q_SBGQD.dtype)
 
 
+def latest(mask: Tensor, window: int) -> Tensor:
+    """Of the keys that a query sees the last `window`."""
+    return mask & (mask.flip(-1).cumsum(-1).flip(-1) <= window)
+
+
 def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
-              documents: Documents | None = None) -> Tensor:
+              documents: Documents | None = None, window: int | None = None) -> Tensor:
     """Attention output [S, B, G·Q·D].
 
     Args:
         mask: bool [B or 1, 1, S, T], True where a query may see a key; None for the plain causal mask (S = T).
         documents: queries see keys of their own document only, besides (S = T, no mask).
+        window: of these keys, queries see the latest so many.
     """
     if documents is not None:
-        return _one_by_one(q_SBGQD, k_TBGD, v_TBGD, documents)
+        return _one_by_one(q_SBGQD, k_TBGD, v_TBGD, documents, window)
+    if window is not None and mask is not None:
+        mask = latest(mask, window)
+    elif window is not None and window < len(k_TBGD):
+        return _band(q_SBGQD, k_TBGD, v_TBGD, window)
     q = q_SBGQD.flatten(2, 3).permute(1, 2, 0, 3)
     k, v = k_TBGD.permute(1, 2, 0, 3), v_TBGD.permute(1, 2, 0, 3)
     grouped = q_SBGQD.shape[3] > 1
@@ -50,12 +64,27 @@ def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | No
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def _one_by_one(q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, documents: Documents) -> Tensor:
+def _band(q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, window: int) -> Tensor:
+    """`window` queries at a time, which see keys of theirs and of the `window` before: S·2·window scores, not S².
+
+    Of the 2·window keys of queries that begin at the second half, query i sees i + 1 to i + window.
+    """
+    queries = q_SBGQD.split(window)
+    done = [attention(queries[0], k_SBGD[:window], v_SBGD[:window])]
+    band = torch.ones(window, 2 * window, dtype=torch.bool, device=q_SBGQD.device).triu(1).tril(window)
+    for number, some in enumerate(queries[1:], 1):
+        keys = slice((number - 1) * window, number * window + len(some))
+        mask = band[: len(some), : window + len(some)][None, None]
+        done.append(attention(some, k_SBGD[keys], v_SBGD[keys], mask))
+    return torch.cat(done)
+
+
+def _one_by_one(q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, documents: Documents, window: int | None) -> Tensor:
     """Each document by itself."""
     rows = []
     for row, qkv in enumerate(zip(*(x.split(1, dim=1) for x in (q_SBGQD, k_SBGD, v_SBGD)), strict=True)):
         parts = zip(*(x.split(documents.lengths(row)) for x in qkv), strict=True)      # backward one concatenation
-        rows.append(torch.cat([attention(*part) for part in parts]))
+        rows.append(torch.cat([attention(q, k, v, window=window) for q, k, v in parts]))
     return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
 
@@ -67,6 +96,16 @@ def _in_one_call(q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, documents: Doc
     return out.flatten(1).unflatten(0, (len(documents.bounds), -1)).transpose(0, 1)
 
 
+def _before(window: int | None) -> tuple[int, int]:
+    """How many keys a query sees before its own (-1: any number), and behind."""
+    return (-1 if window is None else window - 1), 0
+
+
+def _only(window: int | None) -> dict[str, Any]:
+    """The window for whoever takes causality by another name."""
+    return {} if window is None else {"window_size": _before(window)}
+
+
 def _varlen(place: Place) -> Callable[..., Tensor]:
     """Torch's attention, and for documents its kernel for sequences of different lengths."""
     place.require(device="cuda", dtypes=(torch.bfloat16, torch.float16))
@@ -76,15 +115,14 @@ def _varlen(place: Place) -> Callable[..., Tensor]:
     if place.deterministic:
         raise Unavailable("its gradients depend on the order of additions")
 
-    def run(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
-        causal = (-1, 0)                                 # any number of keys before, none behind
-        return varlen(q, k, v, bounds, bounds, longest, longest, window_size=causal, enable_gqa=True)
+    def run(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, window: int | None) -> Tensor:
+        return varlen(q, k, v, bounds, bounds, longest, longest, window_size=_before(window), enable_gqa=True)
 
     def varlen_attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
-                         documents: Documents | None = None) -> Tensor:
+                         documents: Documents | None = None, window: int | None = None) -> Tensor:
         if documents is None:
-            return attention(q_SBGQD, k_TBGD, v_TBGD, mask)
-        return _in_one_call(q_SBGQD, k_TBGD, v_TBGD, documents, run)
+            return attention(q_SBGQD, k_TBGD, v_TBGD, mask, window=window)
+        return _in_one_call(q_SBGQD, k_TBGD, v_TBGD, documents, partial(run, window=window))
 
     return varlen_attention
 
@@ -94,17 +132,18 @@ def _flash_attn(place: Place) -> Callable[..., Tensor]:
     place.require(device="cuda", dtypes=(torch.bfloat16, torch.float16))
     flash, packed = installed("flash_attn", "flash_attn_func"), installed("flash_attn", "flash_attn_varlen_func")
 
-    def run(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
-        return packed(q, k, v, bounds, bounds, longest, longest, causal=True, deterministic=place.deterministic)
+    def run(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, window: int | None) -> Tensor:
+        return packed(q, k, v, bounds, bounds, longest, longest, causal=True, deterministic=place.deterministic,
+                      **_only(window))
 
     def flash_attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
-                        documents: Documents | None = None) -> Tensor:
+                        documents: Documents | None = None, window: int | None = None) -> Tensor:
         if documents is not None:
-            return _in_one_call(q_SBGQD, k_TBGD, v_TBGD, documents, run)
+            return _in_one_call(q_SBGQD, k_TBGD, v_TBGD, documents, partial(run, window=window))
         if mask is not None:
-            return attention(q_SBGQD, k_TBGD, v_TBGD, mask)
+            return attention(q_SBGQD, k_TBGD, v_TBGD, mask, window=window)
         q, k, v = (x.transpose(0, 1) for x in (q_SBGQD.flatten(2, 3), k_TBGD, v_TBGD))      # batch first
-        out: Tensor = flash(q, k, v, causal=True, deterministic=place.deterministic)
+        out: Tensor = flash(q, k, v, causal=True, deterministic=place.deterministic, **_only(window))
         return out.transpose(0, 1).flatten(2)
 
     return flash_attention

@@ -68,6 +68,8 @@ class ModelConfig(Section):
     tie_embeddings: bool = False
     attention: AttentionName = "grouped-query"
     mlp: MLPName = "swiglu"
+    window: Size | None = None                               # a token sees so many, itself and those before it
+    full_every: NonNegative = 0                              # but in every so-manyth layer all before it; 0: in none
     qk_norm: bool = False                                    # normalise queries and keys, head by head
     qkv_bias: bool = False
     attention_bias: bool = False                             # on q, k, v and the projection behind attention
@@ -89,9 +91,15 @@ class ModelConfig(Section):
             raise ValueError("head: score has no output layer that tie_embeddings could tie: set it to false")
         if self.qk_norm and self.norm == "layernorm":
             raise ValueError("qk_norm divides by the root mean square: it goes with norm: rmsnorm or rmsnorm-1p")
+        if self.full_every and self.window is None:
+            raise ValueError("full_every says which layers have no window, and there is no window: set it")
         if self.position_offset and self.position != "learned":
             raise ValueError("position_offset is of position: learned; RoPE has no table")
         return self
+
+    def window_of(self, layer: int) -> int | None:
+        """How many tokens a token of this layer sees; None: all before it."""
+        return None if self.full_every and (layer + 1) % self.full_every == 0 else self.window
 
     @property
     def rotary_dim(self) -> int:

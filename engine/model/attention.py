@@ -6,11 +6,15 @@ and value of a group are rows of one projection, so a tensor rank's groups are a
 With `qk_norm` queries and keys are normalised, head by head, before they are turned (Dehghani et al. 2023, Qwen3): the
 scores then cannot grow with the norms of the projections.  All heads share one weight each, so every tensor rank holds
 it whole and uses it on its own heads: the rule `inside`.
+
+With `window` a token sees so many tokens, itself the last of them (Beltagy et al. 2020; Mistral 7B); what lies further
+back reaches it through the layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,7 +53,7 @@ class GroupedQueryAttention(Attention):
 
     def __init__(self, config: ModelConfig, index: int, specs: Specs, operations: Operations) -> None:
         super().__init__(config, index, specs, operations)
-        self.index = index
+        self.index, self.window = index, config.window_of(index)
         self.head_shape = specs["linear_qkv.weight"].shape[1:3]
         self.linear_qkv, self.linear_proj = Linear.of(specs, "linear_qkv"), Linear.of(specs, "linear_proj")
         self.q_layernorm = self.k_layernorm = None
@@ -64,6 +68,7 @@ class GroupedQueryAttention(Attention):
             q, k, v = qkv.split((self.head_shape[0] - 2, 1, 1), dim=-2)
             qkv = torch.cat((self.q_layernorm(q)[1], self.k_layernorm(k)[1], v), dim=-2)
         q, k, v = self._split_and_rotate(qkv, *angles)
+        attention = self.core_attention if self.window is None else partial(self.core_attention, window=self.window)
         if batch.cache is not None:
-            return self.linear_proj(batch.cache.attend(self.index, q, k, v, self.core_attention))
-        return self.linear_proj(self.core_attention(q, k, v, None, batch.documents))
+            return self.linear_proj(batch.cache.attend(self.index, q, k, v, attention))
+        return self.linear_proj(attention(q, k, v, None, batch.documents))

@@ -49,8 +49,9 @@ class Attention(Half):
     """A half in which tokens see each other.
 
     Attributes:
-        core_attention: queries [S, B, G, Q, D], keys and values [T, B, G, D], mask, documents → [S, B, G·Q·D].  Context
-            parallelism puts one in its place that reaches beyond this rank's tokens.
+        core_attention: queries [S, B, G, Q, D], keys and values [T, B, G, D], mask, documents → [S, B, G·Q·D]; with
+            `window` each query sees so many keys.  Context parallelism puts one in its place that reaches beyond this
+            rank's tokens, and knows no window.
     """
 
     core_attention: Callable[..., Tensor]

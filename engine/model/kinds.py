@@ -123,8 +123,14 @@ class GroupedQuery(Kind):
                           init_std=residual_init_std(config), bias=config.attention_bias)
 
     def products(self, config: ModelConfig, seq_len: int) -> int:
-        """Scores and weighted values over half of the `seq_len` keys each."""
-        return config.num_heads * config.head_dim * seq_len
+        """Scores and weighted values over the keys that queries see on average, half of the `seq_len` without a window.
+
+        Of layers with a window and layers without it is the mean.
+        """
+        window = min(config.window or seq_len, seq_len)
+        seen_twice = 2 * window - window * window / seq_len
+        full = config.num_layers // config.full_every / config.num_layers if config.full_every else 0.0
+        return round(config.num_heads * config.head_dim * (full * seq_len + (1 - full) * seen_twice))
 
     def kept(self, config: ModelConfig) -> Kept:
         """Queries, keys, values, the output, its log-sum-exps; with norms of queries and keys, what they normalise."""

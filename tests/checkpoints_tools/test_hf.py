@@ -182,7 +182,7 @@ def test_a_wrong_tokenizer_is_refused(tokenizer: str, data: dict[str, Any], mess
     ("Llama", {}, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ("Llama", {}, {"attention_bias": 1}, "attention_bias is 1, which is not true or false"),
     ("Llama", {}, {"quantization_config": {"bits": 4}}, "quantization_config"),
-    ("Mistral", {"sliding_window": 64}, {}, "max_position_embeddings in config.json lowered to it"),
+    ("Mistral", {}, {"sliding_window": 0}, "sliding_window is 0, which is not a whole number from 1"),
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, {}, "sliding_window is 64"),
     ("Llama", {}, {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "RoPE is of the kind 'dynamic'"),
     ("Llama", {}, {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": -2.0}}, "factor is -2.0"),

@@ -56,6 +56,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                                              "beta_fast": 24, "attention_factor": 1.25}},
     "Mistral-7B-v0.3": {**SIZES, "model_type": "mistral", "hidden_act": "silu", "rms_norm_eps": 1e-5,
                         "rope_theta": 1000000.0, "sliding_window": None},
+    "Mistral-7B-v0.1": {**SIZES, "model_type": "mistral", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+                        "rope_theta": 10000.0, "sliding_window": 8, "tie_word_embeddings": False},
+    "Phi-3-mini-4k": {**ALL_HEADS, "model_type": "phi3", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+                      "rope_theta": 10000.0, "rope_scaling": None, "sliding_window": 23, "attention_dropout": 0.0},
+    "StarCoder2-7B": {**SIZES, "model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5,
+                      "rope_theta": 1000000, "sliding_window": 16, "use_bias": True, "tie_word_embeddings": False},
     "Qwen2.5-0.5B": {**SIZES, "model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6,
                      "rope_theta": 1000000.0, "tie_word_embeddings": True, "use_sliding_window": False,
                      "sliding_window": 32, "max_window_layers": 2},
@@ -135,13 +141,13 @@ def test_logits_and_gradients_are_those_of_transformers(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_theirs_to_ours_and_back_is_the_same_model(name: str, tmp_path: Path) -> None:
-    """The same bits under the same names, or as Llama, which some of them are by other names."""
+    """The same bits under the same names, or as Llama or Mistral, which some of them are by other names."""
     published(tmp_path / "hf", name, torch.bfloat16)
     checked = convert_from_hf(tmp_path / "hf", tmp_path / "ours")
     assert checked is not None and checked.largest_difference <= checked.allowed
     convert_to_hf(CheckpointReader(tmp_path / "ours"), tmp_path / "back", torch.bfloat16)
     (family, config), (written, again) = read_hf_config(tmp_path / "hf"), read_hf_config(tmp_path / "back")
-    assert again == config and written.name in (family.name, "LlamaForCausalLM")
+    assert again == config and written.name in (family.name, "LlamaForCausalLM", "MistralForCausalLM")
     if written is family:
         before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)

@@ -14,7 +14,8 @@ from engine.model.parameters import spec_of
 from tests.kit.hugging_face import build_twin, load_twin, twin_names
 from tests.kit.models import PROMPTS, inference_model, model_config, whole_model
 
-CASES = {"llama": {}, "qwen2": {"qkv_bias": True, "tie_embeddings": True}, "mistral": {"num_kv_heads": 2}}
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen2": {"qkv_bias": True, "tie_embeddings": True}, "mistral": {"num_kv_heads": 2, "window": 6}}
 
 
 def both(family: str) -> tuple[Generator, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,32 @@ def test_masks(length: int, keys: int, mask_batch: int, groups: int, queries: in
                  inputs(length, keys, groups, queries), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [1, 5, 17, 34, 69, 70, 99])
+def test_windows(window: int, dtype: torch.dtype) -> None:
+    """A query sees its own key and the window - 1 before it: of the text, of a document, of those in a cache."""
+    length = 70
+    near = torch.arange(length)[:, None] - torch.arange(length)
+    band = ((near >= 0) & (near < window))[None, None]
+    assert_equal(lambda q, k, v: attention(q, k, v, window=window), lambda q, k, v: attention_reference(q, k, v, band),
+                 inputs(length, length, 2, 3), dtype)
+    documents = Documents.of(torch.tensor([[0] * 33 + [1] * 37, [5] + [6] * 69]))
+    within = documents.mask() & band
+    assert_equal(lambda q, k, v: attention(q, k, v, None, documents, window),
+                 lambda q, k, v: attention_reference(q, k, v, within), inputs(length, length, 2, 3), dtype)
+    seen = torch.arange(12) < torch.tensor([12, 4])[:, None]                 # of texts of 12 and 4 tokens
+    latest = seen & (torch.arange(12) >= torch.tensor([12, 4])[:, None] - window)
+    cached = inputs(1, 12, 2, 3)
+    assert_equal(lambda q, k, v: attention(q, k, v, seen[:, None, None], window=window),
+                 lambda q, k, v: attention_reference(q, k, v, latest[:, None, None]), cached, dtype)
+
+
+def test_the_reference_knows_windows() -> None:
+    q, k, v = inputs(20, 20, 2, 3)
+    assert_equal(lambda q, k, v: attention(q, k, v, window=6), lambda q, k, v: attention_reference(q, k, v, window=6),
+                 [q, k, v], torch.float64)
+
+
 @pytest.mark.parametrize(("groups", "queries"), HEADS)
 def test_the_reference_is_the_textbook(groups: int, queries: int) -> None:
     """One query head at a time, in loops."""
@@ -73,23 +100,27 @@ def test_packed_documents_do_not_see_each_other(dtype: torch.dtype) -> None:
         assert relative_error(packed[here, row : row + 1], alone) < TOLERANCE[dtype]
 
 
-def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, deterministic: bool) -> Tensor:
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, deterministic: bool,
+                    window_size: tuple[int, int] = (-1, -1)) -> Tensor:
     """Stands for the package's: [B, S, H, D], fewer heads in k and v, the same arithmetic."""
     assert causal and deterministic and q.shape[2] % k.shape[2] == 0
     grouped = q.unflatten(2, (k.shape[2], -1)).transpose(0, 1)
-    out = attention_reference(grouped, k.transpose(0, 1), v.transpose(0, 1))
+    out = attention_reference(grouped, k.transpose(0, 1), v.transpose(0, 1),
+                              window=None if window_size[0] < 0 else window_size[0] + 1)
     return out.unflatten(-1, (q.shape[2], -1)).transpose(0, 1)
 
 
 def tokens_of_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, other: Tensor, *longest: int,
-                        **options: object) -> Tensor:
+                        **options: Any) -> Tensor:
     """Stands for kernels that take boundaries: [tokens, heads, D], every document by itself."""
     lengths = bounds.diff().tolist()
     assert bounds is other and max(lengths) == longest[0] == longest[1]
-    assert options in ({"causal": True, "deterministic": False}, {"window_size": (-1, 0), "enable_gqa": True})
+    before, behind = options.pop("window_size", (-1, 0))
+    assert behind == 0 and options in ({"causal": True, "deterministic": False}, {"enable_gqa": True})
+    window = None if before == -1 else before + 1
     groups = k.shape[1]
-    return torch.cat([attention_reference(a.unflatten(1, (groups, -1)).unsqueeze(1), b.unsqueeze(1), c.unsqueeze(1))
-                      .squeeze(1).unflatten(-1, (q.shape[1], -1))
+    return torch.cat([attention_reference(a.unflatten(1, (groups, -1)).unsqueeze(1), b.unsqueeze(1), c.unsqueeze(1),
+                                          window=window).squeeze(1).unflatten(-1, (q.shape[1], -1))
                       for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)])
 
 
@@ -110,9 +141,10 @@ def test_kernels_that_take_boundaries_get_what_they_want(name: str, groups: int,
     entry = next(entry for entry in ATTENTION.implementations if entry.name == name)
     found = entry.find(Place(torch.device("cuda"), torch.bfloat16))
     documents = Documents.of(document_ids())
-    assert_equal(lambda q, k, v: found(q, k, v, documents=documents),
-                 lambda q, k, v: attention_reference(q, k, v, documents=documents), inputs(12, 12, groups, queries),
-                 torch.float64)
+    for window in (None, 1, 3):
+        assert_equal(lambda q, k, v, w=window: found(q, k, v, documents=documents, window=w),
+                     lambda q, k, v, w=window: attention_reference(q, k, v, documents=documents, window=w),
+                     inputs(12, 12, groups, queries), torch.float64)
     sys.modules.pop("flash_attn")
 
 

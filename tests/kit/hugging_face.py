@@ -47,6 +47,8 @@ def build_twin(config: ModelConfig, family: str) -> nn.Module:
         extra = extra | {"attention_bias": config.attention_bias}
     if family in ("llama", "arcee"):
         extra = extra | {"mlp_bias": config.mlp_bias}
+    if family == "mistral":
+        extra = extra | {"sliding_window": config.window}
     if family == "arcee":
         extra = extra | {"hidden_act": config.mlp}
     twin_config = config_class(

@@ -87,6 +87,20 @@ def test_causal_counts_half_of_the_attention() -> None:
     assert full == 2 * causal
 
 
+@pytest.mark.parametrize(("window", "full_every"), [(5, 0), (16, 0), (40, 0), (5, 2)])
+def test_a_window_counts_the_keys_that_are_seen(window: int, full_every: int) -> None:
+    """Query by query; of a causal text half a key less each, as without a window."""
+    length = 16
+    config = TINY.model_copy(update={"window": window, "full_every": full_every})
+    keys = [sum(min(i + 0.5, each or length) for i in range(length)) / length
+            for each in map(config.window_of, range(config.num_layers))]
+    seen = sum(keys) / config.num_layers
+    plain = ModelConfig.model_validate(TINY.model_dump())
+    matrices = 6 * count_parameters(plain).matmul
+    ratio = (flops_per_token(config, length) - matrices) / (flops_per_token(plain, length) - matrices)
+    assert ratio == pytest.approx(seen / (length / 2), rel=0.03)
+
+
 def test_llama_65b_on_a100_is_the_known_utilisation(tmp_path_factory: pytest.TempPathFactory) -> None:
     model = preset("llama-65b", tmp_path_factory)
     causal, full = (throughput(380 * 2048, 1.0, flops_per_token(model, 2048, count), 2048, 312.0).mfu

@@ -18,6 +18,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {"norm": "rmsnorm-1p", "mlp": "geglu", "embedding_scale": 32**0.5, "tie_embeddings": True, "head_dim": 16,
               "num_kv_heads": 2, "qk_norm": True},
     "starcoder2": {**BIASED, "mlp": "gelu-tanh", "num_kv_heads": 2},
+    "mistral": {"num_kv_heads": 2, "window": 5},
+    "windows in three of four layers": {"num_kv_heads": 2, "window": 3, "full_every": 4},
 }
 LAYOUTS: list[dict[str, Any]] = [
     {"tensor": 2, "recompute": "selective"}, {"tensor": 2, "sequence": False, "data": 2, "zero": 3},
@@ -27,5 +29,9 @@ LAYOUTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout.items())))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_is_one_process(family: str, layout: dict[str, Any]) -> None:
-    config = tiny_config(model=FAMILIES[family], parallel=layout)
+    if "window" in FAMILIES[family] and "context" in layout:
+        with pytest.raises(ValueError, match=r"parallel.context\(2\) has every token see all before it"):
+            tiny_config(model=FAMILIES[family], parallel=layout)
+        return
+    config = tiny_config(model=FAMILIES[family], parallel=layout, data={"document_mask": "window" in FAMILIES[family]})
     check(run_distributed(train_layout, config.parallel.world_size, config, 3), train_reference(config, 3))
