@@ -59,7 +59,7 @@ RANK_CEILINGS = {
     "distributed": 1_000,     # and moving live weights between roles
     "kernels": 1_000,     # and implementations for a GPU of each operation
     "metrics": 520,       # and where the time of a run went, over all its starts
-    "model": 820,         # and kinds of layers and norms, of all families that convert, stretched RoPE
+    "model": 840,         # and kinds of layers and norms, of all families that convert, stretched RoPE, windows
     "optim": 260,         # and learning-rate shapes, optimizers besides AdamW
     "parallel": 1_490,    # and the loss without the logits, and memory that rests on the host
     "precision": 250,     # the products of a layer, FP8
