@@ -138,6 +138,7 @@ class EvalRequest:
         batches: only the first so many; None: the whole corpus.
         batch_size: windows at a time.
         tokenizer, dtype, device, base, as_json: as in `TextRequest`.
+        stride: tokens from the beginning of a window to that of the next; None: as long as a window.
     """
 
     checkpoint: str
@@ -150,6 +151,7 @@ class EvalRequest:
     dtype: str | None = None
     device: str = "auto"
     base: str | None = None
+    stride: int | None = None
 
     def __post_init__(self) -> None:
         for option, value in (("seq-len", self.seq_len), ("batches", self.batches), ("batch-size", self.batch_size)):

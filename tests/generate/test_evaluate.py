@@ -16,7 +16,17 @@ from engine.data.indexed import IndexedDataset, IndexedWriter
 from engine.data.tokenizer import ByteTokenizer
 from engine.data.training_data import Sample
 from engine.distributed.topology import Topology
-from engine.generate.evaluate import Scores, Summed, fitted, open_whole, sum_of_losses, text_bytes
+from engine.generate.evaluate import (
+    Scores,
+    Summed,
+    TextSize,
+    fitted,
+    open_whole,
+    strided,
+    sum_of_losses,
+    text_size,
+    windows_of,
+)
 from engine.generate.load import Wanted, inference_config, load_model, open_shared
 from engine.model.context import Batch
 from tests.kit.distributed import mesh_for, run_distributed
@@ -114,23 +124,63 @@ def test_a_model_trained_with_a_document_mask_is_evaluated_with_it(tmp_path: Pat
         assert got.num_tokens == stream.num_tokens - len(DOCUMENTS)
         assert got.loss == pytest.approx(sum(want), rel=1e-6)
     tokenizer = ByteTokenizer()
-    assert text_bytes(stream, stream.num_tokens - 1, tokenizer, document_mask=True) == \
+    assert text_size(stream, stream.num_tokens - 1, tokenizer, document_mask=True).bytes == \
         sum(len(text.encode()[1:]) for text in DOCUMENTS)
 
 
-def test_bytes_are_those_of_the_text(corpus: str) -> None:
+def test_bytes_and_characters_are_those_of_the_text(corpus: str) -> None:
     dataset, tokenizer = IndexedDataset(corpus), ByteTokenizer()
-    everything = sum(len(text.encode()) for text in DOCUMENTS)
-    assert text_bytes(dataset, dataset.num_tokens - 1, tokenizer) == everything - 1       # nothing predicts the first
+    everything = "".join(DOCUMENTS)
+    assert text_size(dataset, dataset.num_tokens - 1, tokenizer) == \
+        TextSize(len(everything.encode()) - 1, len(everything) - 1)                       # nothing predicts the first
     first = len(DOCUMENTS[0])
-    assert text_bytes(dataset, first, tokenizer) == first - 1                             # the end has no bytes
-    assert text_bytes(dataset, first + 1, tokenizer) == first
+    assert text_size(dataset, first, tokenizer) == TextSize(first - 1, first - 1)         # the end has no bytes
+    assert text_size(dataset, first + 1, tokenizer) == TextSize(first, first)
+
+
+def strided_losses(config: Config, corpus: str, stride: int, masked: bool) -> list[float]:
+    """Of every predicted token, as the textbook has it: the window that begins at each multiple of the stride."""
+    stream, model, found = IndexedDataset(corpus), whole_model(config), []
+    tokens = torch.tensor(stream.tokens(0, stream.num_tokens).astype(int))
+    begins = set(stream.document_starts(0, stream.num_tokens).tolist())
+    done = 1                                                          # the first token is not predicted
+    for start in range(0, len(tokens), stride):
+        stop = min(start + SEQ_LEN, len(tokens) - 1)
+        for position in range(done, stop + 1):
+            first = max([start, *(edge for edge in begins if masked and edge <= position)])
+            if first == position:
+                continue
+            window = tokens[first:position].unsqueeze(1)
+            logits = model(window, Batch(window, torch.arange(len(window)).unsqueeze(1)))[-1, 0]
+            found.append(-logits.log_softmax(0)[tokens[position]].item())
+        done = max(done, stop + 1)
+    return found
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["stream", "documents"])
+@pytest.mark.parametrize("stride", [3, 8, 15])
+def test_a_stride_gives_each_token_what_stands_before_it(tmp_path: Path, stride: int, masked: bool) -> None:
+    config = run_config().with_changes(data={"document_mask": masked})
+    prefix = str(tmp_path / "held")
+    with IndexedWriter(Path(prefix), np.uint16) as writer:
+        for length in (5, 23, 1, 40, 7):
+            writer.add_document(np.arange(length) * 7 % 200)
+    reader = open_shared(make_run(tmp_path / "run", config), mesh_for(Topology()))
+    evaluated = inference_config(reader, Topology(), Wanted(micro=4, num_microbatches=2))
+    data = open_whole(prefix, evaluated, None)
+    with torch.no_grad():
+        want = strided_losses(config, prefix, stride, masked)
+    got = sum_of_losses(load_model(reader, evaluated, mesh_for(Topology())), data, windows_of(data, stride), stride)
+    assert got.num_tokens == len(want) == 75 - (4 if masked else 0)
+    assert got.loss == pytest.approx(sum(want), rel=1e-6)
+    assert strided(data, SEQ_LEN, 1).tokens.tolist() == data.window(1, 0).tokens.tolist()
 
 
 def test_scores() -> None:
     summed = Summed(2 * 16 * math.log(8), 2 * 16)
-    scores = Scores.of(summed, windows=2, of_windows=5, seq_len=16, text_bytes=64, seconds=0.5)
+    scores = Scores.of(summed, windows=2, of_windows=5, seq_len=16, stride=16, text=TextSize(64, 32), seconds=0.5)
     assert (scores.loss, scores.perplexity) == pytest.approx((math.log(8), 8))
     assert scores.bits_per_byte == pytest.approx(2 * 16 * 3 / 64)
-    assert "bits per byte 1.5000" in scores.lines() and "the first 2 of 5 windows of 16" in scores.lines()
-    assert "bits per byte n/a" in Scores.of(Summed(1.0, 16), 1, 1, 16, None, 1.0).lines()
+    assert "bits per byte 1.5000, per character 3.0000" in scores.lines()
+    assert "the first 2 of 5 windows of 16" in scores.lines()
+    assert "bits per byte n/a" in Scores.of(Summed(1.0, 16), 1, 1, 16, 8, None, 1.0).lines()
