@@ -242,9 +242,8 @@ def _require_whole_attention(found: Settings, family: Family, config: ModelConfi
     Raises:
         CheckpointError: some layers look back through a window shorter than the longest sequence.
     """
-    if family.window != "layer_types" or found.get("sliding_window") is None:
-        return
-    if "sliding_attention" in _layer_kinds(found, config.num_layers) and \
+    kinds = _layer_kinds(found, config.num_layers) if family.window == "layer_types" else ()
+    if "sliding_attention" in kinds and found.get("sliding_window") is not None and \
             found.count("sliding_window") < config.max_seq_len:
         raise found.refuse("sliding_window", "in layers chosen in a way that Octant's model does not have.  Up to the "
                            "window both are the same: with max_position_embeddings in config.json lowered to it, the "

@@ -174,7 +174,7 @@ def test_files_saved_without_the_head_and_with_masks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "key", "value"), [
-    ("Phi-4", "sliding_window", 32), ("Phi-4", "hidden_act", "gelu"), ("StarCoder2-3B", "use_bias", False),
+    ("Phi-4", "sliding_window", 0), ("Phi-4", "hidden_act", "gelu"), ("StarCoder2-3B", "use_bias", False),
     ("StarCoder2-3B", "norm_epsilon", None), ("Pythia-160M", "use_parallel_residual", False),
     ("Pythia-160M", "attention_bias", False), ("Pythia-160M", "rotary_pct", 1.5),
     ("GPT-2", "scale_attn_by_inverse_layer_idx", True), ("GPT-2", "add_cross_attention", True),
