@@ -21,6 +21,7 @@ from engine.config import Config, load_config
 from engine.config.phases import OF_CORPORA
 from engine.data.indexed import IndexedWriter
 from engine.distributed.mesh import single_mesh
+from engine.metrics.goodput import CAUSES, PREFIX
 from engine.metrics.sinks import JsonlSink
 from engine.model.context import Batch
 from engine.model.flops import flops_per_token
@@ -48,7 +49,9 @@ from tests.kit.runs import (
 
 KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "consumed_samples", "step_seconds", "tokens_per_second",
         "tflops_per_device", "mfu", "memory_bytes", "skipped",
-        *(f"timing_s/{phase}" for phase in (*OF_CORPORA.in_step, *OF_CORPORA.besides))}
+        *(f"timing_s/{phase}" for phase in (*OF_CORPORA.in_step, *OF_CORPORA.besides)),
+        "time", "goodput", *(PREFIX + cause for cause in CAUSES), "own_seconds", "waiting_seconds", "slowest_seconds",
+        "slowest_rank"}
 
 
 def test_everything_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
