@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from engine.config.model import ModelConfig
 from engine.config.parallel import ParallelConfig
-from engine.config.rl import CRITIC_OBJECTIVES, RL_OBJECTIVES, Place, RoleConfig
+from engine.config.rl import CRITIC_OBJECTIVES, GROUP_OBJECTIVES, RL_OBJECTIVES, Place, RoleConfig
 from engine.config.schema import Config
 
 ACTOR, ROLLOUT, CRITIC, REFERENCE, REWARD = "actor", "rollout", "critic", "reference", "reward"
@@ -166,6 +166,12 @@ def overall_problems(config: Config, asked: list[Asked], world_size: int) -> Ite
         yield ("rollout.async_steps(1) makes texts while the actor learns, on ranks of its own: name them in "
                "roles.rollout")
     if config.rollout.async_steps:
-        making, learning = (next(role.ranks for role in asked if role.name == name) for name in (ROLLOUT, ACTOR))
-        if set(making) & set(learning):
-            yield "rollout.async_steps(1) needs roles.rollout.ranks and roles.actor.ranks that share none"
+        making = next(role.ranks for role in asked if role.name == ROLLOUT)
+        others = [role for role in asked if role.name != ROLLOUT and role.ranks.stop > making.start]
+        if others:
+            yield (f"rollout.async_steps(1) needs roles.rollout.ranks that are the last of the job and nobody else's; "
+                   f"they begin with {making.start}, and {others[0].where} is on {others[0].ranks.start} to "
+                   f"{others[0].ranks.stop - 1}")
+        if config.run.objective in GROUP_OBJECTIVES and config.grpo.dynamic_sampling:
+            yield (f"grpo.dynamic_sampling({config.grpo.dynamic_sampling}) makes groups anew once they are scored, and "
+                   "with rollout.async_steps(1) the next step's are being made then: set one of them to 0")

@@ -12,7 +12,6 @@ UNSUPPORTED: tuple[tuple[Callable[[Config], bool], str, str], ...] = (
     (lambda c: c.precision.fp8 == "te", "FP8 by Transformer Engine", "set precision.fp8 to tensorwise"),
     (lambda c: c.precision.fp8 != "off" and c.run.objective in RL_OBJECTIVES, "FP8 in a run that makes its own texts",
      "set precision.fp8 to off"),
-    (lambda c: c.rollout.async_steps > 0, "making texts a step ahead", "set rollout.async_steps to 0"),
 )
 
 

@@ -54,9 +54,14 @@ class Head(Protocol):
         """−log p(label), fp32 [S, B]."""
         ...
 
-    def token_log_probs_and_entropy(self, x_SBH: Tensor, labels_SB: Tensor,
-                                    temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """log p(label) and the entropy of p, in nats, fp32 [S, B] each; logits are divided by `temperature`."""
+    def token_log_probs_and_entropy(self, x_SBH: Tensor, labels_SB: Tensor, temperature: float = 1.0,
+                                    num_ids: int | None = None) -> tuple[Tensor, Tensor]:
+        """log p(label) and the entropy of p, in nats, fp32 [S, B] each.
+
+        Args:
+            temperature: logits are divided by it.
+            num_ids: p is over the first so many ids, those that can be chosen; None: over all that the model has.
+        """
         ...
 
     def scores(self, x_SBH: Tensor) -> Tensor:

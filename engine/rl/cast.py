@@ -65,13 +65,16 @@ class Cast:
     scales: dict[str, Scale] = field(default_factory=dict)
 
     @staticmethod
-    def build(config: Config, job: Job) -> Cast:
+    def build(config: Config, job: Job, num_ids: int | None = None) -> Cast:
         """Every rank of the job must call this.
+
+        Args:
+            num_ids: of the tokenizer: no others are chosen; None: as many as the model has.
 
         Raises:
             ConfigError: a placement is impossible.
         """
-        objectives: dict[str, Objective] = {ACTOR: Policy(config.learning, config.rollout.temperature),
+        objectives: dict[str, Objective] = {ACTOR: Policy(config.learning, config.rollout.temperature, num_ids),
                                             CRITIC: Value(config.ppo.value_clip)}
         members: dict[str, Member] = {}
         resting = offloaded(config)

@@ -34,6 +34,8 @@ from engine.rl.rows import at_places, sample_of
 from engine.rl.scores import Numbers
 
 LOG_PROBS, REFERENCE, VALUES = "log_probs", "reference", "values"
+SUMS = ("tokens", "learned", "rewards", "advantages", "values", "returns", "returns²", "error", "error²", "kl",
+        "tokens_left_out", "tokens_rejected")
 Table = Mapping[int, Tensor]                                 # by row, a number per token
 
 
@@ -52,6 +54,11 @@ class Experience:
     counts: Mapping[int, float]
     sums: Mapping[str, float]
     largest: float
+
+    @staticmethod
+    def nothing() -> Experience:
+        """Of a rank that does not learn; it has the same sums."""
+        return Experience({}, {}, dict.fromkeys(SUMS, 0.0), 0.0)
 
     def sample(self, rollouts: Rollouts, row: int, seq_len: int) -> Sample:
         """A row with everything about it."""

@@ -20,10 +20,11 @@ numbers are named, it is the same step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from engine.checkpoint.metadata import CARRIED
@@ -31,11 +32,13 @@ from engine.config.phases import OF_OWN_TEXTS
 from engine.config.placement import ACTOR, CRITIC, REFERENCE, ROLLOUT
 from engine.config.rl import CRITIC_OBJECTIVES
 from engine.distributed.mesh import Axis
+from engine.distributed.pieces import Piece
 from engine.errors import WorkerError
 from engine.kernels.table import Operations
 from engine.metrics.phases import Taken
 from engine.optim.schedule import LearningRates
 from engine.rl import objectives
+from engine.rl.ahead import pieces_of
 from engine.rl.cast import Cast
 from engine.rl.coefficients import KLCoefficient, RunningMoments
 from engine.rl.experience import LOG_PROBS, VALUES, Experience, gather
@@ -43,8 +46,8 @@ from engine.rl.experience import REFERENCE as REFERENCE_NUMBERS
 from engine.rl.metrics import of_texts, of_updates, over_job, record
 from engine.rl.passes import Ways, measured_tokens
 from engine.rl.pretraining import Pretraining
-from engine.rl.rollouts import Maker, Rollouts
-from engine.rl.scores import shaped
+from engine.rl.rollouts import Maker, Response, Rollouts
+from engine.rl.scores import Numbers, shaped
 from engine.rl.texts import Made, Texts
 from engine.rl.updates import Update, minibatches, order_of, update
 from engine.train.batches import HostBatch
@@ -64,24 +67,42 @@ class Carried:
     Attributes:
         next_prompt: number of the first prompt that no step has taken.
         contents: hashes of what the roles' weights were read from at the start of the run.
+        ahead: the texts of the next step, where they are made a step ahead (`engine.rl.ahead`).
     """
 
     coefficient: KLCoefficient
     scores: RunningMoments = field(default_factory=RunningMoments)
     next_prompt: int = 0
     contents: dict[str, str] = field(default_factory=dict)
+    ahead: tuple[Response, ...] = ()
 
     def state(self) -> dict[str, Any]:
         """As JSON."""
         return {"kl_coef": self.coefficient.value, "scores": self.scores.state(), "next_prompt": self.next_prompt,
                 "contents": self.contents, "phase": "between steps"}
 
-    def restored(self, state: dict[str, Any]) -> Carried:
-        """As it was when `state` was saved; target and horizon of the coefficient are those of now."""
+    def restored(self, state: dict[str, Any], ahead: tuple[Response, ...]) -> Carried:
+        """As it was when `state` and `ahead` were saved; target and horizon of the coefficient are those of now."""
         now = self.coefficient
         value = float(state["kl_coef"]) if now.target is not None else now.value
         return Carried(KLCoefficient(value, now.target, now.horizon), RunningMoments.of(state["scores"]),
-                       int(state["next_prompt"]), self.contents)
+                       int(state["next_prompt"]), self.contents, ahead)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a step taught this rank.
+
+    Attributes:
+        updates: by role, what became of all its updates, and how many changed the weights; of those that live here.
+        scores: moments of all scores so far.
+        shaped: this step's, as they are learned from.
+    """
+
+    experience: Experience
+    updates: Mapping[str, tuple[list[Update], int]]
+    scores: RunningMoments
+    shaped: Numbers = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass(kw_only=True)
@@ -89,11 +110,13 @@ class Learner(Running):
     """A run that learns from its own texts.
 
     Attributes:
+        learning: the ranks that learn; None: this is none of them, and makes texts a step ahead.
         told: hears of every step's texts and their scores, on rank 0.
         pretraining: what is learned besides.
     """
 
     cast: Cast
+    learning: Axis | None
     texts: Texts
     maker: Maker
     carried: Carried
@@ -117,35 +140,53 @@ class Learner(Running):
         return self.mesh.world
 
     def _step(self) -> None:
-        step, phase, before = self.state.step + 1, self.phases, self.verdict
+        step, before = self.state.step + 1, self.verdict
         with self.cast[ROLLOUT].state.at_work(learning=True):
-            with phase("reshard"):
+            with self.phases("reshard"):
                 received = self.maker.take_over()
-            made = self.texts.make(step, self.carried.next_prompt)
+            made, own = self._texts_of(step)
+        lesson = Lesson(Experience.nothing(), {}, self.carried.scores) if made is None else self._lesson(step, made)
+        ahead = () if own is None else tuple(self.texts.shared(own, self.config.rollout.prompts))
+        with self.phases("read"):
+            job = self._hear(step, lesson, received)
+        next_prompt = self.carried.next_prompt + self.config.rollout.prompts if made is None else made.next_prompt
+        coefficient, num_texts = self.carried.coefficient, self.config.texts_per_step
+        self.carried = Carried(coefficient.after(job["kl"] / num_texts, num_texts), lesson.scores, next_prompt,
+                               self.carried.contents, ahead)
+        self.state.step, self.state.consumed_samples = step, next_prompt
+        self.state.updates = self.state.num_updates + round(job["actor/updates"])
+        if made is not None:
+            if step in (1, self.config.steps) or step % self.config.log.every == 0:
+                self.row = self._record(made, lesson, job, coefficient.value)
+            for line in made.complaints:
+                self.journal.incident("score", step, {"what": line}, line)
+            if self.mesh.rank == 0:
+                self.told(made.rollouts)
+        self._tell(before, self.verdict)
+
+    def _texts_of(self, step: int) -> tuple[Made | None, Mapping[int, Response] | None]:
+        """The texts of a step, where this rank learns from them; and those of the next that this rank has made, where
+        texts are made a step ahead."""
+        texts, first, count = self.texts, self.carried.next_prompt, self.config.rollout.prompts
+        if not self.config.rollout.async_steps:
+            return texts.make(step, first), None
+        responses = self.carried.ahead or texts.shared(texts.begun(step, first, count), count)
+        own = texts.begun(step + 1, first + count, count) if step < self.config.steps else None
+        return None if self.learning is None else texts.scored(step, first, responses), own
+
+    def _lesson(self, step: int, made: Made) -> Lesson:
+        """What is learned from a step's texts."""
+        assert self.learning is not None
         rollouts, config = made.rollouts, self.config
         scores, moments = shaped(rollouts.scores, rollouts.ended, rollouts.lengths, config.rollout.max_new_tokens,
                                  config.learning, self.carried.scores)
         order = order_of(config.run.seed, step, 0, rollouts.num_rows)
-        ways = Ways(self.cast, rollouts, order, config.run.seed, config.learning.epochs, self.world)
+        ways = Ways(self.cast, rollouts, order, config.run.seed, config.learning.epochs, self.learning)
         tables = self._tables(rollouts, order, ways)
-        coefficient = self.carried.coefficient
-        with phase("adv"):
-            experience = gather(rollouts, scores, tables, ways.home, coefficient.value, config, self.world)
-        told = self._learn(step, rollouts, experience)
-        with phase("read"):
-            job = self._hear(step, experience, told, received)
-        kl = job["kl"] / rollouts.num_rows
-        self.carried = Carried(coefficient.after(kl, rollouts.num_rows), moments, made.next_prompt,
-                               self.carried.contents)
-        self.state.step, self.state.consumed_samples = step, made.next_prompt
-        self.state.updates = self.state.num_updates + round(job["actor/updates"])
-        if step in (1, config.steps) or step % config.log.every == 0:
-            self.row = self._record(made, scores, job, coefficient.value)
-        for line in made.complaints:
-            self.journal.incident("score", step, {"what": line}, line)
-        if self.mesh.rank == 0:
-            self.told(rollouts)
-        self._tell(before, self.verdict)
+        with self.phases("adv"):
+            experience = gather(rollouts, scores, tables, ways.home, self.carried.coefficient.value, config,
+                                self.learning)
+        return Lesson(experience, self._learn(step, rollouts, experience), moments, scores)
 
     def close(self) -> None:
         self.texts.close()
@@ -153,7 +194,9 @@ class Learner(Running):
 
     def _tables(self, rollouts: Rollouts, order: Sequence[int], ways: Ways) -> dict[str, dict[int, torch.Tensor]]:
         """What actor, reference and critic think of each token, on the ranks that learn from it."""
-        log_probs = objectives.log_probs_at(self.config.rollout.temperature)
+        policy = self.cast[ACTOR].state.role.objective
+        assert isinstance(policy, objectives.Policy)
+        log_probs = objectives.log_probs_at(policy.temperature, policy.num_ids)
         found: dict[str, dict[int, torch.Tensor]] = {}
         for phase, name, role, measure in (("old_log_prob", LOG_PROBS, ACTOR, log_probs),
                                            ("ref", REFERENCE_NUMBERS, REFERENCE, log_probs),
@@ -215,15 +258,13 @@ class Learner(Running):
             return True
         return float(done.totals.sums[KL_SUM] / done.divisor.clamp(min=1)) <= MOST_KL * target
 
-    def _hear(self, step: int, experience: Experience, told: dict[str, tuple[list[Update], int]],
-              received: int) -> dict[str, float]:
+    def _hear(self, step: int, lesson: Lesson, received: int) -> dict[str, float]:
         """Sums over the job, and the verdict that follows."""
-        rank = self.mesh.rank
+        rank, experience = self.mesh.rank, lesson.experience
         sums = dict(experience.sums) | {"flag": self._flag(), "reshard_bytes": float(received)}
         sums.setdefault("probs_diff", 0.0)
-        for name, (updates, changed) in told.items():
-            if name in self.cast:
-                sums |= of_updates(self.cast[name], updates, changed, rank, f"{name}/")
+        for name in self.rates:
+            sums |= of_updates(self.cast[name], *lesson.updates.get(name, ([], 0)), rank, f"{name}/")
         known = float("probs_diff" in experience.sums)
         job = over_job(sums, {"probs_diff_max": experience.largest, "probs_known": known}, self.world)
         skipped = not self._only_critic(step) and job["actor/updates"] == 0 and job["actor/made"] == 0
@@ -233,10 +274,10 @@ class Learner(Running):
                                before.saves + (round((flag % 1) * 2) > 0))
         return job
 
-    def _record(self, made: Made, scores: Any, job: dict[str, float], coef: float) -> dict[str, Any]:
+    def _record(self, made: Made, lesson: Lesson, job: dict[str, float], coef: float) -> dict[str, Any]:
         """The metrics of the step just done, but for those of time."""
         rollouts, step = made.rollouts, self.state.step
-        texts = of_texts(made, scores, self.config.rollout.max_new_tokens)
+        texts = of_texts(made, lesson.shaped, self.config.rollout.max_new_tokens)
         means = record(job, rollouts.num_rows, self.config, CRITIC in self.cast, coef)
         rates = {"lr": self._rate(ACTOR, step)} | (
             {"critic/lr": self._rate(CRITIC, step)} if CRITIC in self.cast else {})
@@ -250,6 +291,9 @@ class Learner(Running):
         seconds = taken.in_steps / taken.steps
         split = OF_OWN_TEXTS.timing(taken.by_phase, taken.steps)
         return {"step_seconds": seconds, "timing_s/step": seconds, "tokens_per_second": self._tokens / seconds, **split}
+
+    def _pieces(self) -> list[Piece]:
+        return [*self.state.pieces(), *(pieces_of(self.carried.ahead) if self.mesh.rank == 0 else ())]
 
     def _metadata(self) -> dict[str, Any]:
         return self.state.metadata(self.config, self.fingerprint) | {CARRIED: self.carried.state()}

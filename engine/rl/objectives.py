@@ -11,6 +11,10 @@ before it is known.
 Every token brings a weight (`engine.rl.losses.reduction_weights`), 0 where it is not to be learned, and every row what
 it adds to the divisor, so that means over tokens and over texts are one sum divided once.  What stands where the weight
 is 0 is never looked at: it may be NaN.
+
+A policy is over the ids of the tokenizer, in training as in making texts.  A model has a few more, to make its matrices
+divisible; they cannot be chosen, and if they had a share of the softmax, old log-probabilities would not be those that
+texts were drawn with, and learning would change the odds of what never happens.
 """
 
 from __future__ import annotations
@@ -52,8 +56,9 @@ class Policy(OfRows):
                                       "ptx_loss")
     fields = (OLD_LOG_PROBS, ADVANTAGES, IMPORTANCE, WEIGHTS, COUNTS, REFERENCE_LOG_PROBS)
 
-    def __init__(self, config: PPOConfig | GRPOConfig, temperature: float) -> None:
-        self.config, self.temperature = config, temperature
+    def __init__(self, config: PPOConfig | GRPOConfig, temperature: float, num_ids: int | None = None) -> None:
+        """`num_ids`: how many can be chosen; None: all that the model has."""
+        self.config, self.temperature, self.num_ids = config, temperature, num_ids
         self.kl_coef = config.kl_coef if isinstance(config, GRPOConfig) else 0.0        # of PPO it is in the reward
 
     def __call__(self, x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
@@ -61,7 +66,8 @@ class Policy(OfRows):
         config, extra = self.config, batch.extra
         if PTX_WEIGHT in extra:
             return self._of_pretraining(x_SBH, head, batch)
-        log_probs, entropy = head.token_log_probs_and_entropy(x_SBH, batch.labels_SB, self.temperature)
+        log_probs, entropy = head.token_log_probs_and_entropy(x_SBH, batch.labels_SB, self.temperature,
+                                                              self.num_ids)
         weights = extra[WEIGHTS]
         learned = weights > 0
         log_probs, old = (torch.where(learned, each, 0.0) for each in (log_probs, extra[OLD_LOG_PROBS]))
@@ -113,11 +119,11 @@ def policy(config: Config) -> Objective:
     return Policy(config.learning, config.rollout.temperature)
 
 
-def log_probs_at(temperature: float) -> Measure:
-    """A `Measure`: log π(label) of every place, [S, B]."""
+def log_probs_at(temperature: float, num_ids: int | None = None) -> Measure:
+    """A `Measure`: log π(label) of every place, [S, B], as `Policy` has it."""
     def measure(x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
         assert batch.labels_SB is not None
-        return head.token_log_probs_and_entropy(x_SBH, batch.labels_SB, temperature)[:1]
+        return head.token_log_probs_and_entropy(x_SBH, batch.labels_SB, temperature, num_ids)[:1]
 
     return measure
 

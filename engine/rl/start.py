@@ -16,6 +16,7 @@ from engine.distributed.mesh import Job
 from engine.distributed.topology import Topology
 from engine.errors import CheckpointError
 from engine.metrics.phases import Phases
+from engine.rl.ahead import learners, responses_in
 from engine.rl.cast import Cast, require_no_adapter
 from engine.rl.coefficients import KLCoefficient
 from engine.rl.function_scorer import open_scorers
@@ -49,19 +50,21 @@ def start(config: Config, job: Job, source: PromptSource, scorers: Sequence[Scor
     require_no_adapter(config)
     phases = phases or Phases(job.device)
     world = job.mesh(Topology(data=job.size))
-    cast = Cast.build(config, job)
+    cast = Cast.build(config, job, num_ids)
     fingerprint = source.fingerprint()
     notes, contents = cast.begin(config, fingerprint, world.world.group)
     state = TrainState(cast.trained, end_ids=tuple(sorted(stop_ids)), updates=0)
     carried = Carried(_coefficient(config), contents=contents)
     more, carried = _take_over(state, carried, cast, config, fingerprint, world.world.group)
+    learning = learners(config, job)
     maker = RoleMaker(cast, config, job, num_ids, stop_ids)
     buckets = [bucket for role in cast.trained if role.model is not None for bucket in role.model.buckets]
     tools = Tools.of(config, world, state.step, buckets, phases, stamped, [*notes, *more])
     if told is None:
         told = RolloutLog(Path(config.run.dir), state.step, tools.journal.warning) if world.rank == 0 else _unheard
     return Learner(config=config, mesh=world, state=state, tools=tools, stop_requested=stop_requested, phases=phases,
-                   cast=cast, texts=Texts(config, cast, source, maker, scorers, world.world, phases), maker=maker,
+                   cast=cast, learning=learning, maker=maker,
+                   texts=Texts(config, cast, source, maker, scorers, world.world, learning, phases),
                    carried=carried, fingerprint=fingerprint, told=told, pretraining=Pretraining.open(config),
                    saved_step=state.step if state.step else -1)
 
@@ -75,7 +78,9 @@ def begin(config: Config, stop_requested: Callable[[], bool], stamped: bool) -> 
     prompts = Prompts.open(config)
 
     def started(job: Job, phases: Phases) -> Learner:
-        return start(config, job, prompts, open_scorers(config, job.world.group), prompts.tokenizer.vocab_size,
+        learning = learners(config, job)
+        scorers = [] if learning is None else open_scorers(config, learning.group)
+        return start(config, job, prompts, scorers, prompts.tokenizer.vocab_size,
                      prompts.end_ids, stop_requested, stamped, phases)
 
     return started
@@ -107,8 +112,10 @@ def _take_over(state: TrainState, carried: Carried, cast: Cast, config: Config, 
                           int(saved[CARRIED]["next_prompt"]), f"{reader.path}: ")
         cast.require_same(saved[CARRIED].get("contents", {}), carried.contents, Path(reader.path))
         state.load(reader)
-        carried = carried.restored(saved[CARRIED])
-        notes = [*notes, *(f"changed since the checkpoint: {difference}" for difference in differing),
+        ahead, why_not = responses_in(reader, config)
+        carried = carried.restored(saved[CARRIED], ahead)
+        notes = [*notes, *([why_not] if why_not else ()),
+                 *(f"changed since the checkpoint: {difference}" for difference in differing),
                  f"resumed from {reader.path} (step {state.step}, {carried.next_prompt} prompts consumed)"]
     notes = [*notes, *leave_other_line(config, state, reader, group)]
     note_changes(config, state.step, differing, group)

@@ -7,7 +7,7 @@ then is learned from as it is, which is not at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,9 +48,14 @@ class Texts:
     """Makes the texts of steps; every rank of the job calls it alike."""
 
     def __init__(self, config: Config, cast: Cast, source: PromptSource, maker: Maker, scorers: Sequence[Scorer],
-                 world: Axis, phases: Phases) -> None:
+                 world: Axis, learning: Axis | None, phases: Phases) -> None:
+        """
+        Args:
+            world: all ranks of the job, which hear of all texts.
+            learning: those that hear of scores; None: this is none of them.
+        """
         self._config, self._cast, self._source, self._maker = config, cast, source, maker
-        self._scorers, self._world, self._phases = scorers, world, phases
+        self._scorers, self._world, self._learning, self._phases = scorers, world, learning, phases
 
     def prompts(self, first: int, count: int) -> list[Prompt]:
         """Prompts of the stream.
@@ -88,22 +93,35 @@ class Texts:
         return made
 
     def _round(self, step: int, first: int, count: int) -> Made:
-        prompts, samples = self.prompts(first, count), self._config.samples_per_prompt
-        with self._phases("gen"):
-            own = self._maker.make(step, prompts, samples)
-            responses = shared_responses(own, count * samples, self._world)
-        return self.scored(step, prompts, responses)
+        responses = self.shared(self.begun(step, first, count), count)
+        return self.scored(step, first, responses)
 
-    def scored(self, step: int, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Made:
-        """These texts, with what all sources of scores say of them."""
+    def begun(self, step: int, first: int, count: int) -> Mapping[int, Response]:
+        """The texts of so many prompts that this rank makes, by row; those who make none are done at once."""
+        prompts = self.prompts(first, count)
+        with self._phases("gen"):
+            return self._maker.make(step, prompts, self._config.samples_per_prompt)
+
+    def shared(self, own: Mapping[int, Response], count: int) -> list[Response]:
+        """Those of all ranks, on every one of the job, which must all call this."""
+        with self._phases("gen"):
+            return shared_responses(own, count * self._config.samples_per_prompt, self._world)
+
+    def scored(self, step: int, first: int, responses: Sequence[Response]) -> Made:
+        """The texts of the prompts from `first` on, with what all sources of scores say of them.
+
+        Every rank that learns must call this, and no other.
+        """
+        assert self._learning is not None
         samples = self._config.samples_per_prompt
+        prompts = self.prompts(first, len(responses) // samples)
         texts = tuple(self._source.decode(each.tokens) for each in responses)
         rollouts = Rollouts(step, tuple(prompts), samples, tuple(responses), texts)
         with self._phases("reward"):
             parts: dict[str, Numbers] = {}
             weights: list[float] = []
             for name, weight in self._cast.scoring(self._config):
-                scores = model_scores(self._cast[name], rollouts, self._world)
+                scores = model_scores(self._cast[name], rollouts, self._learning)
                 scale = self._cast.scales.get(name)
                 parts[name] = scores if scale is None else (scores - scale.mean) / scale.std
                 weights.append(weight)

@@ -24,6 +24,7 @@ from engine.checkpoint.write import CheckpointWriter, SaveReport
 from engine.config import Config
 from engine.config.phases import phases_of
 from engine.distributed.mesh import Mesh
+from engine.distributed.pieces import Piece
 from engine.errors import WorkerError
 from engine.kernels.table import Operations
 from engine.metrics.console import Console
@@ -143,6 +144,10 @@ class Running(ABC):
     def _step(self) -> None:
         """One step, and what the host hears of it: `state.step`, `verdict`, and `row` where it is logged."""
 
+    def _pieces(self) -> list[Piece]:
+        """This rank's part of what a checkpoint holds in tensors."""
+        return self.state.pieces()
+
     @abstractmethod
     def _metadata(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors; rank 0's counts."""
@@ -219,7 +224,7 @@ class Running(ABC):
     def _save(self) -> None:
         self.wishes.saving()
         self._compare_replicas()
-        self.writer.save(self.state.step, self.state.pieces(), self._metadata() | {COMPARED: True})
+        self.writer.save(self.state.step, self._pieces(), self._metadata() | {COMPARED: True})
         self.saved_step = self.state.step
 
     def _compare_replicas(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from engine.parallel.context.zigzag import positions_of
 from engine.parallel.parallelize import parallelize
 from engine.train.batches import Loader
 from tests.kit.distributed import mesh_for, run_distributed
-from tests.kit.layouts import check, microbatches, reference, run_layout, tiny_config
+from tests.kit.layouts import TINY, check, microbatches, reference, run_layout, tiny_config
 from tests.kit.reference import Task, global_batch
 
 REFERENCE = Field("reference_B", sequence_dim=None, batch_dim=0)
@@ -38,16 +39,18 @@ BONUS = Field("bonus_SB")
 MARGIN = Field("margin_B", sequence_dim=None, batch_dim=0)
 IS_LAST = Field("is_last_SB")
 TEMPERATURE, BETA, BONUS_COEF = 0.8, 0.3, 0.05
+FEW = TINY["model"]["vocab_size"] * 2 // 5                                   # type: ignore[index]
 
 
 class Preference(Objective):
     sums = ("loss", "accuracy", "entropy")
     fields = (REFERENCE, BONUS)
     rows_per_sample = 2
+    num_ids: int | None = None
 
     def __call__(self, x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
         assert batch.labels_SB is not None and batch.loss_mask_SB is not None
-        log_probs, entropy = head.token_log_probs_and_entropy(x_SBH, batch.labels_SB, TEMPERATURE)
+        log_probs, entropy = head.token_log_probs_and_entropy(x_SBH, batch.labels_SB, TEMPERATURE, self.num_ids)
         of_rows = head.sum_over_sequence((log_probs * batch.loss_mask_SB).sum(0))
         chosen, rejected = (of_rows - batch.extra[REFERENCE]).unflatten(0, (-1, 2)).unbind(1)
         logits = BETA * (chosen - rejected)
@@ -57,6 +60,12 @@ class Preference(Objective):
 
     def count(self, batch: Batch) -> int:
         return batch.tokens_SB.shape[1] // 2
+
+
+class PreferenceOfFew(Preference):
+    """The distribution is over the first ids only; with four tensor ranks the last two have none of them."""
+
+    num_ids = FEW
 
 
 class Ranking(Objective):
@@ -87,8 +96,14 @@ def pairs(config: Config, step: int) -> Batch:
     return replace(batch, loss_mask_SB=(place > 1) & (place <= last), extra=extra)
 
 
-def plain_preference(model: Transformer, batch: Batch) -> list[Tensor]:
-    log_p = (model(batch.tokens_SB, batch) / TEMPERATURE).log_softmax(-1)
+def pairs_of_few(config: Config, step: int) -> Batch:
+    batch = pairs(config, step)
+    assert batch.labels_SB is not None
+    return replace(batch, labels_SB=batch.labels_SB % FEW)
+
+
+def plain_preference(model: Transformer, batch: Batch, num_ids: int | None = None) -> list[Tensor]:
+    log_p = (model(batch.tokens_SB, batch)[..., :num_ids] / TEMPERATURE).log_softmax(-1)
     chosen_tokens = log_p.gather(-1, batch.labels_SB.unsqueeze(-1)).squeeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     ratio = (chosen_tokens * batch.loss_mask_SB).sum(0) - batch.extra[REFERENCE]
@@ -130,6 +145,13 @@ def test_every_layout_is_one_process(name: str, layout: str) -> None:
     task, model = TASKS[name]
     config = tiny_config(parallel=LAYOUTS[layout], model=model, batch={"micro": 2 if "data" in layout else 1})
     check(run_layout(config, 3, task), reference(config, 3, task))
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"tensor": 4}, {"context": 2, "tensor": 2, "sequence": False}])
+def test_a_distribution_may_be_over_some_ids_only(layout: dict[str, Any]) -> None:
+    task = Task(PreferenceOfFew(), pairs_of_few, partial(plain_preference, num_ids=FEW), num_pairs)
+    config = tiny_config(parallel=layout, batch={"micro": 1})
+    check(run_layout(config, 2, task), reference(config, 2, task))
 
 
 def sample_of(batch: Batch, index: int) -> Sample:

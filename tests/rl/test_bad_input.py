@@ -153,6 +153,12 @@ def test_actor_and_critic_must_share_a_tokenizer(tmp_path: Path) -> None:
     ({"parallel": {"tensor": 2}, "roles": {"actor": {"generate": {"tensor": 3}}}}, "roles.actor.generate: tensor.3."),
     ({"roles": {"actor": {"ranks": "0:1"}, "critic": {"ranks": "2:3"}}}, "no role lives on rank 1"),
     ({"rollout": {"async_steps": 1}}, "on ranks of its own: name them in roles.rollout"),
+    ({"rollout": {"async_steps": 1}, "roles": {"actor": {"ranks": "1:2"}, "rollout": {"ranks": "0:1", "parallel": {}}}},
+     "the last of the job and nobody else's; they begin with 0, and roles.actor is on 1 to 1"),
+    ({"rollout": {"async_steps": 1}, "roles": {"actor": {"ranks": "0:1"}, "critic": {"ranks": "1:2"}, "rollout": {
+        "ranks": "1:2", "parallel": {}}}}, "they begin with 1, and roles.critic is on 1 to 1"),
+    ({"run": {"objective": "grpo"}, "rollout": {"async_steps": 1}, "grpo": {"dynamic_sampling": 2}, "roles": {
+        "actor": {"ranks": "0:1"}, "rollout": {"ranks": "1:2", "parallel": {}}}}, "set one of them to 0"),
     ({"parallel": {"data": 3}}, "roles.actor: batch.global.8. is not batch.micro.2. × data.3."),
 ])
 def test_impossible_placements_are_refused(sections: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rl.optimum import best, run
-from engine.config import GRPOConfig, PPOConfig
+from engine.config import Config, GRPOConfig, PPOConfig
 from engine.distributed.mesh import Job
 from engine.model.context import Batch
 from engine.rl import objectives
@@ -20,7 +21,9 @@ from engine.rl.experience import LOG_PROBS, REFERENCE, VALUES, gather
 from engine.rl.objectives import Policy, Value
 from engine.rl.rollouts import Prompt, Response, Rollouts
 from engine.rl.rows import sample_of
-from tests.kit.digits import END, rl_config
+from tests.kit.digits import END, NUM_IDS, learner_of, rl_config
+from tests.kit.distributed import job, run_distributed
+from tests.rl.test_resume import rows
 
 S, B, V = 5, 3, 7
 
@@ -31,9 +34,9 @@ class OneHead:
     def token_losses(self, x_SBH: Tensor, labels_SB: Tensor) -> Tensor:
         return -self.token_log_probs_and_entropy(x_SBH, labels_SB)[0]
 
-    def token_log_probs_and_entropy(self, x_SBH: Tensor, labels_SB: Tensor,
-                                    temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        log_p = (x_SBH / temperature).log_softmax(-1)
+    def token_log_probs_and_entropy(self, x_SBH: Tensor, labels_SB: Tensor, temperature: float = 1.0,
+                                    num_ids: int | None = None) -> tuple[Tensor, Tensor]:
+        log_p = (x_SBH[..., :num_ids] / temperature).log_softmax(-1)
         return log_p.gather(-1, labels_SB.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
     def scores(self, x_SBH: Tensor) -> Tensor:
@@ -179,3 +182,24 @@ def test_ppo_finds_the_best_policy_there_is() -> None:
     for p0, beta in ((0.28, 0.3), (0.5, 1.0)):                                 # of log Z = p*/β − KL*
         p, kl = best(p0, beta)
         assert p / beta - kl == pytest.approx(math.log(p0 * math.exp(1 / beta) + 1 - p0))
+
+
+def learn(config: Config, where: Job | None = None) -> None:
+    """A whole run, on this rank."""
+    learner = learner_of(config, where or job())
+    try:
+        learner.run()
+    finally:
+        learner.close()
+
+
+def test_ids_outside_the_tokenizer_have_no_share_of_a_policy(tmp_path: Path) -> None:
+    """What texts are drawn with is what is learned from; two of four tensor ranks have no id that can be chosen."""
+    settings: dict[str, Any] = {"model": {"vocab_size": 40}, "steps": 2, "rollout": {"prompts": 4}}
+    learn(alone := rl_config(tmp_path / "one", **settings), Job("cpu"))
+    run_distributed(learn, 4, four := rl_config(tmp_path / "four", **settings, parallel={"tensor": 4}))
+    for got, want in zip(rows(four).values(), rows(alone).values(), strict=True):
+        assert want["rollout_probs_diff_max"] < 1e-5 and got["rollout_probs_diff_max"] < 1e-5
+        assert want["actor/entropy"] < math.log(NUM_IDS)
+        for key in ("actor/entropy", "actor/pg_loss", "actor/grad_norm", "objective/kl", "critic/score/mean"):
+            assert got[key] == pytest.approx(want[key], rel=1e-5, abs=1e-6)

@@ -69,6 +69,9 @@ def test_it_is_the_same_run(name: str, tmp_path: Path, reward: Path) -> None:   
     assert rows(resting) == rows(plain)
 
 
+EVERY = 5
+
+
 def storages(member: Member) -> dict[int, tuple[int, Tensor]]:
     """All memory of a role on its device, by storage, with the bytes of one that is there."""
     state = member.state
@@ -82,17 +85,22 @@ def storages(member: Member) -> dict[int, tuple[int, Tensor]]:
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the roles' memory at every operation of a step: who is there in each phase, and the most."""
+    """Bytes of the roles' memory throughout a step, at one operation of `EVERY`: who is there in each phase, and the
+    most."""
 
     def __init__(self, learner: Learner) -> None:
         super().__init__()
         self._learner = learner
         self._tensors = {name: [each for _, each in storages(member).values()]
                          for name, member in learner.cast.members.items()}
+        self._count = 0
         self.there: dict[str, set[str]] = defaultdict(set)
         self.most = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._count += 1
+        if self._count % EVERY:
+            return function(*args, **(kwargs or {}))
         sizes = {name: sum(each.untyped_storage().nbytes() for each in tensors)
                  for name, tensors in self._tensors.items()}
         self.there[self._learner.phases.now.phase] |= {name for name, size in sizes.items() if size}

@@ -44,10 +44,14 @@ class ParallelHead:
     def token_losses(self, x_SBH: Tensor, labels_SB: Tensor) -> Tensor:
         return self._per_token(x_SBH, labels_SB, self._losses)[0]
 
-    def token_log_probs_and_entropy(self, x_SBH: Tensor, labels_SB: Tensor,
-                                    temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def token_log_probs_and_entropy(self, x_SBH: Tensor, labels_SB: Tensor, temperature: float = 1.0,
+                                    num_ids: int | None = None) -> tuple[Tensor, Tensor]:
+        columns = dict(self._columns)
+        if num_ids is not None:                                    # columns from there on are padding, too
+            columns["num_valid"] = min(max(num_ids - columns["first"], 0), columns["num_valid"])
+
         def compute(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-            return self._tensor.operations.log_probs(logits, labels, temperature=temperature, **self._columns)
+            return self._tensor.operations.log_probs(logits, labels, temperature=temperature, **columns)
 
         log_probs, entropy = self._per_token(x_SBH, labels_SB, compute)
         return log_probs, entropy
