@@ -23,6 +23,7 @@ NUMBERS, OBJECTIVES, RESUME, BAD = (f"tests/rl/test_{name}.py" for name in ("num
                                                                             "bad_input"))
 APART = "tests/rl/test_placements.py::test_every_placement_is_the_same_mathematics[texts on ranks of their own]"
 TENSOR = "tests/rl/test_placements.py::test_every_placement_is_the_same_mathematics[tensor]"
+OFFLOAD, AHEAD = "tests/rl/test_offload.py::test_it_is_the_same_run[zero 3]", "tests/rl/test_async.py"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,10 @@ MUTATIONS = (
              ("class Move:", "BUFFER = torch.empty(1 << 16)\n\n\nclass Move:")),
     Mutation("random numbers by rank", "engine/rl/making.py", "numbers=[prompts[place].number for place in own]",
              "numbers=[place - own.start for place in own]", (TENSOR,)),
+    Mutation("moments of an idle role not kept", "engine/parallel/data/offload.py", "                if changed:",
+             "                if False:", (OFFLOAD,)),
+    Mutation("texts of the step to come not saved", "engine/rl/loop.py", "pieces_of(self.carried.ahead)",
+             "pieces_of(())", (AHEAD,)),
 )
 
 

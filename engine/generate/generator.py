@@ -299,7 +299,9 @@ class Generator:
         room = sum(sorted(needs)[-rows:]) + rows               # and each its copy of the end of a beginning
         allowed = self._cache_bytes
         if allowed is None and self._mesh.device.type == "cuda":
-            allowed = int(FREE_SHARE * torch.cuda.mem_get_info(self._mesh.device)[0])
+            device = self._mesh.device       # what the allocator keeps and nobody uses is free, too: that of idle roles
+            kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            allowed = int(FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
         if allowed is not None:
             room = min(room, allowed // max(one, 1))
             [less] = maximum([-room], self._mesh.world.group)

@@ -247,6 +247,8 @@ def _step(config: Config) -> Iterator[str]:
            f"{rollout.max_new_tokens:,} new tokens, {config.data.seq_len:,} with their prompt")
     yield (f"{learning.epochs} epoch{'s' * (learning.epochs > 1)} of {updates:,} update{'s' * (updates > 1)}, "
            f"{learning.minibatch:,} texts each")
+    if config.rollout.async_steps:
+        yield "texts are made a step ahead, with weights that are a step old when they are learned from"
 
 
 def _memory(job: PlannedRoles) -> Iterator[str]:

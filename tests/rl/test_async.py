@@ -35,7 +35,8 @@ SETTINGS: dict[str, Any] = {
     "ppo": {"minibatch": 4, "kl_target": 1.0, "kl_horizon": 50, "reward_norm": True}}
 ROLLOUTS = {"prompts": 4, "correction": {"kind": "tis", "high": 1.2}}
 TWO = {"actor": {"ranks": "0:1"}, "rollout": {"ranks": "1:2", "parallel": {}}}
-FIVE = {"actor": {"ranks": "0:2", "parallel": {"tensor": 2}}, "critic": {"ranks": "1:3", "parallel": {"data": 2}},
+FIVE = {"actor": {"ranks": "0:2", "parallel": {"tensor": 2}},
+        "critic": {"ranks": "1:3", "parallel": {"data": 2}, "offload": True},
         "reference": {"ranks": "2:3", "parallel": {}}, "rollout": {"ranks": "3:5", "parallel": {"data": 2}}}
 
 

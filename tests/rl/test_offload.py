@@ -131,14 +131,13 @@ def test_who_is_idle_is_not_on_the_device(tmp_path: Path, reward: Path) -> None:
 
 def test_on_an_accelerator_it_moves_to_the_host_and_back() -> None:
     """A role that learns: idle, in a forward pass, idle, in an update, idle; and one that does not."""
-    two = [{"data": 2, "zero": 3}, {"data": 2, "zero": 1}, {"tensor": 2, "pipeline": 2}]
+    two = [{"data": 2, "zero": 3}, {"tensor": 2, "pipeline": 2}]
     cases = [case({}, park=True), *(case(layout, park=True, precision={"compute": "bf16"}) for layout in two)]
-    one, zero_3, *others = told(cases)
+    one, zero_3, cut = told(cases)
     judges = ["|", "weights |", "|"]
     assert one == {"judges": judges, "learns": [
         "| cpu", "weights masters | cpu pretend", "| cpu", "weights masters gradients moments | pretend", "| cpu"]}
     assert zero_3 == {"judges": judges, "learns": [
         "| cpu", "shards | cpu", "| cpu", "shards masters gradients moments | pretend", "| cpu"]}
-    for found in others:
-        assert found == {"judges": judges, "learns": [
-            "| cpu", "weights | cpu", "| cpu", "weights masters gradients moments | pretend", "| cpu"]}, str(found)
+    assert cut == {"judges": judges, "learns": [
+        "| cpu", "weights | cpu", "| cpu", "weights masters gradients moments | pretend", "| cpu"]}
