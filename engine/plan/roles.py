@@ -42,6 +42,7 @@ class Part:
         role: its name; `stage` of its pipeline, on which the rank is.
         state: what stays, or where it `rests`, comes and goes with it.
         turn: the most that comes and goes besides while it works.
+        refilled: its weights are written anew before each use, and lie nowhere between.
     """
 
     role: str
@@ -49,11 +50,12 @@ class Part:
     state: StateBytes
     turn: float
     rests: bool = False
+    refilled: bool = False
 
     @property
     def on_host(self) -> int:
         """Bytes of host memory in which it rests."""
-        return self.state.parameters + self.state.optimizer if self.rests and self.role != ROLLOUT else 0
+        return self.state.parameters + self.state.optimizer if self.rests and not self.refilled else 0
 
     @property
     def name(self) -> str:
@@ -167,7 +169,7 @@ def places_of(config: Config, on_gpu: bool) -> list[Place]:
             return Part(name, stage, memory.state, memory.activations + memory.workspace, name in resting)
         state = StateBytes(stage_state(_whole(own), stage).bytes.parameters, 0, 0)
         turn = texts_in_the_making(config, own, stage) if name == ROLLOUT else _forward_pass(own, on_gpu)
-        return Part(name, stage, state, turn, name in resting)
+        return Part(name, stage, state, turn, name in resting, name == ROLLOUT and not config.rollout.delta)
 
     parts = {name: [part(name, own, stage) for stage in range(own.parallel.pipeline)]
              for name, (_, own) in roles.items()}
