@@ -5,7 +5,7 @@ and what each is rounded to depends on the dtype.  PPO divides by what the train
 weighs by the difference.  The same short run for each dtype, of a model that learns: over all tokens of all steps, mean
 and largest |log π_training − log π_generating|, and of the probabilities themselves, as `rollout_probs_diff_…` are.
 
-    python -m benchmarks.rl.two_arithmetics [--steps 10] [--layers 8] [--hidden 256]
+    python -m benchmarks.rl.two_arithmetics [--steps 5] [--layers 4] [--hidden 128]
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from engine.rl.experience import Experience
 from engine.rl.rollouts import Rollouts
 from engine.rl.start import start
 
-NUM_IDS, LAST, NEW_TOKENS = 1000, 999, 24
+NUM_IDS, LAST, NEW_TOKENS = 1000, 999, 16
 
 
 def config_of(dtype: str, args: argparse.Namespace, directory: Path) -> Config:
-    """One process, 64 texts a step."""
+    """One process, 32 texts a step."""
     config = Config.model_validate({
         "run": {"objective": "ppo", "seed": 1, "dir": str(directory), "device": args.device}, "steps": args.steps,
         "model": {"num_layers": args.layers, "hidden_size": args.hidden, "num_heads": 4, "num_kv_heads": 4,
@@ -38,7 +38,7 @@ def config_of(dtype: str, args: argparse.Namespace, directory: Path) -> Config:
         "precision": {"compute": dtype}, "data": {"seq_len": 32}, "batch": {"micro": 16}, "parallel": {"data": 1},
         "optim": {"lr": 1e-3, "decay": "constant"}, "eval": {"every": 0},
         "checkpoint": {"every": 0, "async": False}, "reliability": {"watchdog": None},
-        "rollout": {"prompts": 64, "max_new_tokens": NEW_TOKENS}, "ppo": {"epochs": 1, "minibatch": 32},
+        "rollout": {"prompts": 32, "max_new_tokens": NEW_TOKENS}, "ppo": {"epochs": 1, "minibatch": 16},
         "roles": {"reward": {"function": "first_is_good"}}})
     return resolve_layout(config, 1)
 
@@ -70,9 +70,9 @@ def differences(dtype: str, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
 def main() -> None:
     """A row for each dtype."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     print("| dtype | tokens | mean of log π | largest of log π | mean of π | largest of π |")
