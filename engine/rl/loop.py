@@ -123,6 +123,7 @@ class Learner(Running):
     fingerprint: dict[str, Any]
     told: Callable[[Rollouts], None] = lambda _: None
     pretraining: Pretraining | None = None
+    _tokens: int = 0
 
     def __post_init__(self) -> None:
         self.hooks = (Hook("log", self._log, when=lambda _: bool(self.row)),
@@ -155,9 +156,9 @@ class Learner(Running):
                                self.carried.contents, ahead)
         self.state.step, self.state.consumed_samples = step, next_prompt
         self.state.updates = self.state.num_updates + round(job["actor/updates"])
+        if step in (1, self.config.steps) or step % self.config.log.every == 0:       # all ranks, to compare their pace
+            self.row = {"step": step, "lr": 0.0} if made is None else self._record(made, lesson, job, coefficient.value)
         if made is not None:
-            if step in (1, self.config.steps) or step % self.config.log.every == 0:
-                self.row = self._record(made, lesson, job, coefficient.value)
             for line in made.complaints:
                 self.journal.incident("score", step, {"what": line}, line)
             if self.mesh.rank == 0:

@@ -192,7 +192,6 @@ def _offloads(role: Role, model: ParallelModel, optimizer: Optimizer | None) -> 
     weights: list[Tensor] = [flat.param_shard if flat.level >= 3 else flat.param_buffer for flat in model.buckets]
     if not role.trainable:
         weights = [parameter for chunk in model.chunks.values() for parameter in chunk.parameters()]
-        weights = list({id(weight): weight for weight in weights}.values())
         return (Offload((), weights) if role.refilled else Offload(weights),)
     moments = [] if optimizer is None else optimizer.state()
     masters = [bucket.master for bucket in model.buckets if bucket.master is not bucket.param_shard]

@@ -233,8 +233,11 @@ class Running(ABC):
         Raises:
             ReplicasDiffer: the next start goes on from the newest checkpoint whose copies were equal.
         """
-        found = [line for each in self.state.roles if each.model is not None and each.optimizer is not None
-                 for line in differences(each.model, each.optimizer.moments)]
+        found: list[str] = []
+        for each in self.state.roles:
+            if each.model is not None and each.optimizer is not None:
+                with each.at_work(learning=True):
+                    found += differences(each.model, each.optimizer.moments)
         try:
             require_equal(found, self.state.step, self.mesh.world)
         except ReplicasDiffer as error:

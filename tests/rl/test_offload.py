@@ -125,7 +125,7 @@ def test_who_is_idle_is_not_on_the_device(tmp_path: Path, reward: Path) -> None:
         == {"reshard": {"actor", "rollout"}, "gen": {"rollout"}, "reward": {"rollout", "reward2"},
             "old_log_prob": {"actor"}, "ref": {"reference"}, "values": {"critic"}, "adv": set(),
             "update_critic": {"critic"}, "update_actor": {"actor"}}
-    assert not found[True].there["read"] and not found[True].there["save"]
+    assert not found[True].there["read"] and found[True].there["save"] <= {"actor", "critic"}      # to be compared
     assert found[True].most == max(whole["actor"], whole["critic"]) < 0.45 * found[False].most
 
 

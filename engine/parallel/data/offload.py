@@ -32,11 +32,11 @@ class Offload:
     def __init__(self, kept: Iterable[Tensor], dropped: Iterable[Tensor] = ()) -> None:
         """
         Args:
-            kept: come back with their values.  One that shares a storage with an earlier one is left out.
-            dropped: come back as zeros.
+            kept: come back with their values.
+            dropped: come back as zeros.  Of both, one that shares a storage with an earlier one is left out.
         """
         self._kept = {_storage_of(tensor): tensor.detach() for tensor in reversed([*kept])}
-        self._dropped = [tensor.detach() for tensor in dropped]
+        self._dropped = [*{_storage_of(tensor): tensor.detach() for tensor in reversed([*dropped])}.values()]
         self._host: dict[int, Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
         self.idle = False
