@@ -56,8 +56,6 @@ class Offload:
     @torch.no_grad()
     def rest(self, changed: bool = True) -> None:
         """Frees the device's memory."""
-        if self.idle:
-            return
         with self._beside():
             for storage, tensor in self._kept.items():
                 if storage not in self._host:
