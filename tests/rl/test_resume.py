@@ -21,6 +21,7 @@ from tests.kit.layouts import TOLERANCE, Shards, assemble
 SETTINGS: dict[str, Any] = {
     "steps": 4, "batch": {"micro": 1}, "checkpoint": {"every": 1}, "rollout": {"prompts": 4},
     "ppo": {"minibatch": 4, "kl_target": 1.0, "kl_horizon": 50, "reward_norm": True}}
+OF_TIME = ("time", "timing", "memory", "step_", "tokens_per", "goodput", "own_", "slowest_", "waiting_", "lost_", "since_")
 PHASES = ("gen", "reward", "adv", "update_critic", "update_actor", "save")
 
 
@@ -54,8 +55,7 @@ def run_here(config: Config, breaks_in: str = "") -> Shards:
 def rows(config: Config) -> dict[int, dict[str, Any]]:
     """The last record of every step."""
     lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: {key: value for key, value in row.items() if not key.startswith(("timing", "memory", "step_",
-                                                                                          "tokens_per"))}
+    return {row["step"]: {key: value for key, value in row.items() if not key.startswith(OF_TIME)}
             for row in map(json.loads, lines)}
 
 
