@@ -21,7 +21,7 @@ from tests.kit.layouts import TOLERANCE, Shards, assemble
 SETTINGS: dict[str, Any] = {
     "steps": 4, "batch": {"micro": 1}, "checkpoint": {"every": 1}, "rollout": {"prompts": 4},
     "ppo": {"minibatch": 4, "kl_target": 1.0, "kl_horizon": 50, "reward_norm": True}}
-OF_TIME = ("time", "timing", "memory", "step_", "tokens_per", "goodput", "own_", "slowest_", "waiting_", "lost_", "since_")
+OF_TIME = ("time", "timing", "memory", "step_", "tokens_per", "goodput", "own_", "slowest_", "waiting_")
 PHASES = ("gen", "reward", "adv", "update_critic", "update_actor", "save")
 
 
