@@ -26,7 +26,7 @@ from engine.bench.network import measure as measure_network
 from engine.bench.stalls import Stalls
 from engine.config import Config, resolve_layout
 from engine.distributed.agree import gather_json
-from engine.distributed.environment import launch_environment
+from engine.distributed.environment import available_cores, launch_environment
 from engine.distributed.mesh import Job
 from engine.distributed.process import joined
 from engine.distributed.topology import Topology
@@ -98,7 +98,8 @@ def calibration(job: Job, rounds: int, folder: Path) -> list[Path]:
         rows = Rows(files[1])
         for i, config in enumerate(configs):
             split = {cause: median(step[cause] for rank in told for step in rank[i]) for cause in told[0][i][0]}
-            rows.add(row_of(config, "cpu", 1, None, Measured((sum(split.values()),), split, 0), None))
+            rows.add(row_of(config, "cpu", 1, None, Measured((sum(split.values()),), split, 0), None,
+                            PROCESSES / available_cores()))
     return files
 
 

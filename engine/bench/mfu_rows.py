@@ -49,11 +49,12 @@ def _measured_of(config: Config) -> dict[str, Any]:
 
 
 def row_of(config: Config, device: str, nodes: int, peak: float | None, measured: Measured,
-           planned: Planned | None) -> Row:
+           planned: Planned | None, ranks_per_core: float | None = None) -> Row:
     """What is kept of a measurement.
 
     Args:
         device: as its driver calls it.
+        ranks_per_core: of a CPU.
         peak: TFLOP/s of one, dense bf16; None where the data sheet is not known, and then there is no MFU.
     """
     world, seconds = config.parallel.world_size, measured.median_seconds
@@ -67,7 +68,8 @@ def row_of(config: Config, device: str, nodes: int, peak: float | None, measured
         "tokens_per_second_per_device": causal.tokens_per_second / world,
         "tflops_per_device": causal.tflops_per_device, "tflops_per_device_full": full.tflops_per_device,
         "mfu": causal.mfu, "mfu_full": full.mfu, "memory_bytes": measured.memory_bytes, "breakdown": measured.causes,
-        "predicted": None if planned is None else _predicted(planned), "commit": describe_environment()["commit"]}
+        "ranks_per_core": ranks_per_core, "predicted": None if planned is None else _predicted(planned),
+        "commit": describe_environment()["commit"]}
 
 
 def failed_row(config: Config, device: str, nodes: int, why: str) -> Row:

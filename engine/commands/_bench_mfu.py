@@ -18,7 +18,7 @@ from typing import Any
 from engine.commands._layout import local_processes, start_ranks
 from engine.commands._parser import Parser
 from engine.config import Config, load_config, resolve_layout
-from engine.distributed.environment import LaunchEnvironment, launch_environment, tune_gpu
+from engine.distributed.environment import LaunchEnvironment, available_cores, launch_environment, tune_gpu
 from engine.errors import ConfigError, RequestError
 from engine.launching.local import RankFailure, run_as_rank
 from engine.plan.calibrate import calibrated
@@ -191,7 +191,10 @@ def _on_this_rank(asked: argparse.Namespace, configs: Sequence[Config], launched
                 measured = mfu.measure(config, job.mesh(topology.of(config)), asked.steps, asked.warmup, say)
                 job.release()
                 nodes = -(-launched.world_size // launched.local_world_size)
-                known = rows_of.row_of(config, name, nodes, peak, measured, None if on is None else Planned(config, on))
+                shared = None if peak is not None or memory is not None else \
+                    launched.local_world_size / available_cores()
+                known = rows_of.row_of(config, name, nodes, peak, measured, None if on is None else Planned(config, on),
+                                       shared)
                 if rows is not None:
                     rows.add(known)
             else:

@@ -72,6 +72,8 @@ def calibrated(device: Device, files: Sequence[Path]) -> Calibrated:
             said.append(f"network: {path}")
         else:
             rows = [row for row in content["rows"] if "error" not in row]
+            shared = [row["ranks_per_core"] for row in rows if row["ranks_per_core"] is not None]
+            device = replace(device, sharing=max([1.0, *shared]))
             points += [point for row in rows for point in _points(row)]
             said.append(f"computation: {len(rows)} row{'s' * (len(rows) != 1)} of {path}")
     if not points:

@@ -73,6 +73,8 @@ class Device:
         link: to the others of its node, one direction.
         network: its share of the node's network.
         per_node: devices of a node.
+        overlaps: communication runs beside computation, and not on the same cores.
+        sharing: ranks to a core, where they are more than the cores; figures are then those of a rank among them.
         off_by: of figures that were measured: by how much they miss their own measurements, on average.
     """
 
@@ -84,6 +86,8 @@ class Device:
     network: float
     per_node: int = 8
     reached: Reached = field(default=Reached())
+    overlaps: bool = True
+    sharing: float = 1.0
     off_by: float | None = None
 
 
@@ -109,7 +113,7 @@ DEVICES = MappingProxyType({device.name: device for device in (
     _gpu("b200", 178.3, 2250, 4500, 80, 8000, 900, 400, **B200),
     _gpu("rtx-4090", 23.5, 165, 330, 82.6, 1008, 32, 100),
     replace(_gpu("cpu", 16, 0.1, 0, 0.05, 10, 2, 10, kernel=4e-5, dispatch=0.0, dispatch_collective=0.0,
-                 latency=1e-4, far=1e-4), per_node=64),
+                 latency=1e-4, far=1e-4), per_node=64, overlaps=False),
 )})
 
 DRIVERS = MappingProxyType({"a100": "a100-80g", "h100": "h100-sxm", "h200": "h200", "b200": "b200", "4090": "rtx-4090"})

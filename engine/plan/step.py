@@ -85,6 +85,7 @@ def step_time(config: Config, device: Device, practice: Practice = OCTANT, *, ro
     elapsed = _roughly if roughly else _elapsed
     pipeline = elapsed(config, lambda action: chunks[action.chunk].of(action.kind) + _waits(
         action, placement, message, practice), 0.0 if not practice.data_hidden else message)
+    pipeline = _sharing(device, pipeline, sum(work) / len(work) * config.num_microbatches)
     pipeline += _informing(config, chunks, placement)
     count = config.num_microbatches
     total = sum((chunks[chunk].all for chunk in mine), Pass()) * count
@@ -92,6 +93,8 @@ def step_time(config: Config, device: Device, practice: Practice = OCTANT, *, ro
         total += sum((chunks[chunk].forward for chunk in mine), Pass()) * count
     waiting = 0.0 if practice.data_hidden else message * crossing / 2 * count
     after, update = _after(config, clock, stage_state(config, 0, even=practice.deals_evenly), chunks[mine[0]])
+    if (busy := total.total + waiting) > pipeline:         # of shared cores: the others were waiting meanwhile
+        total, waiting = total * (pipeline / busy), waiting * pipeline / busy
     seconds = pipeline + after + update
     breakdown = dict(zip(CAUSES, (total.compute, total.recompute, total.tensor_comm, waiting,
                                   max(pipeline - total.total - waiting, 0.0), after, update), strict=True))
@@ -102,6 +105,12 @@ def step_time(config: Config, device: Device, practice: Practice = OCTANT, *, ro
         return tokens * flops_per_token(config.model, config.data.seq_len, attention, config.adapter) / peak
 
     return StepTime(seconds, breakdown, mfu("causal"), mfu("full"), tokens)
+
+
+def _sharing(device: Device, pipeline: float, work: float) -> float:
+    """Where ranks share cores, who waits for a stage leaves its share to the others: all are done when the work of a
+    rank on average is, but no sooner than if each had a core."""
+    return max(work, pipeline / device.sharing) if device.sharing > 1 else pipeline
 
 
 def refers_live(config: Config) -> bool:
@@ -194,7 +203,11 @@ def _after(config: Config, clock: Clock, state: StageState, chunk: _ChunkCost) -
     forward, backward = (chunk.of(kind) * parallel.virtual_stages for kind in (Kind.F, Kind.BW))
     if parallel.zero >= 3:                 # everything is gathered forward and backward, a unit ahead
         whole = clock.collective(held * width_of(config), group)
-        left = max(times * (reduce + 2 * whole - forward - backward), reduce / len(state.units) + whole)
+        left = times * (reduce + 2 * whole)
+        if device.overlaps:
+            left = max(left - times * (forward + backward), reduce / len(state.units) + whole)
+    elif not device.overlaps:
+        left = times * reduce + gather
     elif practice.data_hidden:             # the last bucket of the last microbatch has nothing to run under
         left = max(times * (reduce - backward), reduce / max(len(state.buckets), 1)) + gather
     else:

@@ -34,7 +34,7 @@ def rows_of(truth: Device, path: Path) -> Path:
     for config in (job(64, 64), job(128, 64), job(256, 128), job(512, 64), job(64, 512), job(256, 64, 4, tensor=2)):
         time = step_time(config, truth)
         causes = {"compute": time.breakdown["compute"], "optimizer": time.breakdown["optimizer"], "tensor_comm": 1.0}
-        rows.add(row_of(config, "a processor", 1, None, Measured((time.seconds,), causes, 1), None))
+        rows.add(row_of(config, "a processor", 1, None, Measured((time.seconds,), causes, 1), None, 2.0))
     return path
 
 
@@ -43,6 +43,7 @@ def test_the_figures_behind_measurements_are_found_again(tmp_path: Path) -> None
     truth = with_reached(base, product=base.reached.product * 0.3, half_depth=150.0, stream=0.3, kernel=8e-5,
                          attention=base.reached.attention * 0.2)
     found = calibrated(base, [rows_of(truth, tmp_path / "rows.json")])
+    assert found.device.sharing == 2.0 and base.sharing == 1.0
     assert found.error is not None and found.error < 0.05 and found.device.off_by == found.error
     others = [job(128, 256), job(384, 64), job(96, 32, 4), job(256, 256, recompute="full")]
     for config in others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -84,3 +85,18 @@ def test_a_live_reference_is_one_more_forward_pass() -> None:
                     for how in ("cached", "live"))
     assert 1.1 < live.seconds / cached.seconds < 1.5
     assert sum(live.breakdown.values()) == pytest.approx(live.seconds)
+
+
+def test_ranks_that_share_cores() -> None:
+    """Who waits leaves its share to the others; and what communicates computes nothing meanwhile."""
+    cpu = device("cpu")
+    pipeline = tiny_config(parallel={"pipeline": 4}, batch={"global": 8})
+    own, shared = (step_time(pipeline, replace(cpu, sharing=sharing)) for sharing in (1.0, 2.0))
+    assert own.breakdown["pipeline_bubble"] > 0 == shared.breakdown["pipeline_bubble"]
+    assert own.seconds / 2 < shared.seconds < own.seconds
+    assert sum(shared.breakdown.values()) == pytest.approx(shared.seconds)
+    for zero in (1, 2, 3):
+        config = tiny_config(parallel={"data": 4, "zero": zero})
+        beside, instead = (step_time(config, replace(cpu, overlaps=overlaps)) for overlaps in (True, False))
+        assert instead.breakdown["data_comm"] > beside.breakdown["data_comm"]
+        assert instead.breakdown["compute"] == pytest.approx(beside.breakdown["compute"])
