@@ -11,9 +11,8 @@ direction: what shares one in dy·W does not in dyᵀ·x, so each product casts 
 
 *Weights* are cast once for each version of them, which is once a step: `Bucket.start_publish` and whoever else writes
 to a parameter raise its version.  One cast does for both products where blocks are square, else there is one for each.
-Where parameters are gathered around each use (ZeRO 3) keeping casts of all of them would be keeping them: there a
-bucket holds and gathers what was cast (`engine.parallel.data.narrow`), if one cast does, or else the layer casts at
-each use.
+Where parameters are gathered around each use (ZeRO 3) keeping casts of all of them would be keeping them: there
+weights travel as they are, and a layer casts them at each use.
 
 The gradients of biases, the sums over ranks and what sums up weight gradients stay wide.
 """
