@@ -45,6 +45,8 @@ from tests.kit.texts import english_texts
 
 SIZES = {"tiny": {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
                   "intermediate_size": 80, "vocab_size": 1280},
+         "medium": {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4,
+                    "intermediate_size": 704, "vocab_size": 4096},
          "small": {"num_hidden_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8,
                    "intermediate_size": 1408, "vocab_size": 8192}}
 SEQ_LEN, BATCH = 256, 4

@@ -56,6 +56,22 @@ class Implementation:
     find: Find
 
 
+class _NoContext:
+    """Takes what a forward pass keeps, and forgets it."""
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """`function.apply`, or where no gradients are wanted its forward pass alone: autograd's part takes longer than a
+    small operation on a processor, and a text that is being written is made of small operations."""
+    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(_NoContext(), *inputs)
+
+
 def anywhere(function: Any) -> Find:
     """For an implementation that runs on every device and in every dtype."""
     return lambda place: function

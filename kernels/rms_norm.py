@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.kernels.operation import Implementation, Operation, Place, anywhere, in_triton, torch_operator
+from engine.kernels.operation import Implementation, Operation, Place, anywhere, applied, in_triton, torch_operator
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ AddNormalise = Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Te
 def made_of(passes: Passes) -> AddNormalise:
     """`add_rms_norm` that computes with these."""
     def passes_add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        return _AddRMSNorm.apply(x, residual, weight, eps, passes)
+        return applied(_AddRMSNorm, x, residual, weight, eps, passes)
 
     return passes_add_rms_norm
 
@@ -109,7 +109,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 
     Without a residual the sum is `x`: whoever goes on with that, and not with `x` itself, has its gradient join there.
     """
-    return _AddRMSNorm.apply(x, residual, weight, eps, PLAIN)
+    return applied(_AddRMSNorm, x, residual, weight, eps, PLAIN)
 
 
 def with_operators(run: Callable[..., Any], run_backward: Callable[..., Any]) -> Passes:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels.operation import Implementation, Operation, anywhere, in_triton
+from engine.kernels.operation import Implementation, Operation, anywhere, applied, in_triton
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     Returns:
         queries [S, B, G, Q, D], keys [S, B, G, D], values [S, B, G, D].
     """
-    return _SplitAndRotate.apply(qkv, cos, sin)
+    return applied(_SplitAndRotate, qkv, cos, sin)
 
 
 ROPE = Operation("rope", "split of the fused projection, rotary embedding", (

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.operation import Implementation, Operation, anywhere, in_triton
+from engine.kernels.operation import Implementation, Operation, anywhere, applied, in_triton
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """[..., 2, ffn] (gate, then up) → [..., ffn]."""
-    return _SwiGLU.apply(gate_up)
+    return applied(_SwiGLU, gate_up)
 
 
 SWIGLU = Operation("swiglu", "gated activation of the feed-forward layer", (

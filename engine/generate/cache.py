@@ -85,6 +85,7 @@ class Pass:
             if fed.copies_2C is not None:
                 store.index_copy_(0, fed.copies_2C[1], store[fed.copies_2C[0]])
             store.flatten(0, 1).index_copy_(0, fed.slots_S[first:], new[first:, 0])
-            seen.append(store[fed.tables_BN].flatten(1, 2)[:, :length].transpose(0, 1))
+            blocks = store.index_select(0, fed.tables_BN.flatten())
+            seen.append(blocks.view(len(fed.tables_BN), -1, *store.shape[2:])[:, :length].transpose(0, 1))
         done.append(attention(q_SBGQD[first:].transpose(0, 1), *seen, fed.visible_B11T).transpose(0, 1))
         return torch.cat(done) if first else done[0]

@@ -35,6 +35,7 @@ from engine.distributed.collectives import (
 )
 from engine.distributed.mesh import Axis
 from engine.kernels.fp8 import Scaled
+from engine.kernels.operation import applied
 from engine.kernels.table import Operations
 from engine.model.layers import Adds, PositionEmbedding
 from engine.model.parameters import spec_of
@@ -182,7 +183,7 @@ class ParallelLinear(nn.Module):
         """
         if instead is not None:
             return instead(x, self)
-        y: Tensor = _Linear.apply(x, self.weight, self.bias, self)
+        y: Tensor = applied(_Linear, x, self.weight, self.bias, self)
         return y if self.adapter is None else self.adapter.add_to(y, x)
 
 
@@ -229,7 +230,7 @@ class VocabEmbedding(nn.Module):
 
     def forward(self, tokens_SB: Tensor) -> Tensor:
         """[S, B] → [S, B, H], or [S/T, B, H] with sequence parallelism."""
-        return _VocabEmbedding.apply(tokens_SB, self.weight, self)
+        return applied(_VocabEmbedding, tokens_SB, self.weight, self)
 
 
 class PartPositionEmbedding(PositionEmbedding):
