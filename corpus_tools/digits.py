@@ -77,6 +77,12 @@ def comparisons(asked: Iterable[str], seed: int = 0) -> Iterator[dict[str, str]]
         yield {"prompt": prompt, "chosen": answer(prompt), "rejected": mistake(prompt, dice)}
 
 
+def questions(asked: Iterable[str], _: int = 0) -> Iterator[dict[str, str]]:
+    """Prompts with the right answer, for whoever checks what is written to them."""
+    for prompt in asked:
+        yield {"prompt": prompt, "answer": answer(prompt)}
+
+
 def write(path: Path, records: Iterable[dict[str, str]]) -> None:
     """Records as JSON lines."""
     write_whole(path, "".join(json.dumps(record) + "\n" for record in records))

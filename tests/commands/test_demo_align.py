@@ -38,11 +38,17 @@ def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert command.run(folder, 1) == 0
     said = capsys.readouterr().out
     assert re.search(r"^dpo +loss \d\.\d+ → ", said, re.MULTILINE) and "best of 1: " in said
+    for stage in ("ppo", "grpo"):
+        assert re.search(rf"^{stage} +\d+% → \d+% of a step's answers right; of those to held-out prompts \d+%$", said,
+                         re.MULTILINE)
     assert said.splitlines()[-1] == hint("data", "preview", f"{folder}/sft.yaml", "--samples", "0:2",
                                          why="what sft saw, in colour")
     assert {path.name for path in folder.iterdir()} <= command.OURS
     page = (folder / "comparison.html").read_text(encoding="utf-8")
-    assert all(title in page for title in ("Pairs in the right order", "By how much", "how sure the reward model is"))
+    assert all(title in page for title in ("Pairs in the right order", "By how much", "how sure the reward model is",
+                                            "Divergence from the reference", "Score"))
+    learning = (folder / "learning.svg").read_text(encoding="utf-8")
+    assert "Right answers of a step" in learning and ">ppo<" in learning and ">grpo<" in learning
     assert "1 − 2^−N" in (folder / "best-of-n.svg").read_text(encoding="utf-8")
 
 
