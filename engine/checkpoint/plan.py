@@ -35,6 +35,13 @@ class Division:
         _, once = np.unique(tile[mine], return_index=True)            # a rank may list a piece twice
         return tuple(map(int, np.sort(ledger.place[mine[once]])))
 
+    def files_for(self, rank: int) -> tuple[str, ...]:
+        """The names of the files that hold what a rank holds, whoever writes them."""
+        ledger = self.ledger
+        tile = np.repeat(np.arange(len(ledger)), np.diff(ledger.first))
+        writers = np.unique(self.writers[tile[ledger.holders == rank]])
+        return tuple(f"rank-{writer:05d}.safetensors" for writer in writers)
+
     @cached_property
     def files(self) -> Ledger:
         """The same tiles by the files that hold them: one per rank that writes anything, in order.

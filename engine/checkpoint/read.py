@@ -157,16 +157,17 @@ class CheckpointReader:
         return missing
 
     def verify(self, share: tuple[int, int] = (0, 1), content: bool = True,
-               progress: Callable[[int], None] | None = None) -> list[Problem]:
+               progress: Callable[[int], None] | None = None, files: Sequence[int] | None = None) -> list[Problem]:
         """Compares size and hash of every file with the manifest, and looks for every tensor.
 
         Args:
             share: (rank, world size): only every world size-th file, beginning with rank.
             content: read and hash the files; otherwise look at their sizes only.
             progress: told the bytes read, as they are.
+            files: only those of these numbers; None: all.
         """
         problems = []
-        for index in range(share[0], len(self.manifest.files), share[1]):
+        for index in (range(len(self.manifest.files)) if files is None else files)[share[0] :: share[1]]:
             stored = self.manifest.files[index]
             try:
                 what = self._examine(index, content, progress)
@@ -175,6 +176,14 @@ class CheckpointReader:
             if what is not None:
                 problems.append(Problem(stored.name, what))
         return problems
+
+    def files_of(self, pieces: Sequence[Piece]) -> list[int]:
+        """The numbers of the files that hold these pieces.
+
+        Raises:
+            CheckpointError: a part of one is stored nowhere.
+        """
+        return sorted({copy.file for piece in pieces if piece.key in self for copy in self._cover(piece)})
 
     def _examine(self, index: int, content: bool, progress: Callable[[int], None] | None) -> str | None:
         stored = self.manifest.files[index]

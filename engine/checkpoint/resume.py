@@ -27,6 +27,7 @@ from engine.distributed.agree import Group, gather_json, rank_in, share_bytes, s
 from engine.errors import CheckpointError
 
 Progress = Callable[[int], None]
+Nearer = Callable[[CheckpointReader], CheckpointReader | None]
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,15 @@ class Skipped:
         return f"step {self.step} skipped, now {self.path.name}: {self.reasons[0]}{more}"
 
 
-def find_latest(directory: Path, group: Group = None,
-                progress: Progress | None = None) -> tuple[CheckpointReader | None, list[Skipped]]:
+def find_latest(directory: Path, group: Group = None, progress: Progress | None = None,
+                nearer: Nearer | None = None) -> tuple[CheckpointReader | None, list[Skipped]]:
     """The newest checkpoint that verifies, and the newer ones that do not, set aside.
 
     Every rank of `group` must call this; all get the same answer.  None, if there never was a checkpoint.  Removes what
     killed processes left behind.
+
+    Args:
+        nearer: finds a copy of a checkpoint that is known by its manifest alone; that is taken then.
 
     Raises:
         CheckpointError: checkpoints are there, and none can be used.
@@ -59,6 +63,11 @@ def find_latest(directory: Path, group: Group = None,
     damaged: list[tuple[int, Path, list[str]]] = []
     for step in steps:
         path = committed_steps(directory).get(step, directory / f"step-{step:08d}")
+        if nearer is not None:
+            with contextlib.suppress(CheckpointError):       # by all ranks alike, and said below
+                copy = nearer(CheckpointReader(path, manifest=_shared_manifest(path, group)))
+                if copy is not None:
+                    return copy, [_skip(entry, group) for entry in damaged]
         reader, problems = open_verified(path, group, progress)
         if reader is not None:
             return reader, [_skip(entry, group) for entry in damaged]

@@ -25,6 +25,7 @@ import torch
 
 from engine.checkpoint.commit import Save, SaveFailed, begin, explain, write_and_commit
 from engine.checkpoint.folder import checkpoint_name, tidy
+from engine.checkpoint.local import LocalCopies
 from engine.checkpoint.plan import Agreement, Division, Planner
 from engine.checkpoint.shard import Entry, entry_of, file_bytes
 from engine.checkpoint.staging import Staging
@@ -95,12 +96,13 @@ class CheckpointWriter:
             the calling thread only, so it may be a group that training uses too.
         timeout_seconds: how long a save may wait for the slowest rank's file.
         threads: for hashing and copying; None: up to 4.
+        copies: keeps some of what has been committed on this node's disk; None: nobody does.
         on_point: told the name of each moment of `commit.POINTS` as it passes; tests kill the process there.
     """
 
     def __init__(self, directory: Path, keep: int | None, asynchronous: bool, group: Group = None, *,
                  milestones: int = 0, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, threads: int | None = None,
-                 on_point: Callable[[str], None] = no_point) -> None:
+                 copies: LocalCopies | None = None, on_point: Callable[[str], None] = no_point) -> None:
         if keep is not None and keep < 1:
             raise CheckpointError(f"checkpoint.keep = {keep}: at least 1 checkpoint must stay")
         threads = threads or min(4, os.cpu_count() or 1)
@@ -110,7 +112,7 @@ class CheckpointWriter:
         self._group = group
         self._rank, self._world_size = rank_in(group), size_of(group)
         self._timeout_seconds = timeout_seconds
-        self._on_point = on_point
+        self._on_point, self._copies = on_point, copies
         self._planner = Planner(group)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-hash")
         self._staging = Staging(threads)
@@ -202,8 +204,9 @@ class CheckpointWriter:
             pruned = write_and_commit(attempt, entries, fetch, metadata, division, self._pool)
         except SaveFailed as error:
             return replace(report, error=str(error))
+        warning = None if self._copies is None else self._copies.keep(attempt.final, division.files_for)
         return replace(report, path=attempt.final, num_bytes=file_bytes(entries), removed=pruned.removed,
-                       warning=pruned.warning)
+                       warning=pruned.warning or warning)
 
 
 def _source_of(entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> Source:

@@ -66,6 +66,7 @@ class CheckpointConfig(Section):
     keep_every: NonNegative = 0                              # saved and never deleted at its multiples; 0: none
     async_: bool = Field(default=True, validation_alias="async", serialization_alias="async")
     keep_best: bool | None = None                            # the weights of the lowest valid_loss; null: fine-tuning
+    local: Words | None = None                               # a folder on each node's own disk: copies for restarts
     resume: Words = "auto"                                   # auto | never | path of a checkpoint
     load: Words | None = None                                # weights only, step 0
 

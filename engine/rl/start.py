@@ -99,7 +99,7 @@ def _coefficient(config: Config) -> KLCoefficient:
 def _take_over(state: TrainState, carried: Carried, cast: Cast, config: Config, fingerprint: dict[str, object],
                group: Group) -> tuple[list[str], Carried]:
     """What `checkpoint.resume` asks for, over the weights that the roles began with."""
-    reader, notes = find_start(config, group)
+    reader, notes = find_start(config, group, state.pieces())
     differing: list[Difference] = []
     if reader is not None:
         saved = reader.metadata

@@ -41,6 +41,7 @@ from engine.train.hooks import Hook
 from engine.train.journal import Journal
 from engine.train.profile import StepProfiler
 from engine.train.run_folder import writing
+from engine.train.start import copies_of
 from engine.train.state import TrainState
 from engine.train.tally import SAVE, STOP, Verdict
 
@@ -79,7 +80,8 @@ class Tools:
         directory, faults = Path(config.run.dir), config.reliability.inject or ()
         injector = Injector(faults, mesh.rank, directory, buckets, phases_of(config.run.objective).in_step[0])
         writer = CheckpointWriter(directory / CHECKPOINTS, config.checkpoint.keep or None, config.checkpoint.async_,
-                                  mesh.world.group, milestones=config.checkpoint.keep_every, on_point=injector.at_point)
+                                  mesh.world.group, milestones=config.checkpoint.keep_every,
+                                  copies=copies_of(config, mesh.world.group), on_point=injector.at_point)
         journal, goodput = Journal(), Goodput()
         if mesh.rank == 0:
             goodput = Goodput.going_on(directory, step)

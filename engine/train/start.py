@@ -19,11 +19,13 @@ from pathlib import Path
 from engine.checkpoint.adapted import Base, open_model
 from engine.checkpoint.compatibility import Difference, require_compatible
 from engine.checkpoint.folder import CHECKPOINTS
+from engine.checkpoint.local import LocalCopies
 from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.resume import find_latest, open_checkpoint
 from engine.config import Config
 from engine.data.skipping import require_same_past
 from engine.distributed.agree import Group, rank_in
+from engine.distributed.pieces import Piece
 from engine.errors import CheckpointError, ConfigError
 from engine.metrics.events import append_event
 from engine.reading import shown
@@ -47,7 +49,7 @@ def take_over(state: TrainState, tally: Tally, spikes: SpikeMonitor, config: Con
         DataError: `data.skip` changed among the samples already consumed.
     """
     asked = config.checkpoint
-    reader, notes = find_start(config, group)
+    reader, notes = find_start(config, group, state.pieces())
     differing: list[Difference] = []
     if reader is not None:
         differing = _resume(state, config, corpora, reader, group)
@@ -65,16 +67,34 @@ def take_over(state: TrainState, tally: Tally, spikes: SpikeMonitor, config: Con
     return notes
 
 
-def find_start(config: Config, group: Group) -> tuple[CheckpointReader | None, list[str]]:
+def copies_of(config: Config, group: Group) -> LocalCopies | None:
+    """What is kept on the nodes' own disks, where that is asked for; every rank must call this."""
+    folder = config.checkpoint.local
+    return None if folder is None else LocalCopies(Path(folder), Path(config.run.dir), group)
+
+
+def find_start(config: Config, group: Group, pieces: Sequence[Piece]) -> tuple[CheckpointReader | None, list[str]]:
     """The checkpoint that `checkpoint.resume` asks for, if there is one, and what a person should know of it.
+
+    Args:
+        pieces: what this rank is about to read of it.
 
     Raises:
         CheckpointError: one was asked for, or is there, and none can be used.
     """
     asked = config.checkpoint.resume
     if asked == "auto":
-        reader, skipped = find_latest(Path(config.run.dir) / CHECKPOINTS, group)
-        return reader, [f"checkpoint of {entry}" for entry in skipped]
+        copies, said = copies_of(config, group), list[str]()
+
+        def nearer(shared: CheckpointReader) -> CheckpointReader | None:
+            assert copies is not None
+            found, why = copies.open(shared, pieces)
+            said.extend([f"copies on the nodes are not used ({why}): reading {shared.path}"] if found is None else [])
+            return found
+
+        reader, skipped = find_latest(Path(config.run.dir) / CHECKPOINTS, group,
+                                      nearer=None if copies is None else nearer)
+        return reader, [*said, *(f"checkpoint of {entry}" for entry in skipped)]
     return None if asked == "never" else open_checkpoint(Path(asked), group=group), []
 
 
