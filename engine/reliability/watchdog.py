@@ -42,6 +42,7 @@ from engine.metrics.phases import BETWEEN, Moment, Phases
 
 HUNG = 5                                   # exit code
 PATIENCE_SECONDS = 4.0                     # between a rank's own report and the verdict
+NUM_JUDGES = 8                             # at least: ranks that put reports side by side
 IN_STEP = (*(name for kind in KINDS for name in kind.in_step), BETWEEN)
 FIRST, LAST = {kind.in_step[0] for kind in KINDS}, {kind.in_step[-1] for kind in KINDS}
 OUR_FILES = f"{os.sep}engine{os.sep}"
@@ -152,21 +153,31 @@ class Watchdog:
         self._end(HUNG)
 
     def _agree(self, mine: Report) -> str:
-        """The line that says it, put together by the first rank that could report and read by the others."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while len(names := self._reported()) < self._world_size and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if min(names, default=self._rank) == self._rank:
-            line = verdict(self._reports(names) | {mine.rank: mine}, self._world_size)
-            with contextlib.suppress(OSError):
-                write_beside(self._path(self._rank, "verdict"), line)
-                append_event(self._directory, "hang", mine.step, {"what": line, "phase": mine.phase}, self._rank)
-            return line
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        """The line that says it, put together by the first judge that could report and read by the others.
+
+        Judges are a few ranks on different machines: thousands that list a folder of thousands of reports, again and
+        again, would be a fault of their own.
+        """
+        judges = range(0, self._world_size, max(1, self._world_size // NUM_JUDGES))
+        patience = PATIENCE_SECONDS
+        if self._rank in judges:
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while len(names := self._reported()) < self._world_size and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if min((rank for rank in names if rank in judges), default=self._rank) == self._rank:
+                line = verdict(self._reports(names) | {mine.rank: mine}, self._world_size)
+                with contextlib.suppress(OSError):
+                    write_beside(self._path(self._rank, "verdict"), line)
+                    append_event(self._directory, "hang", mine.step, {"what": line, "phase": mine.phase}, self._rank)
+                return line
+        else:
+            patience *= 2
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                return self._path(min(names), "verdict").read_text(encoding="utf-8")
-            time.sleep(0.1)
+            for rank in judges:
+                with contextlib.suppress(OSError):
+                    return self._path(rank, "verdict").read_text(encoding="utf-8")
+            time.sleep(0.25)
         return verdict({mine.rank: mine}, self._world_size)
 
     def _path(self, rank: int, kind: str) -> Path:

@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 import time
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from engine import cli
 from engine.config import Config, WatchdogConfig
 from engine.metrics.events import read_events
 from engine.metrics.phases import Moment, Phases
+from engine.reliability import watchdog as watchdog_module
 from engine.reliability.watchdog import HUNG, Report, Watchdog, position, verdict
 from engine.reliability.wishes import Wishes
 from engine.train.stop import StopRequest
@@ -106,6 +108,27 @@ def report(rank: int, waits: bool = True, where: str = "engine/distributed/colle
 def test_one_line(reports: list[Report], world_size: int, expected: str) -> None:
     line = verdict({each.rank: each for each in reports}, world_size)
     assert line.startswith(f"{reports[0].phase} of step {reports[0].step} took more than 60 s: ") and expected in line
+
+
+def test_a_few_judge_and_the_others_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 ranks every eighth puts reports side by side; here the first of those that can is rank 8."""
+    monkeypatch.setattr(watchdog_module, "PATIENCE_SECONDS", 1.0)
+    (tmp_path / "logs").mkdir()
+    mine = {rank: report(rank) for rank in (5, 8, 9, 16)}
+    for rank, each in mine.items():
+        (tmp_path / "logs" / f"rank-{rank:05d}.hang").write_text(json.dumps(asdict(each)))
+    listed: list[int] = []
+
+    def agree(rank: int) -> str:
+        dog = Watchdog(LIMITS, Phases(torch.device("cpu")), rank, 64, tmp_path)
+        look = dog._reported
+        monkeypatch.setattr(dog, "_reported", lambda: listed.append(rank) or look())   # type: ignore[func-returns-value]
+        return dog._agree(mine[rank])
+
+    with ThreadPoolExecutor(len(mine)) as pool:
+        lines = list(pool.map(agree, mine))
+    assert len(set(lines)) == 1 and "ranks 0, 1, 2, 3, 4, 6, 7, 10 and 52 more cannot even report" in lines[0]
+    assert set(listed) == {8, 16} and [event.rank for event in read_events(tmp_path)] == [8]
 
 
 def test_position() -> None:
