@@ -46,7 +46,7 @@ def judge(told: Iterable[Told], nodes: Sequence[str], need_gpus: int, since: flo
     Args:
         told: what the nodes that answered said (`about_node`).
         nodes: all that were asked.
-        need_gpus: that each must have.
+        need_gpus: that each must have; with 0 no degrees are compared, for nodes without GPUs may be shared.
         since, until: when they were asked, by the clock of the first.
     """
     by_node = {each["node"]: each for each in told}
@@ -55,7 +55,7 @@ def judge(told: Iterable[Told], nodes: Sequence[str], need_gpus: int, since: flo
     usual = _most_common([each["equal"] for each in well])
     middle = {name: _median(each.get(name) for each in well) for name in DEGREES}
     for each in well:
-        verdicts[each["node"]] = _differs(each["equal"], usual) or _less(each, middle)
+        verdicts[each["node"]] = _differs(each["equal"], usual) or (_less(each, middle) if need_gpus else "")
     return verdicts
 
 

@@ -130,6 +130,12 @@ def test_the_odd_one_is_named(other: dict[str, Any], why: str, place: int) -> No
     assert judge(all_told, [*nodes, "n5"], 8, 100.0, 102.0) == expected | {"n5": "does not answer"}
 
 
+def test_degrees_are_compared_of_nodes_with_gpus_only() -> None:
+    """Others may be shared, and slow for a moment."""
+    slow = [told(f"n{index}", gpus=0, disk_speed=30e6 if index == 1 else 900e6) for index in range(3)]
+    assert not any(judge(slow, ["n0", "n1", "n2"], 0, 100.0, 102.0).values())
+
+
 def test_nobody_says_anything() -> None:
     assert judge([], ["n1"], 0, 0.0, 1.0) == {"n1": "does not answer"}
 
