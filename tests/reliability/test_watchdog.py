@@ -170,7 +170,8 @@ def test_a_frozen_and_a_hanging_rank(tmp_path: Path, kind: str, expected: str) -
     assert not any(is_running(rank) for rank in ranks)
     log = (Path(config.run.dir) / "logs" / "rank-00000.log").read_text()
     assert "all_reduce" in log or "wait" in log
-    assert [event.kind for event in read_events(Path(config.run.dir))] == ["start", "injected", "hang"]
+    kinds = [event.kind for event in read_events(Path(config.run.dir)) if event.kind != "save"]
+    assert kinds == ["start", "injected", "hang"]
     again = start("train", path)
     _, error = again.communicate(timeout=120)
     assert again.returncode == 0, error
