@@ -197,7 +197,8 @@ def test_a_gradient_beyond_the_limit_changes_nothing(tmp_path: Path, log_every: 
             run("neither"))
     assert trained(runs[0]) == trained(runs[1]) != trained(runs[2])
     assert [metrics(each)[-1]["skipped"] for each in runs] == [1, 1, 0]
-    found = [{(event.kind, event.step) for event in read_events(Path(config.run.dir))} - {("start", 0), ("end", 24)}
+    found = [{(event.kind, event.step) for event in read_events(Path(config.run.dir))
+              if event.kind not in ("start", "save", "end")}
              for config in runs]
     assert found == [{("skip", 15), ("too_large", 15)}, {("skip", 15), ("spike", 15)}, set()]
     said = "step 15 changed nothing: its gradient norm is above reliability.max_grad_norm(100)"
