@@ -15,8 +15,8 @@ from tests.kit.runs import run_config
 ROOT = Path(__file__).resolve().parents[2]
 
 # Each file teaches one thing, so that a step crosses many: the loop and what it hears (8 files), data (2), the model
-# (9), its cuts (5), kernels (8) and how they are applied (1), pipeline and context (3), buckets and collectives (5), the update (3).  A new one
-# among them is a new thing that everybody has to know; a feature that is off should not be there.
+# (9), its cuts (5), kernels and how they are applied (9), pipeline and context (3), buckets and collectives (5), the
+# update (3).  A new one among them is a new thing for everybody to know; a feature that is off should not be there.
 MOST_FILES = 45
 
 
