@@ -118,6 +118,7 @@ def note_changes(config: Config, step: int, differing: Sequence[Difference], gro
     """What a run does otherwise from this step on, as a line of its `events.jsonl`."""
     if differing and rank_in(group) == 0:
         with writing(Path(config.run.dir)):
+            Path(config.run.dir).mkdir(parents=True, exist_ok=True)
             append_event(Path(config.run.dir), "changed", step, {each.key: [each.saved, each.current]
                                                                  for each in differing})
 
