@@ -215,7 +215,7 @@ def beside_trl(objective: str, name: str, threads: int, repeats: int, cpu_time: 
             train = open_corpora(config, say=lambda line: None).train
         [source] = train.sources
         windows = [train.sample(index).window for index in range(steps * BATCH)]
-        order = [source.rows[w][0] if objective == "sft" else source.records[w] for w in windows]    # type: ignore
+        order = [source.rows[w][0] if objective == "sft" else source.records[w] for w in windows]
         (folder / "order.json").write_text(json.dumps(order))
         arguments = (objective, size, steps)
         sides: dict[str, Callable[..., None]] = {"TRL": theirs}

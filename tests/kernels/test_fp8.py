@@ -135,7 +135,7 @@ def test_a_gpus_product_is_the_emulation(name: str, device: torch.device) -> Non
     try:
         product = FP8_PRODUCT.implementations[0].find(Place(device, torch.bfloat16, fp8=name))
     except Unavailable as reason:
-        pytest.skip(str(reason))
+        pytest.skip(f"this device has no products of FP8 matrices by {name} ({reason})")
     recipe = RECIPES[name]
     x, y = random(144, 336, seed=7).to(device), random(208, 336, seed=8).to(device)
     a, b = cast(x, recipe.block, recipe.gradients), cast(y, recipe.weight_block)

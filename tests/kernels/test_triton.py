@@ -20,6 +20,7 @@ from tests.kit.compare import random
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+# With a GPU Triton compiles in this process instead of interpreting: the same cases run there, in test_table.py.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_table.py runs them on the GPU itself")
 
 OPERATIONS = {operation.name: operation for operation in TABLE

@@ -152,7 +152,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_survived(name: str, folder: Path, request: pytest.FixtureRequest) -> None:
     group, fault = FAULTS[name]
     if GROUPS[group].long and not request.config.getoption("--chaos"):
-        pytest.skip("takes long: --chaos (make chaos)")
+        # each hang waits out the watchdog, 103 s in all: `make chaos` has them
+        pytest.skip("waits for a watchdog's limit, which is long: --chaos (make chaos)")
     found = outcome(group, folder / group)
     [struck] = [at for at, event in enumerate(found.events) if event.kind == "injected" and event.detail["fault"] ==
                 fault.inject["kind"] and (event.step, event.rank) == (fault.inject["step"], fault.inject["rank"])]
