@@ -110,8 +110,7 @@ def write_and_commit(save: Save, entries: Sequence[Entry], fetch: Callable[[Entr
     except Exception as error:
         _remove_part(save)
         reason = explain(error, save.file, entries) if save.rank == 0 or save.writing.exists() else _withdrawn(save)
-        with contextlib.suppress(OSError):
-            save.failed.write_text(reason)
+        _tell_failure(save, reason)
         if save.rank == 0:
             _withdraw(save)
         raise SaveFailed(reason) from error
@@ -153,6 +152,16 @@ def _remove_part(save: Save) -> None:
     """Makes room: where the disk is full, the marker must still fit."""
     with contextlib.suppress(OSError):
         save.file.unlink()
+
+
+def _tell_failure(save: Save, reason: str) -> None:
+    """The marker appears with its text, as the first rank may be reading; where no text fits on the disk, without."""
+    with contextlib.suppress(OSError):
+        unfinished = save.failed.with_suffix(".failing")
+        try:
+            unfinished.write_text(reason)
+        finally:
+            unfinished.rename(save.failed)
 
 
 def _await_parts(save: Save) -> list[StoredFile]:

@@ -60,7 +60,7 @@ def transposed(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(part.transpose(0, 1).contiguous() for part in parts)
 
 
-@pytest.mark.parametrize(("name", "case"), list(odd_cases()), ids=str)
+@pytest.mark.parametrize(("name", "case"), list(odd_cases()), ids=lambda value: getattr(value, "name", value))
 def test_odd_shapes(name: str, case: Case) -> None:
     assert_as_good(OPERATIONS[name], in_interpreter(OPERATIONS[name]), case, FP32)
 
