@@ -24,6 +24,7 @@ from engine.checkpoint.read import CheckpointReader
 from engine.checkpoint.shard import Entry
 from engine.checkpoint.stream import write_checkpoint
 from engine.config import ModelConfig
+from engine.config.vocabulary import tokenizer_file
 from engine.data.tokenizer import load_tokenizer
 from engine.distributed.boxes import Box
 from engine.errors import CheckpointError
@@ -109,7 +110,7 @@ def _require_weights(config: ModelConfig, family: Family, weights: HFWeights, pa
 
 def _metadata(config: ModelConfig, folder: Path, tokenizer: str | None) -> dict[str, Any]:
     """What a run would have saved, as far as a foreign model can know it."""
-    if tokenizer is None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if tokenizer is None and tokenizer_file(folder) != folder:
         tokenizer = str(folder.resolve())
     spec = None if tokenizer == NO_TOKENIZER else tokenizer
     loaded = None if spec is None else load_tokenizer(spec)

@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.errors import CheckpointError
 from engine.instead import is_hub_name
 
-WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "*.jinja"]
 
 
 def local_folder(source: str) -> Path:

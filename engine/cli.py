@@ -75,7 +75,7 @@ def _overwrite(p: Parser, what: str) -> None:
 def _prepare(p: Parser) -> None:
     p.add_argument("files", nargs="+", metavar="FILE", help=TEXT_FILES)
     p.add_argument("--tokenizer", required=True, metavar="T",
-                   help="a .model, a Hugging Face tokenizer folder or tokenizer.json, or `bytes`")
+                   help="a .model, a .tiktoken, a Hugging Face tokenizer folder or tokenizer.json, or `bytes`")
     p.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx, PREFIX.json")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     p.add_argument("--field", default="text", help="key of the text in JSON and parquet (default: %(default)s)")

@@ -34,8 +34,10 @@ from engine.data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
+    TiktokenTokenizer,
     Tokenizer,
 )
+from engine.data.tokenizer_tiktoken import byte_names
 from engine.errors import DataError
 
 Json = dict[str, Any]
@@ -55,6 +57,9 @@ def export_hf_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
         _write(directory, sentencepiece_json(tokenizer.model), _special_pieces(tokenizer))
     elif isinstance(tokenizer, ByteTokenizer):
         _write(directory, byte_json(), {"eos_token": END_OF_DOCUMENT})
+    elif isinstance(tokenizer, TiktokenTokenizer):
+        _write(directory, tokenizer.tokenizer_json, tokenizer.named_specials)
+        _copy(tokenizer.path.parent, directory, ("chat_template.jinja",))
     elif isinstance(tokenizer, HuggingFaceTokenizer):
         _copy(tokenizer.path.parent, directory)
 
@@ -144,6 +149,7 @@ def _normalizers(model: SentencePieceModel) -> list[Json]:
 
 def byte_json() -> Json:
     """`tokenizer.json` of the byte tokenizer: GPT-2's printable stand-ins for bytes, and no merges."""
+    names = {name: byte for byte, name in enumerate(byte_names())}
     return {
         "version": "1.0",
         "truncation": None,
@@ -153,18 +159,8 @@ def byte_json() -> Json:
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-        "model": {"type": "BPE", "vocab": {**_byte_names(), END_OF_DOCUMENT: 256}, "merges": []},
+        "model": {"type": "BPE", "vocab": {**names, END_OF_DOCUMENT: 256}, "merges": []},
     }
-
-
-def _byte_names() -> dict[str, int]:
-    """GPT-2's map: a printable Latin-1 byte stands for itself, the others follow from U+0100 on."""
-    names, following = {}, 256
-    for byte in range(256):
-        printable = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255
-        names[chr(byte if printable else following)] = byte
-        following += not printable
-    return names
 
 
 def _added_token(index: int, text: str) -> Json:
@@ -185,8 +181,8 @@ def _write(directory: Path, tokenizer_json: Json, special: dict[str, str]) -> No
     _dump(directory / "special_tokens_map.json", special)
 
 
-def _copy(source: Path, directory: Path) -> None:
-    for name in HF_FILES:
+def _copy(source: Path, directory: Path, names: tuple[str, ...] = HF_FILES) -> None:
+    for name in names:
         if (source / name).exists() and (source / name).resolve() != (directory / name).resolve():
             shutil.copyfile(source / name, directory / name)
 

@@ -32,7 +32,7 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """What is read.  Paths are relative to the working directory."""
 
-    tokenizer: Words | None = None                           # a .model, a tokenizer.json or its folder, or `bytes`
+    tokenizer: Words | None = None                           # .model, .tiktoken, tokenizer.json or its folder; `bytes`
     seq_len: Size = 2048                                     # tokens per sequence
     train: tuple[SourceConfig, ...] = ()
     valid: tuple[SourceConfig, ...] = ()

@@ -7,30 +7,39 @@ from pathlib import Path
 
 import sentencepiece
 
+from engine.config.tiktoken import is_tiktoken, read_tiktoken
 from engine.errors import ConfigError
 
 BYTE_VOCABULARY = 257                                        # 256 bytes and the end of a document
 
 
 def tokenizer_vocab_size(spec: str) -> int | None:
-    """The size of a `.model`, a `tokenizer.json` (or its folder) or `bytes`; None where there is no such file here.
+    """The size of a `.model`, `.tiktoken` or `tokenizer.json`, of their folder or `bytes`; None where there is none.
 
     Raises:
         ConfigError: the file is there and is no tokenizer.
     """
     if spec == "bytes":
         return BYTE_VOCABULARY
-    path = Path(spec)
     try:
-        if path.is_dir():
-            path = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()), path)
+        path = tokenizer_file(Path(spec))
         if not path.is_file():
             return None
+        if is_tiktoken(path):
+            return read_tiktoken(path).vocab_size
         return _json_size(path) if path.suffix == ".json" else _sentencepiece_size(path)
     except RecursionError:
         raise ConfigError(f"data.tokenizer {spec} cannot be read as a tokenizer: nested too deeply") from None
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise ConfigError(f"data.tokenizer {spec} cannot be read as a tokenizer: {error!s:.300}") from None
+
+
+def tokenizer_file(path: Path) -> Path:
+    """What a folder's tokenizer is read from; any other path as it is."""
+    if not path.is_dir():
+        return path
+    names = (*(path / name for name in ("tokenizer.json", "tokenizer.model")), *sorted(path.glob("*.tiktoken")))
+    return next((name for name in names if name.exists()), path)
 
 
 def _sentencepiece_size(path: Path) -> int:

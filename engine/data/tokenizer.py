@@ -1,8 +1,9 @@
-"""Tokenizers: text to ids and back, three kinds behind one small interface.
+"""Tokenizers: text to ids and back, four kinds behind one small interface.
 
     bytes                       UTF-8 bytes, ids 0..255, and 256 for the end of a document
     a SentencePiece `.model`    LLaMA's kind (`tokenizer_sentencepiece`)
     a Hugging Face folder       any fast tokenizer, needs the extra `[hf]` (`tokenizer_hf`)
+    a `.tiktoken` file          ranks of bytes, as OpenAI, Llama 3 and Qwen publish them (`tokenizer_tiktoken`)
 
 Three rules hold for all of them.  `encode` adds nothing: no beginning, no end of document.  Text is only text: a corpus
 that happens to contain `</s>` or `<|endoftext|>` cannot forge the special id.  And `info` names the tokenizer by
@@ -19,9 +20,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from engine.config.tiktoken import is_tiktoken
+from engine.config.vocabulary import tokenizer_file
 from engine.data.tokenizer_base import Cut, StreamDecoder, Tokenizer
 from engine.data.tokenizer_hf import HuggingFaceTokenizer
 from engine.data.tokenizer_sentencepiece import SentencePieceTokenizer
+from engine.data.tokenizer_tiktoken import TiktokenTokenizer
 from engine.errors import DataError
 from engine.instead import instead_of_tokenizer
 
@@ -30,6 +34,7 @@ __all__ = [
     "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
     "StreamDecoder",
+    "TiktokenTokenizer",
     "Tokenizer",
     "load_tokenizer",
 ]
@@ -82,7 +87,7 @@ class _ByteStreamDecoder(StreamDecoder):
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """`bytes`, a SentencePiece `.model`, a Hugging Face folder or its `tokenizer.json` -> Tokenizer.
+    """`bytes`, a SentencePiece `.model`, a `.tiktoken` file, a Hugging Face folder or its `tokenizer.json`.
 
     Raises:
         DataError: it is missing or unreadable, or the extra `[hf]` is needed and absent.
@@ -91,10 +96,11 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec)
     if not path.exists():
-        instead = instead_of_tokenizer(spec) or "; give `bytes`, a SentencePiece .model or a tokenizer.json"
+        instead = instead_of_tokenizer(spec) or "; give `bytes`, a .model, a .tiktoken or a tokenizer.json"
         raise DataError(f"tokenizer {path} does not exist{instead}")
-    if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
-        path = path / "tokenizer.model"
+    path = tokenizer_file(path)
+    if is_tiktoken(path):
+        return TiktokenTokenizer(path)
     if path.is_dir() or path.suffix == ".json":
         return HuggingFaceTokenizer(path)
     return SentencePieceTokenizer(path)

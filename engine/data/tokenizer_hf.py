@@ -37,19 +37,33 @@ class HuggingFaceTokenizer(Tokenizer):
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise DataError(f"cannot read tokenizer {self.path}: {reason}") from error
-        self._tokenizer = _backend(data, self.path)
+        self._tokenizer = _backend(self._definition(data), self.path)
         self.name = self.path.resolve().parent.name if self.path.name == "tokenizer.json" else self.path.name
-        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.sha256 = hashlib.sha256(data + self._identity).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not 0 < self.vocab_size <= MOST_IDS:
             raise DataError(f"{self.path}: its largest id is {self.vocab_size - 1}; ids are 0 to {MOST_IDS - 1}")
         added = self._tokenizer.get_added_tokens_decoder()
         self._specials = {token.content: number for number, token in added.items() if token.special}
         self.special_texts = tuple(self._specials)
-        config = _special_tokens(self.path.parent)
+        config = {**self._marks, **_special_tokens(self.path.parent)}
         self.bos_id = self._id_of(config.get("bos_token"))
         self.pad_id = self._id_of(config.get("pad_token"))
         self.eod_id = self._end_of_document(config.get("eos_token"))
+
+    def _definition(self, data: bytes) -> bytes:
+        """The `tokenizer.json` of what the file holds."""
+        return data
+
+    @property
+    def _identity(self) -> bytes:
+        """What beside the file decides about ids."""
+        return b""
+
+    @property
+    def _marks(self) -> Mapping[str, str]:
+        """Special tokens that hold where no configuration names them."""
+        return {}
 
     def encode_array(self, text: str, *, continues: bool = False) -> npt.NDArray[np.int32]:
         return np.array(self.encode(text), np.int32)
@@ -96,7 +110,7 @@ class HuggingFaceTokenizer(Tokenizer):
     @cached_property
     def _marked_tokenizer(self) -> Any:
         """The same, reading special tokens out of the text."""
-        backend = _backend(read_bytes(self.path), self.path)
+        backend = _backend(self._definition(read_bytes(self.path)), self.path)
         backend.encode_special_tokens = False
         return backend
 

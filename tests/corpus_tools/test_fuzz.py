@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -133,7 +134,8 @@ def test_a_side_file(corpus: Path, request: pytest.FixtureRequest) -> None:
 
 def encoding(folder: Path) -> None:
     """A tokenizer that is accepted gives ids of its own, and text back for them."""
-    tokenizer = load_tokenizer(folder / "tok.model" if (folder / "tok.model").exists() else folder)
+    named = [folder / name for name in ("tok.model", "tok.tiktoken")]
+    tokenizer = load_tokenizer(next((path for path in named if path.exists()), folder))
     for text in ("", "hello world, 世界 \n\n 1234  x", "\0", "é" * 50):
         ids = tokenizer.encode(text)
         assert all(0 <= token < tokenizer.vocab_size for token in ids), (ids, tokenizer.vocab_size)
@@ -162,5 +164,18 @@ def test_a_hugging_face_tokenizer(tmp_path: Path, request: pytest.FixtureRequest
     good_config = json.dumps(config).encode()
     fuzz(Reader("tokenizer.json", encoding), st.fixed_dictionaries({
         "tokenizer.json": st.one_of(st.just(good), damaged(good), bent_tokenizer, hostile()),
+        "tokenizer_config.json": st.one_of(st.just(good_config), damaged(good_config), bent_config, hostile()),
+    }), request)
+
+
+def test_a_tiktoken_file(request: pytest.FixtureRequest) -> None:
+    tokens = [*(bytes([byte]) for byte in range(256)), b"lo", b"hel", b"hello"]
+    good = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+    config = {"pattern": r" ?\p{L}+|\p{N}{1,3}|\s+|.", "eos_token": "<|end|>",
+              "added_tokens_decoder": {"300": {"content": "<|end|>", "special": True}}}
+    good_config = json.dumps(config).encode()
+    bent_config = bent(config).map(lambda value: json.dumps(value).encode())
+    fuzz(Reader("tokenizer .tiktoken", encoding), st.fixed_dictionaries({
+        "tok.tiktoken": st.one_of(st.just(good), damaged(good), hostile()),
         "tokenizer_config.json": st.one_of(st.just(good_config), damaged(good_config), bent_config, hostile()),
     }), request)

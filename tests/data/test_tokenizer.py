@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from itertools import pairwise
@@ -14,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus_tools.tokenizers.training import train_tokenizer
+from engine.config.tiktoken import CL100K, KNOWN, parse_ranks
+from engine.config.vocabulary import tokenizer_vocab_size
 from engine.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from engine.data.tokenizer_tiktoken import byte_names
 from engine.errors import DataError, RequestError
 from tests.kit.texts import chinese_texts, english_texts
 
@@ -23,6 +27,11 @@ ODD_TEXTS = [
     "\0", "a\0b", "汉字", "汉字 汉字\n汉字", "😀👩‍👩‍👧", "1234567890", "</s><s><unk>", "\ufeff", "é e\u0301",
     "x" * 200, " " * 50 + "y", "<0x0A>",
 ]  # fmt: skip
+
+OWN_CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
+              r"\s*[\r\n]|\s+(?!\S)|\s")  # of tiktoken 0.14, which reads it as CL100K
+
+TIKTOKEN_TEXTS = [*ODD_TEXTS, *english_texts(4), *chinese_texts(8), "aaaaa" * 7, "I'LL 123456 \r\n\n  x \n y", "e\n "]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,24 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["bytes", "model", "hf_folder"])
+@pytest.fixture(scope="module")
+def tiktoken_file(hf_folder: Path) -> Path:
+    """The same tokens as a list of ranks; how words are cut and the special tokens stand beside it, with a gap."""
+    folder = hf_folder.parent / f"{hf_folder.name}-tiktoken"
+    folder.mkdir()
+    vocabulary = json.loads((hf_folder / "tokenizer.json").read_text())["model"]["vocab"]
+    byte_of = {name: byte for byte, name in enumerate(byte_names())}
+    tokens = [bytes(map(byte_of.__getitem__, text)) for text in vocabulary if not text.startswith("<|")]
+    tokens.sort(key=lambda token: vocabulary["".join(byte_names()[byte] for byte in token)])
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    (folder / "tiny.tiktoken").write_text("".join(lines))
+    added = {"1001": {"content": "<|begin|>", "special": True}, "1005": {"content": "<|end|>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "pattern": CL100K, "added_tokens_decoder": added, "bos_token": "<|begin|>", "eos_token": "<|end|>"}))
+    return folder / "tiny.tiktoken"
+
+
+@pytest.fixture(params=["bytes", "model", "hf_folder", "tiktoken_file"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     spec = request.param
     return load_tokenizer(spec if spec == "bytes" else request.getfixturevalue(spec))
@@ -215,3 +241,72 @@ def test_a_truncated_model_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.model").write_bytes(model.read_bytes()[:-7])
     with pytest.raises(DataError, match="is not a SentencePiece model"):
         load_tokenizer(tmp_path / "cut.model")
+
+
+def ranked(word: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """tiktoken's rule, spelled out: join the two neighbours whose union has the lowest rank, the leftmost first."""
+    parts = [word] if word in ranks else [bytes([byte]) for byte in word]
+    while len(parts) > 1:
+        best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        if parts[best] + parts[best + 1] not in ranks:
+            break
+        parts[best:best + 2] = [parts[best] + parts[best + 1]]
+    return [ranks[part] for part in parts]
+
+
+def test_a_tiktoken_file_gives_the_ids_of_its_ranks(tiktoken_file: Path) -> None:
+    """Word by word by the rule itself."""
+    regex = pytest.importorskip("regex", reason="comes with transformers")
+    tokenizer, ranks = load_tokenizer(tiktoken_file), parse_ranks(tiktoken_file.read_bytes())
+    assert load_tokenizer(tiktoken_file.parent).sha256 == tokenizer.sha256
+    assert tokenizer_vocab_size(str(tiktoken_file)) == tokenizer.vocab_size == 1006
+    assert (tokenizer.bos_id, tokenizer.eod_id, tokenizer.kind) == (1001, 1005, "tiktoken")
+    for text in TIKTOKEN_TEXTS:
+        words = regex.findall(CL100K.replace(r"\z", r"\Z"), text)
+        assert "".join(words) == text
+        assert tokenizer.encode(text) == [token for word in words for token in ranked(word.encode(), ranks)], text[:50]
+    draw = random.Random(0)
+    for _ in range(2000):
+        text = "".join(draw.choices("aBs19  \n\n\r\t!汉é'", k=draw.randint(1, 9))) + draw.choice(["", "'LL", "\n "])
+        assert regex.findall(CL100K.replace(r"\z", r"\Z"), text) == regex.findall(OWN_CL100K, text), text
+
+
+def test_tiktoken_gives_the_same_ids(tiktoken_file: Path) -> None:
+    """The package, with its own spelling of the expression."""
+    tiktoken = pytest.importorskip("tiktoken", reason="pip install tiktoken")
+    tokenizer, ranks = load_tokenizer(tiktoken_file), parse_ranks(tiktoken_file.read_bytes())
+    theirs = tiktoken.Encoding("t", pat_str=OWN_CL100K, mergeable_ranks=ranks, special_tokens={"<|end|>": 1005})
+    for text in TIKTOKEN_TEXTS:
+        assert theirs.encode_ordinary(text) == tokenizer.encode(text), text[:50]
+
+
+def test_published_tiktoken_vocabularies(tmp_path: Path) -> None:
+    """Known by their number of lines; Llama 3's is called tokenizer.model.  Ids as in Llama's and Qwen's code."""
+    lines = [f"{base64.b64encode(bytes([rank])).decode()} {rank}\n" for rank in range(256)]
+    lines += [f"{base64.b64encode(b'%06x' % rank).decode()} {rank}\n" for rank in range(256, 128_000)]
+    (tmp_path / "tokenizer.model").write_text("".join(lines))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eod_id, tokenizer.vocab_size) == (128_000, 128_001, 128_256)
+    assert [tokenizer.specials[name] for name in ("<|eot_id|>", "<|reserved_special_token_250|>")] == [128_009, 128_255]
+    assert tokenizer_vocab_size(str(tmp_path)) == 128_256
+    assert tokenizer.encode("1234a 0x") == [ord(byte) for byte in "1234a 0x"]
+    assert {size: 1 + max(known.specials.values()) for size, known in KNOWN.items()} == {
+        50_256: 50_257, 100_256: 100_277, 128_000: 128_256, 151_643: 151_851, 199_998: 200_019}
+
+
+def test_a_tiktoken_file_that_says_too_little_is_refused(tiktoken_file: Path, tmp_path: Path) -> None:
+    file, config = tmp_path / "t.tiktoken", tmp_path / "tokenizer_config.json"
+    file.write_bytes(tiktoken_file.read_bytes())
+    with pytest.raises(DataError, match=r"998 tokens.*as `pattern`"):
+        load_tokenizer(file)
+    for pattern in (OWN_CL100K, r"\s+$|."):
+        config.write_text(json.dumps({"pattern": pattern, "added_tokens_decoder": {"998": {"content": "<|end|>"}}}))
+        with pytest.raises(DataError, match="read differently"):
+            load_tokenizer(file)
+    config.write_text(json.dumps({"pattern": CL100K, "added_tokens_decoder": {"3": {"content": "<|end|>"}}}))
+    with pytest.raises(DataError, match="have ids or texts that other tokens have"):
+        load_tokenizer(file)
+    for line, why in ((b"YQ== x\n", "line 1 is no base64"), (b"!!! 3\n", "line 1"), (b"", "of the 256 bytes")):
+        file.write_bytes(line + b"".join(tiktoken_file.read_bytes().splitlines(keepends=True)[200:]))
+        with pytest.raises(DataError, match=why):
+            load_tokenizer(file)
