@@ -1,37 +1,37 @@
 """The planner beside what others measured: step times and memory of published runs, and what it says of them.
 
-    python benchmarks/planning.py [--rows benchmarks/planning/rows.csv] [--each] [--markdown F]
+    python -m benchmarks.planning [--rows benchmarks/planning/rows.csv] [--each] [--markdown F]
 
-Prints one line for each set of runs: how many, the mean and the worst relative error, and whether constants of
-`engine/plan/devices.py` were fitted to it.  `--each` prints every run as well.  Rows of your own have the same columns;
-`practice` is a name of `engine/plan/practice.py`, `step_seconds` and `memory_gib` may be empty.
+Prints one line for each set of runs: how many, the mean and the worst relative error, the mean over every third run,
+and what of the set the constants of `engine/plan/devices.py` and `planning_memory.py` were fitted to.  `--each` prints
+every run as well.  Rows of your own have the same columns, or are a file that `planning_sources.py` knows; `practice` is
+a name of `engine/plan/practice.py`, `options` are words of `planning_memory.Options`; `step_seconds`, `memory_gib` and
+`steady_gib` may be empty.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from benchmarks.planning_memory import Options, peak_bytes, steady_bytes
+from benchmarks.planning_sources import Row, rows_of
 from engine.config import Config
 from engine.plan import practice
 from engine.plan.devices import device
-from engine.plan.stages import all_stages
-from engine.plan.state import stage_state
 from engine.plan.step import step_time
 
 ROWS = Path(__file__).with_name("planning") / "rows.csv"
 PRACTICES = {each.name: each for each in vars(practice).values() if isinstance(each, practice.Practice)}
-# What the constants were fitted to: of these sets the share of the rows in brackets.
-FITTED = {"vTrain, one node": "one row in seven", "vTrain, several nodes": "30 rows", "Korthikanti 2022": "all",
-          "Narayanan 2021": "all", "NVIDIA H100, BF16": "all", "NVIDIA H100, FP8": "all", "SimuMax B200": "time"}
-STATE_BYTES = 18                           # of a parameter: bf16, fp32 gradient, master, two moments
-# GiB that cuBLAS and Transformer Engine hold all the time; cuBLAS takes 32 MiB from Hopper on, and 8 before.
-WORKSPACES = {"a100-80g": 0.075, "h100-sxm": 0.10, "b200": 0.10}
+# What was fitted to which sets; where it says two thirds, every third run was held back.
+FITTED = {"time: vTrain, one node": "one row in seven", "time: vTrain, several nodes": "30 rows",
+          "time: Korthikanti 2022": "all", "time: Narayanan 2021": "all", "time: NVIDIA H100, BF16": "all",
+          "time: NVIDIA H100, FP8": "all", "time: SimuMax B200": "all",
+          "between steps: Megatron-LM golden files": "messages"}
 
 
 @dataclass(frozen=True)
@@ -67,55 +67,58 @@ def config_of(row: Mapping[str, str]) -> Config:
         "steps": 1000})
 
 
-def compared(rows: Path) -> Iterator[Compared]:
-    """Every figure of the file beside its prediction."""
-    with rows.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            config, group = config_of(row), row["set"]
-            parallel = config.parallel
-            name = (f"{row['source']}: {row['layers']} × {row['hidden']}, t{parallel.tensor} p{parallel.pipeline} "
-                    f"c{parallel.context} d{parallel.data} m{config.batch.micro}")
-            if row["step_seconds"]:
-                seconds = step_time(config, device(row["device"]), PRACTICES[row["practice"]]).seconds
-                yield Compared(f"time: {group}", name, float(row["step_seconds"]), seconds)
-            if row["steady_gib"]:              # of the last stage, which is what Megatron-LM's tests record
-                last = stage_state(config, parallel.pipeline - 1, even=True).bytes.total
-                positions = number_of_positions(row) * STATE_BYTES * (parallel.pipeline == 1)
-                steady = (last + positions) / 2**30 + WORKSPACES[row["device"]]
-                yield Compared(f"between steps: {group}", name, float(row["steady_gib"]), steady)
-            if row["memory_gib"]:
-                even = PRACTICES[row["practice"]].deals_evenly
-                gib = max(stage.total for stage in all_stages(config, even=even)) / 2**30
-                yield Compared(f"memory: {group}", name, float(row["memory_gib"]), gib)
+def compared(rows: Iterable[Row]) -> Iterator[Compared]:
+    """Every figure of the rows beside its prediction."""
+    for row in rows:
+        config, group = config_of(row), row["set"]
+        parallel = config.parallel
+        name = (f"{row['source']}: {row['layers']} × {row['hidden']}, t{parallel.tensor} p{parallel.pipeline} "
+                f"c{parallel.context} d{parallel.data} m{config.batch.micro}")
+        if row["step_seconds"]:
+            seconds = step_time(config, device(row["device"]), PRACTICES[row["practice"]]).seconds
+            yield Compared(f"time: {group}", name, float(row["step_seconds"]), seconds)
+        options, stages = Options.of(row), range(parallel.pipeline)
+        if row["steady_gib"]:                  # Megatron-LM's tests record the last rank's
+            stages = stages[-1:]
+            steady = steady_bytes(config, row["device"], options, stages[0]) / 2**30
+            yield Compared(f"between steps: {group}", name, float(row["steady_gib"]), steady)
+        if row["memory_gib"]:
+            gib = max(peak_bytes(config, row["device"], options, stage) for stage in stages) / 2**30
+            yield Compared(f"memory: {group}", name, float(row["memory_gib"]), gib)
 
 
-def number_of_positions(row: Mapping[str, str]) -> int:
-    """Elements of the learned positions, which Megatron-LM's GPT has and Octant does not."""
-    return int(row["seq"]) * int(row["hidden"])
+def grouped(results: Iterable[Compared]) -> dict[str, list[Compared]]:
+    """By set."""
+    groups: dict[str, list[Compared]] = defaultdict(list)
+    for one in results:
+        groups[one.group].append(one)
+    return groups
+
+
+def held(of_a_set: list[Compared]) -> list[Compared]:
+    """The third that nothing is fitted to."""
+    return of_a_set[2::3]
 
 
 def table(results: Mapping[str, list[Compared]]) -> str:
     """The sets, as Markdown."""
-    lines = ["| set | runs | mean error | worst | fitted |", "|---|---|---|---|---|"]
+    lines = ["| set | runs | mean error | worst | mean of the third | fitted |", "|---|---|---|---|---|---|"]
     for group, each in results.items():
-        errors = [abs(one.error) for one in each]
-        kind, _, name = group.partition(": ")
-        fitted = FITTED.get(name, "no") if kind == "time" else "workspaces" if kind == "between steps" else "no"
-        lines.append(f"| {group} | {len(each)} | {mean(errors):.1%} | {max(errors):.1%} | {fitted} |")
+        errors, apart = ([abs(one.error) for one in some] for some in (each, held(each) or each))
+        lines.append(f"| {group} | {len(each)} | {mean(errors):.1%} | {max(errors):.1%} | {mean(apart):.1%} | "
+                     f"{FITTED.get(group, 'no')} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--rows", type=Path, nargs="+", default=[ROWS])
     parser.add_argument("--each", action="store_true", help="print every run")
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
-    results: dict[str, list[Compared]] = defaultdict(list)
-    for one in compared(args.rows):
-        results[one.group].append(one)
-        if args.each:
-            print(f"{one.error:+7.1%}  {one.measured:10.3f}  {one.predicted:10.3f}  {one.group}: {one.name}")
+    results = grouped(compared(row for path in args.rows for row in rows_of(path)))
+    for one in (one for each in results.values() for one in each) if args.each else ():
+        print(f"{one.error:+7.1%}  {one.measured:10.3f}  {one.predicted:10.3f}  {one.group}: {one.name}")
     print(table(results))
     if args.markdown is not None:
         args.markdown.write_text(table(results) + "\n", encoding="utf-8")
