@@ -4,9 +4,9 @@
 
 Prints one line for each set of runs: how many, the mean and the worst relative error, the mean over every third run,
 and what of the set the constants of `engine/plan/devices.py` and `planning_memory.py` were fitted to.  `--each` prints
-every run as well.  Rows of your own have the same columns, or are a file that `planning_sources.py` knows; `practice` is
-a name of `engine/plan/practice.py`, `options` are words of `planning_memory.Options`; `step_seconds`, `memory_gib` and
-`steady_gib` may be empty.
+every run as well.  Rows of your own have the same columns, or are a file that `planning_sources.py` knows; `practice`
+is a name of `engine/plan/practice.py`, `options` are words of `planning_memory.Options`; `step_seconds`, `memory_gib`
+and `steady_gib` may be empty.
 """
 
 from __future__ import annotations
