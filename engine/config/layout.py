@@ -128,8 +128,10 @@ def _reproducible_problems(config: Config) -> Iterator[str]:
 def _tensor_problems(config: Config) -> Iterator[str]:
     tensor = config.parallel.tensor
     for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
-        if (size := getattr(config.model, name)) % tensor:
-            yield f"model.{name}({size}) is not divisible by parallel.tensor({tensor})"
+        size = getattr(config.model, name)
+        if size % tensor and not (name == "num_kv_heads" and tensor % size == 0):
+            yield (f"model.{name}({size}) is not divisible by parallel.tensor({tensor})"
+                   + (", nor the other way round" if name == "num_kv_heads" else ""))
 
 
 def _fp8_problems(config: Config) -> Iterator[str]:
@@ -143,7 +145,7 @@ def _fp8_problems(config: Config) -> Iterator[str]:
     for name, size, parts in (("hidden_size", model.hidden_size, 1), ("ffn_hidden_size", model.ffn_hidden_size, tensor),
                               ("num_heads × head_dim", model.num_heads * model.head_dim, tensor),
                               ("(num_heads + 2 × num_kv_heads) × head_dim",
-                               (model.num_heads + 2 * model.num_kv_heads) * model.head_dim, tensor)):
+                               (model.num_heads + 2 * max(model.num_kv_heads, tensor)) * model.head_dim, tensor)):
         step = block if parts > 1 else 16
         if size % parts == 0 and size // parts % step:
             yield (f"model.{name}({size})" + (f"{divided} = {size // parts}" if parts > 1 else "") +

@@ -6,6 +6,7 @@ A rank needs one group per axis, and some that combine axes or take part of one:
                                  and ZeRO shards over it
     ends       first and last    the two stages of a pipeline that hold copies of a tied embedding; a stage between is
                stage             alone
+    copies     part of tensor    ranks that hold copies of keys and values, of which there are fewer than ranks
     world      all of the mesh   what everybody must know alike, as CPU tensors: it never touches a GPU
 
 `gradient` itself may be split for ZeRO: state is sharded along `shard`, and the shards of different `replicate`
@@ -82,6 +83,7 @@ class Mesh:
     shard: Axis
     replicate: Axis
     ends: Axis
+    copies: Axis
     world: Axis
 
     @property

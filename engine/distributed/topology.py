@@ -30,6 +30,7 @@ class Topology:
     Attributes:
         shard: how many of the data × context ranks share one copy of the ZeRO state; 0 means all of them.
         tied: the first and the last stage hold copies of one parameter, whose gradients they sum up.
+        copies: so many tensor ranks share a key-value head, and hold copies of it.
     """
 
     pipeline: int = 1
@@ -38,6 +39,7 @@ class Topology:
     tensor: int = 1
     shard: int = 0
     tied: bool = False
+    copies: int = 1
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -52,7 +54,8 @@ class Topology:
         """
         parallel = config.parallel
         return Topology(parallel.pipeline, parallel.data_size, parallel.context, parallel.tensor, parallel.zero_shard,
-                        config.model.tie_embeddings and not recipe(parallel.schedule).v_shaped)
+                        config.model.tie_embeddings and not recipe(parallel.schedule).v_shaped,
+                        max(1, parallel.tensor // config.model.num_kv_heads))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,7 +92,7 @@ class Topology:
                 "gradient": gradient, "shard": gradient.reshape(-1, size),
                 "replicate": gradient.reshape(-1, copies, size).swapaxes(1, 2).reshape(-1, copies),
                 "ends": pipeline[:, [0, -1]] if self.tied and self.pipeline > 1 else lines(),
-                "world": ranks.reshape(1, -1)}
+                "copies": lines("tensor").reshape(-1, self.copies), "world": ranks.reshape(1, -1)}
 
     def axes_of(self, rank: int) -> dict[str, tuple[int, ...]]:
         """The ranks that `rank` works with in each direction, itself included; see `mesh` for the names."""

@@ -286,7 +286,7 @@ class Generator:
     @property
     def _groups(self) -> int:
         """Key-value groups on this rank."""
-        return self._model.num_kv_heads // self._mesh.tensor.size
+        return max(1, self._model.num_kv_heads // self._mesh.tensor.size)
 
     def num_blocks(self, needs: Sequence[int], rows: int) -> int:
         """Of the cache, given what each text can need.

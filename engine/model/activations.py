@@ -30,6 +30,7 @@ def layer_bytes_per_token(config: ModelConfig, width: int, *, tensor: int = 1, s
         tensor: ranks that share the layer.
         sequence: whether they divide the sequence outside the regions.
     """
+    config = config.model_copy(update={"num_kv_heads": max(config.num_kv_heads, tensor)})      # copied on ranks
     of_hidden, outside = config.hidden_size * width, tensor if sequence else 1
     if recompute == "full":
         return of_hidden / outside

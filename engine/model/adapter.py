@@ -50,6 +50,7 @@ class Adapter(nn.Module):
     """The adapters of one layer's projections; uncut.  `engine.parallel.tensor.adapter` computes a slice of it.
 
     Attributes:
+        weight: the layer's.
         active: it adds anything; without, the layer is what it was.
         noise: which tokens it works on, where some of its input is to be dropped.
     """
@@ -60,7 +61,7 @@ class Adapter(nn.Module):
                  config: AdapterConfig) -> None:
         """For the layer whose weight has this spec (uncut)."""
         super().__init__()
-        self.dim, self.size = fused.dim, weight.shape[fused.dim]
+        self.dim, self.size, self.weight = fused.dim, weight.shape[fused.dim], weight
         self.projections, self.config, self.active = projections, config, True
         self.key = layer_key(weight.name)
         a, *bs = adapter_specs(weight, fused, [(each.name, each.length) for each in projections], config.rank)

@@ -1,7 +1,8 @@
 """Causal grouped-query self-attention with rotary positions (Ainslie et al. 2023).
 
 G key-value groups have Q query heads each; G equal to the heads is multi-head attention, G = 1 multi-query.  Query, key
-and value of a group are rows of one projection, so a tensor rank's groups are a plain box of it.
+and value of a group are rows of one projection, so a tensor rank's groups are a plain box of it.  Where there are more
+ranks than groups, those that share one divide its queries, and each has a copy of its key and value.
 
 With `qk_norm` queries and keys are normalised, head by head, before they are turned (Dehghani et al. 2023, Qwen3): the
 scores then cannot grow with the norms of the projections.  All heads share one weight each, so every tensor rank holds
@@ -54,7 +55,6 @@ class GroupedQueryAttention(Attention):
     def __init__(self, config: ModelConfig, index: int, specs: Specs, operations: Operations) -> None:
         super().__init__(config, index, specs, operations)
         self.index, self.window = index, config.window_of(index)
-        self.head_shape = specs["linear_qkv.weight"].shape[1:3]
         self.linear_qkv, self.linear_proj = Linear.of(specs, "linear_qkv"), Linear.of(specs, "linear_proj")
         self.q_layernorm = self.k_layernorm = None
         if config.qk_norm:
@@ -63,9 +63,10 @@ class GroupedQueryAttention(Attention):
         self.core_attention, self._split_and_rotate = operations.attention, rotating(operations.rope)
 
     def forward(self, x_SBH: Tensor, angles: Angles, batch: Batch) -> Tensor:
-        qkv = self.linear_qkv(x_SBH).unflatten(-1, (-1, *self.head_shape))
+        heads, dim = self.linear_qkv.weight.shape[1:3]          # of a group, on this rank: queries, a key and a value
+        qkv = self.linear_qkv(x_SBH).unflatten(-1, (-1, heads, dim))
         if self.q_layernorm is not None and self.k_layernorm is not None:
-            q, k, v = qkv.split((self.head_shape[0] - 2, 1, 1), dim=-2)
+            q, k, v = qkv.split((heads - 2, 1, 1), dim=-2)
             qkv = torch.cat((self.q_layernorm(q)[1], self.k_layernorm(k)[1], v), dim=-2)
         q, k, v = self._split_and_rotate(qkv, *angles)
         attention = self.core_attention if self.window is None else partial(self.core_attention, window=self.window)

@@ -114,7 +114,7 @@ class GroupedQuery(Kind):
 
     def parameters(self, config: ModelConfig) -> Iterator[ParamSpec]:
         groups, heads, dim = config.num_kv_heads, config.num_heads, config.head_dim
-        yield from linear("linear_qkv", (groups, heads // groups + 2, dim), config.hidden_size, Rule("column", 0),
+        yield from linear("linear_qkv", (groups, heads // groups + 2, dim), config.hidden_size, Rule("column", 0, 2),
                           init_std=init_std(config), bias=config.qkv_bias or config.attention_bias)
         if config.qk_norm:
             for name in ("q_layernorm", "k_layernorm"):

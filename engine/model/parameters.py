@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -37,12 +39,23 @@ def initial_values(spec: ParamSpec, seed: int) -> Tensor:
 
 
 def take_local(spec: ParamSpec, values: Tensor) -> Tensor:
-    """Cuts this rank's box out of the global tensor and pads it with zero rows to `local_shape`."""
-    mine = values[spec.box.slices]
-    if mine.shape == spec.local_shape:
-        return mine
+    """Cuts what this rank holds out of the global tensor and pads it with zero rows to `local_shape`."""
+    (box, _), *others = spec.held
+    if not others and box.size == spec.local_shape:
+        return values[box.slices]
     out = values.new_zeros(spec.local_shape)
-    out[: mine.shape[0]] = mine
+    for box, place in spec.held:
+        out[place.slices] = values[box.slices]
+    return out
+
+
+def put_together(spec: ParamSpec, slices: Tensor) -> Tensor:
+    """The global tensor of all tensor ranks' local ones, [ranks, *local shape]."""
+    assert spec.cut is not None
+    out = slices.new_empty(spec.shape)
+    for index, local in enumerate(slices):
+        for box, place in replace(spec, cut=replace(spec.cut, index=index)).held:
+            out[box.slices] = local[place.slices]
     return out
 
 

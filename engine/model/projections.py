@@ -59,10 +59,14 @@ def adapter_specs(weight: ParamSpec, fused: Fused, targets: Sequence[tuple[str, 
     layer, inputs, row = weight.name.removesuffix(".weight"), weight.shape[-1], weight.rule.kind == "row"
     yield ParamSpec(f"{layer}.lora_a", (len(targets), rank, inputs), Rule("row", 2) if row else BETWEEN,
                     init_std=(3 * inputs) ** -0.5)
+    starts = {name: start for name, start, _ in fused.rows(weight.shape[fused.dim])}
     for name, length in targets:
         shape = list(weight.shape[:-1])
         shape[fused.dim] = length
-        yield ParamSpec(f"{layer}.lora_b.{name}", (*shape, rank), BETWEEN if row else weight.rule, init="zeros")
+        rule = BETWEEN if row else weight.rule
+        if rule.copied is not None:                     # queries are not, keys and values are
+            rule = rule._replace(copied=length if starts[name] >= weight.shape[fused.dim] - rule.copied else 0)
+        yield ParamSpec(f"{layer}.lora_b.{name}", (*shape, rank), rule, init="zeros")
 
 
 def all_adapter_specs(specs: Specs, adapter: AdapterConfig) -> Iterator[ParamSpec]:

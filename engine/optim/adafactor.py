@@ -47,6 +47,7 @@ class Slice:
         rows: those that the range touches.
         before: elements of the first of them in front of the range.
         belongs: [all rows of the slice, matrices]: 1 where a row is of a matrix, else 0.
+        counted: the same without rows that another tensor rank counts (`ParamSpec.copied`).
         sizes: elements of each matrix, of all ranks, padding excluded.
         width: columns here.
         of_rows: the moment R, [rows of the slice]; None: it is a vector.
@@ -58,6 +59,7 @@ class Slice:
     rows: slice
     before: int
     belongs: Tensor
+    counted: Tensor
     sizes: Tensor
     width: int
     of_rows: Tensor | None
@@ -79,11 +81,15 @@ class Slice:
             of = torch.zeros(outside, device=device)
             of.narrow(fused.dim, first, length).fill_(1.0)
             belongs.append(of.flatten())
+        of_which = torch.stack(belongs, dim=1)
+        counted = of_which.clone()
+        if spec.copy_index:
+            counted[spec.copied.start // width : spec.copied.stop // width] = 0
         first_row, last_row = (start - entry.offset) // width, -(-(stop - entry.offset) // width)
         moments = (torch.zeros(prod(outside), device=device), torch.zeros(len(sizes), width, device=device)) \
             if spec.decay else (None, None)
         return Slice(spec, slice(start - bucket.shard.start, stop - bucket.shard.start), slice(first_row, last_row),
-                     (start - entry.offset) - first_row * width, torch.stack(belongs, dim=1),
+                     (start - entry.offset) - first_row * width, of_which, counted,
                      torch.tensor(sizes, dtype=torch.float32, device=device), width, *moments)
 
     @property
@@ -103,17 +109,17 @@ class Slice:
 
     def by_matrix(self, of_rows: Tensor) -> Tensor:
         """Numbers [rows of the range] added up: [matrices]."""
-        return of_rows @ self.belongs[self.rows]
+        return of_rows @ self.counted[self.rows]
 
     def pieces(self, prefix: str, now: Now) -> list[Piece]:
         """The moments of rows and columns."""
         if self.of_rows is None or self.of_columns is None:
             return []
-        spec, box = self.spec, self.spec.box
-        rows = now(self.of_rows).view(spec.local_shape[:-1])[Box.whole(box.size[:-1]).slices]
+        spec, (box, _) = self.spec, self.spec.held[0]
+        rows = now(self.of_rows).view(spec.local_shape[:-1])
         matrices, columns = self.of_columns.shape[0], spec.shape[-1]
-        of_rows = Box(box.offset[:-1], box.size[:-1])
-        return [Piece(f"{prefix}.exp_avg_sq_row.{spec.name}", spec.shape[:-1], of_rows, rows),
+        return [*(Piece(f"{prefix}.exp_avg_sq_row.{spec.name}", spec.shape[:-1], Box(its.offset[:-1], its.size[:-1]),
+                        rows[place.slices[:-1]]) for its, place in spec.held),
                 Piece(f"{prefix}.exp_avg_sq_col.{spec.name}", (matrices, columns),
                       Box((0, box.offset[-1]), (matrices, box.size[-1])), now(self.of_columns))]
 
@@ -220,7 +226,7 @@ class Sums:
         squares = each.in_rows(gradient).square()
         rows = torch.zeros_like(each.of_rows)
         rows[each.rows] = squares.sum(1)
-        return Sums(rows, each.belongs[each.rows].T @ squares, total.all)
+        return Sums(rows, each.counted[each.rows].T @ squares, total.all)
 
 
 def add_up(bucket: Bucket, slices: Sequence[Slice], sums: Sequence[Sums]) -> None:

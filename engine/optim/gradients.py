@@ -1,10 +1,10 @@
 """The global gradient norm, and clipping by it.
 
-Every element of the model counts once: each shard in one of its copies, and nothing for replicas (norms on tensor
-ranks above the first, the output layer's copy of a tied embedding).  It travels with the objective's sums along one
-axis after the other: three small collectives in groups that are there anyway, where one over all ranks of a large job
-would need a communicator of its own for a few numbers.  A reproducible run gathers the summands over the data-parallel
-ranks first, and adds them in one order.
+Every element of the model counts once: each shard in one of its copies, and nothing for replicas (norms and copied keys
+and values on tensor ranks above the first, the output layer's copy of a tied embedding).  It travels with the
+objective's sums along one axis after the other: three small collectives in groups that are there anyway, where one over
+all ranks of a large job would need a communicator of its own for a few numbers.  A reproducible run gathers the
+summands over the data-parallel ranks first, and adds them in one order.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def sum_over_world(sums: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh, *
 
 def _in_any_order(sums: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh) -> tuple[Tensor | None, Tensor]:
     """This rank's share of the sums and of the squared gradient norm: all ranks' shares are to be added."""
-    counted = [bucket.grad_shard for bucket in buckets if bucket.kind.counted and bucket.is_first_copy]
+    counted = (bucket.counted_gradient() for bucket in buckets if bucket.kind.counted and bucket.is_first_copy)
     squares = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for grad in counted:
         squares += sum_of_squares(grad)
@@ -74,7 +74,7 @@ def _in_fixed_order(sums: Tensor | None, buckets: Sequence[Bucket], mesh: Mesh) 
     axis, squares = mesh.gradient, torch.zeros((), dtype=torch.float64, device=mesh.device)
     for bucket in buckets:
         if bucket.kind.counted:
-            blocks = torch.linalg.vector_norm(bucket.grad_shard.view(-1, ALIGNMENT), dim=1).square()
+            blocks = torch.linalg.vector_norm(bucket.counted_gradient().view(-1, ALIGNMENT), dim=1).square()
             everyone = all_gather(blocks, mesh.shard) if bucket.level else blocks
             squares += everyone[: bucket.num_used // ALIGNMENT].sum(dtype=torch.float64)
     if sums is None:

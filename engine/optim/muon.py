@@ -22,6 +22,7 @@ from torch import Tensor
 from engine.config import OptimConfig
 from engine.distributed.collectives import all_gather, all_gather_into
 from engine.kernels.table import Operations
+from engine.model.parameters import put_together, take_local
 from engine.model.projections import FUSED
 from engine.optim.adamw import AdamW
 from engine.optim.optimizer import Optimizer
@@ -85,12 +86,11 @@ def orthogonal_shard(bucket: Bucket, shard: Tensor) -> Tensor:
 
 def _of_parameter(bucket: Bucket, entry: Entry, local: Tensor) -> Tensor:
     """This tensor rank's slice of a parameter's update; its tensor peers call it with theirs."""
-    cut = entry.spec.cut
-    if cut is None:
-        return orthogonal_parts(entry.spec.name, local, bucket.param_buffer.dtype)
-    whole = all_gather(local.movedim(cut.dim, 0), bucket.mesh.tensor).movedim(0, cut.dim)
-    update = orthogonal_parts(entry.spec.name, whole, bucket.param_buffer.dtype)
-    return update.narrow(cut.dim, cut.index * local.shape[cut.dim], local.shape[cut.dim])
+    spec = entry.spec
+    if spec.cut is None:
+        return orthogonal_parts(spec.name, local, bucket.param_buffer.dtype)
+    whole = put_together(spec, all_gather(local.unsqueeze(0), bucket.mesh.tensor))
+    return take_local(spec, orthogonal_parts(spec.name, whole, bucket.param_buffer.dtype))
 
 
 def orthogonal_parts(name: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.config.optimizers import OPTIMIZERS
-from engine.distributed.boxes import Box
 from engine.distributed.mesh import Axis, Mesh
 from engine.distributed.pieces import Piece
 from engine.kernels.operation import Place
@@ -159,9 +158,9 @@ class ParallelModel:
         if any(flat.level >= 3 for flat in (*self.buckets, *self.frozen)):
             return [*self.shards("model", [now(bucket.param_shard) for bucket in self.buckets]), *self.frozen_pieces()]
         once = dict.fromkeys(parameter for chunk in self.chunks.values() for parameter in chunk.parameters())
-        return [Piece(f"model.{spec.name}", spec.shape, spec.box,
-                      now(parameter.detach())[Box.whole(spec.box.size).slices])
-                for parameter, spec in ((parameter, spec_of(parameter)) for parameter in once)]
+        return [Piece(f"model.{spec.name}", spec.shape, box, now(parameter.detach())[place.slices])
+                for parameter, spec in ((parameter, spec_of(parameter)) for parameter in once)
+                for box, place in spec.held]
 
     def publish(self) -> None:
         """Makes the masters, all shards of them, the weights that the layers use."""

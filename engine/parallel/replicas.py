@@ -68,11 +68,13 @@ def differences(model: ParallelModel, moments: Moments) -> list[str]:
         weights = {entry.spec.name: entry.parameter.detach() for entry in bucket.entries if bucket.level < 3}
         uncut = {entry.spec.name: weights[entry.spec.name] for entry in bucket.entries
                  if bucket.level < 3 and entry.spec.cut is None}
+        copied = {entry.spec.name: weights[entry.spec.name].flatten()[entry.spec.copied] for entry in bucket.entries
+                  if bucket.level < 3 and bucket.kind.copied}
         tied = {"tied embedding": bucket.master} if bucket.kind.tied else {}
         for axis, tensors in ((mesh.replicate if bucket.level else mesh.gradient, state), (mesh.gradient, weights),
-                              (mesh.tensor, uncut), (mesh.ends, tied)):
+                              (mesh.tensor, uncut), (mesh.copies, copied), (mesh.ends, tied)):
             held.setdefault(axis.name, {}).update(tensors)
-    return [line for axis in (mesh.replicate, mesh.gradient, mesh.tensor, mesh.ends)
+    return [line for axis in (mesh.replicate, mesh.gradient, mesh.tensor, mesh.copies, mesh.ends)
             for line in _differences(sorted(held.get(axis.name, {}).items()), axis)]
 
 
@@ -80,8 +82,8 @@ def _state(bucket: Bucket, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's shard of masters and moments; masters that are the very weights are compared as such."""
     same_memory = bucket.level < 3 and bucket.master is bucket.param_shard
     vectors = dict(moments) if same_memory else {"fp32 master": bucket.master} | dict(moments)
-    return {f"{name} of {entry.spec.name}": piece.tensor for name, vector in vectors.items()
-            for entry, piece in zip(bucket.entries, bucket.pieces("", vector), strict=True)}
+    return {f"{name} of {piece.key.removeprefix('.')}{piece.box.offset}": piece.tensor
+            for name, vector in vectors.items() for piece in bucket.pieces("", vector)}
 
 
 def _hash(vector: Tensor) -> Tensor:

@@ -97,8 +97,9 @@ def describe(model: ParallelModel, mesh: Mesh) -> Explanation:
     return Explanation(
         model.config, mesh.rank, mesh.topology.coordinates(mesh.rank), mesh.topology.axes_of(mesh.rank),
         {chunk: tuple(map(int, module.layers)) for chunk, module in model.chunks.items()}, model.schedule.placement,
-        tuple(Part(spec.name, spec.shape, spec.box, tuple(state.get(spec.name, ()))) for spec in specs),
-        sum(spec.box.num_elements for spec in specs), len(model.buckets),
+        tuple(Part(spec.name, spec.shape, box, tuple(state.get(spec.name, ())))
+              for spec in specs for box, _ in spec.held),
+        sum(box.num_elements for spec in specs for box, _ in spec.held), len(model.buckets),
         state_bytes(model.buckets, make_optimizer(model.buckets, model.config.optim, model.operations), model.frozen),
         model.program)
 

@@ -93,7 +93,7 @@ class Sizes:
             hidden=outside * model.hidden_size * width, full=inside * model.hidden_size * width,
             statistic=outside * FP32, statistics=inside * FP32,
             query=inside * model.num_heads * model.head_dim * width / tensor,
-            key=inside * model.num_kv_heads * model.head_dim * width / tensor,
+            key=inside * max(model.num_kv_heads, tensor) * model.head_dim * width / tensor,
             features=inside * model.ffn_hidden_size * width / tensor,
             inputs=kind.inputs if isinstance(kind, FeedForward) else 1, logits=inside * columns * width,
             chunk=(inside if adapted else rows_of_chunk(int(inside), columns)) * columns * width,

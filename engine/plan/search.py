@@ -110,7 +110,8 @@ def layouts(config: Config, num_devices: int, device: Device) -> Iterator[Config
     """Every layout that divides, unresolved rules aside."""
     model = config.model
     tensors = [t for t in _divisors(min(device.per_node, num_devices)) if num_devices % t == 0
-               and model.num_heads % t == 0 and model.num_kv_heads % t == 0 and model.ffn_hidden_size % t == 0]
+               and model.num_heads % t == model.ffn_hidden_size % t == 0
+               and max(model.num_kv_heads, t) % min(model.num_kv_heads, t) == 0]
     contexts = [c for c in (1, 2, 4, 8, 16) if c == 1 or config.data.seq_len // c >= LONG // 4]
     for tensor in tensors:
         for context in contexts if config.data.seq_len >= LONG else [1]:

@@ -192,7 +192,7 @@ def _bucket_sizes(specs: Iterable[ParamSpec], num_shards: int, row: Row) -> Iter
     filling: dict[tuple[bool, ...], tuple[int, int]] = {}              # kind → elements so far, and with alignment
     for spec in specs:
         matrix = spec.decay if row.factored else row.of_matrices is not None and is_projection(spec.name)
-        kind, size = (matrix, spec.decay, spec.partial_sum, spec.tied), prod(spec.local_shape)
+        kind, size = (matrix, spec.decay, spec.partial_sum, spec.copies > 1, spec.tied), prod(spec.local_shape)
         elements, aligned = filling.get(kind, (0, 0))
         if elements and elements + size > BUCKET_ELEMENTS:
             yield _up(aligned, num_shards * ALIGNMENT), matrix

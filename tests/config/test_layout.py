@@ -14,9 +14,10 @@ MODEL = {"num_layers": 8, "hidden_size": 64, "num_heads": 8, "num_kv_heads": 4, 
          "vocab_size": 301}
 
 
-def make(parallel: dict[str, Any], batch: dict[str, int] | None = None, seq_len: int = 64) -> Config:
-    return Config.model_validate({"model": MODEL, "steps": 10, "parallel": parallel, "batch": batch or {"global": 8},
-                                  "data": {"seq_len": seq_len}})
+def make(parallel: dict[str, Any], batch: dict[str, int] | None = None, seq_len: int = 64,
+         model: dict[str, int] | None = None) -> Config:
+    return Config.model_validate({"model": MODEL | (model or {}), "steps": 10, "parallel": parallel,
+                                  "batch": batch or {"global": 8}, "data": {"seq_len": seq_len}})
 
 
 @pytest.mark.parametrize(("parallel", "world_size", "data"), [
@@ -38,7 +39,8 @@ def test_data_takes_what_is_left(parallel: dict[str, Any], world_size: int, data
     (make({}, {"micro": 2, "global": 9}), 1, "batch.global(9) is not batch.micro(2) × data(1)"),
     (make({}, {"global": 4}), 8, "make it a multiple of 8"),
     (make({"tensor": 3}), 3, "model.num_heads(8) is not divisible by parallel.tensor(3)"),
-    (make({"tensor": 8}), 8, "model.num_kv_heads(4) is not divisible by parallel.tensor(8)"),
+    (make({"tensor": 6}, model={"num_heads": 12, "head_dim": 8}), 6,
+     "model.num_kv_heads(4) is not divisible by parallel.tensor(6), nor the other way round"),
     (make({"pipeline": 2, "schedule": "interleaved"}), 2, "virtual_stages ≥ 2 (it is 1)"),
     (make({"pipeline": 2, "virtual_stages": 2}), 2, "the 1f1b schedule needs parallel.virtual_stages = 1 (it is 2)"),
     (make({"pipeline": 2, "schedule": "zb-v"}), 2, "the zb-v schedule needs parallel.virtual_stages = 2 (it is 1)"),

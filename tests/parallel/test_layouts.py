@@ -85,6 +85,15 @@ def test_model_shapes(layout: dict[str, object], shape: str) -> None:
     run_case(layout, SHAPES[shape], {}, {})
 
 
+@pytest.mark.parametrize(("layout", "groups"), [
+    ({"tensor": 4}, 2), ({"tensor": 4, "sequence": False, "pipeline": 2, "zero": 0}, 2), ({"tensor": 4, "zero": 2}, 1),
+    ({"tensor": 2, "context": 2, "data": 2, "zero": 3}, 1), ({"tensor": 2, "data": 2, "recompute": "full"}, 1),
+    ({"tensor": 2, "data": 2, "reproducible": True, "zero": 2}, 1),
+], ids=lambda value: name_of(value) if isinstance(value, dict) else f"g{value}")
+def test_more_tensor_ranks_than_key_value_heads(layout: dict[str, object], groups: int) -> None:
+    run_case(layout, EVERYTHING | {"num_kv_heads": groups}, {}, {}, 5)
+
+
 @pytest.mark.parametrize("layout", [
     {"tensor": 2, "pipeline": 2, "schedule": "zb-h1"}, {"pipeline": 4, "schedule": "zb-h2", "data": 2},
     {"tensor": 2, "pipeline": 2, "schedule": "zb-v", "virtual_stages": 2}, {"pipeline": 1, "schedule": "zb-h1"},

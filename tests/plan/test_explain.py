@@ -38,7 +38,7 @@ def built(config: Config) -> tuple[Explanation, StateBytes, dict[str, tuple[int,
         storage_bytes(tensor for bucket in model.buckets for tensor in (bucket.grad_buffer, bucket.grad_shard)),
         storage_bytes([*masters, *optimizer.exp_avg, *optimizer.exp_avg_sq]))
     axes = {name: getattr(mesh, name).ranks for name in ("tensor", "context", "pipeline", "data", "gradient", "shard",
-                                                         "replicate", "ends", "world")}
+                                                         "replicate", "ends", "copies", "world")}
     return describe(model, mesh), measured, axes
 
 
@@ -49,7 +49,7 @@ def built(config: Config) -> tuple[Explanation, StateBytes, dict[str, tuple[int,
     {"pipeline": 2, "data": 2, "schedule": "zb-v", "virtual_stages": 2, "zero": 2},
     {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2, "recompute": "full"},
 ], ids=lambda parallel: " ".join(f"{key}={value}" for key, value in parallel.items()) or "one process")
-@pytest.mark.parametrize("others", [{}, {"model": {"tie_embeddings": True, "qkv_bias": True, "num_kv_heads": 2},
+@pytest.mark.parametrize("others", [{}, {"model": {"tie_embeddings": True, "qkv_bias": True, "num_kv_heads": 1},
                                          "precision": {"compute": "bf16", "grad_reduce": "bf16"}}],
                          ids=["fp32", "bf16 tied biased"])
 def test_equals_what_processes_build(parallel: dict[str, Any], others: dict[str, Any]) -> None:

@@ -48,6 +48,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
     "full, two layers": ({"recompute": "full", "recompute_layers": 2}, 0, {}),
     "tensor": ({"tensor": 2}, 0, {}),
     "tensor without sequence": ({"tensor": 2, "sequence": False}, 0, {}),
+    "tensor, a key each": ({"tensor": 2}, 1, {"model": {"num_kv_heads": 1}}),
     "first of two stages": ({"pipeline": 2}, 0, {}),
     "last of two stages": ({"pipeline": 2}, 1, {}),
     "gpipe": ({"pipeline": 2, "schedule": "gpipe"}, 0, {}),
@@ -135,7 +136,7 @@ def test_the_peak_where_the_loss_comes_in_chunks(name: str, ahead: bool, monkeyp
     {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2, "recompute": "full"},
 ], ids=str)
 @pytest.mark.parametrize("others", [
-    {}, {"model": {"tie_embeddings": True, "qkv_bias": True, "num_kv_heads": 2}, "precision": {"compute": "bf16"}},
+    {}, {"model": {"tie_embeddings": True, "qkv_bias": True, "num_kv_heads": 1}, "precision": {"compute": "bf16"}},
     {"model": {"mlp": "gelu", "mlp_bias": True, "attention_bias": True, "head": "score"}},
     {"adapter": {"rank": 4}, "precision": {"compute": "bf16"}},
 ], ids=["fp32", "bf16 tied biased", "gelu score", "adapters"])

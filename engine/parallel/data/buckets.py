@@ -59,6 +59,7 @@ class BucketKind:
     Attributes:
         decay: weight decay applies.
         partial_sum: gradients are summed over the tensor axis first.
+        copied: so are parts of them over the ranks that hold copies of these (`ParamSpec.copied`).
         counted: this rank's elements count in the gradient norm (a replica on another rank does not count again).
         tied: an embedding that is also the output layer, on another stage: the two stages sum their gradients.
         matrices: they are the layers' projections, and the optimizer wants these apart from all else.
@@ -66,6 +67,7 @@ class BucketKind:
 
     decay: bool
     partial_sum: bool
+    copied: bool
     counted: bool
     tied: bool
     matrices: bool = False
@@ -75,13 +77,17 @@ def kind_of(spec: ParamSpec, mesh: Mesh, uses: int, matrices_apart: bool = False
     """The bucket kind of a parameter that this rank's chunks use so many times.
 
     Raises:
-        ValueError: another stage holds a copy, and the mesh was made without the group in which the two meet.
+        ValueError: others hold a copy, and the mesh was made without the group in which they meet.
     """
     replicated = spec.cut is None and mesh.tensor.index > 0
     tied = spec.tied and uses == 1
     if tied and mesh.ends.size == 1:
         raise ValueError(f"{spec.name} is tied to a copy on another stage; its mesh needs Topology(tied=True)")
-    return BucketKind(decay=spec.decay, partial_sum=spec.partial_sum, counted=not replicated and not spec.tied_copy,
+    if spec.copies != 1 and mesh.copies.size != spec.copies:
+        raise ValueError(f"{spec.name} is copied on {spec.copies} tensor ranks; its mesh needs "
+                         f"Topology(copies={spec.copies})")
+    return BucketKind(decay=spec.decay, partial_sum=spec.partial_sum, copied=spec.copies > 1,
+                      counted=not replicated and not spec.tied_copy,
                       tied=tied, matrices=matrices_apart and is_projection(spec.name))
 
 
@@ -139,6 +145,17 @@ class Bucket(FlatParameters):
         """What holds gradients between two microbatches, each the whole of its memory."""
         return [*([self.grad_buffer] if self.level < 2 else ()), *([self.grad_shard] if self.per_microbatch else ())]
 
+    def counted_gradient(self) -> Tensor:
+        """`grad_shard`, with zeros for what is counted on another tensor rank."""
+        if not self.kind.copied or self.mesh.copies.index == 0:
+            return self.grad_shard
+        counted = self.grad_shard.clone()
+        for entry in self.entries:
+            first, last = (min(max(entry.offset + edge - self.shard.start, 0), len(counted))
+                           for edge in (entry.spec.copied.start, entry.spec.copied.stop))
+            counted[first:last] = 0
+        return counted
+
     def begin_step(self, num_microbatches: int) -> None:
         """Expects the gradients of a step."""
         self._arrived, self._microbatches = 0, num_microbatches
@@ -174,6 +191,8 @@ class Bucket(FlatParameters):
             slot.close()
         if self.kind.partial_sum:
             all_reduce(self.grad_buffer, self.mesh.tensor)
+        if self.kind.copied:
+            self._sum_copies()
         alone = self.mesh.gradient.size == 1
         buffer = self.grad_buffer if alone else self.grad_buffer.to(self.reduce_dtype)
         if self.reproducible:
@@ -189,6 +208,14 @@ class Bucket(FlatParameters):
         while len(self._others_reducing) > 1:      # two at a time: one finishes while the next fills
             self._others_reducing[0]._settle()
         self._others_reducing.append(self)
+
+    def _sum_copies(self) -> None:
+        """Adds up the gradients of what is copied over the ranks that hold it."""
+        parts = [self.grad_buffer[entry.offset :][entry.spec.copied] for entry in self.entries]
+        together = torch.cat(parts)
+        all_reduce(together, self.mesh.copies)
+        for part, total in zip(parts, together.split([len(part) for part in parts]), strict=True):
+            part.copy_(total)
 
     def _collect(self, buffer: Tensor) -> tuple[Tensor, Work]:
         """Starts bringing together everybody's gradient of this rank's shard: [ranks, shard]."""

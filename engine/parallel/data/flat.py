@@ -129,21 +129,31 @@ class FlatParameters:
         """What `vector`, laid out like this rank's shard, holds of each parameter: views, padding left out."""
         for entry in self.entries:
             start, stop = self.overlap(entry)
-            first = start - entry.offset
-            for box, position in flat_range_boxes(entry.spec.box, first, stop - entry.offset):
-                at = start - self.shard.start + position
-                yield entry.spec, box, vector[at : at + box.num_elements].view(box.size)
+            for block, place in self._blocks(entry):
+                first = max(start, place)
+                for box, position in flat_range_boxes(block, first - place, stop - place):
+                    at = first - self.shard.start + position
+                    yield entry.spec, box, vector[at : at + box.num_elements].view(box.size)
 
     def pieces(self, prefix: str, vector: Tensor) -> Iterator[Piece]:
-        """The same as pieces called `prefix.…`: one per parameter, empty where this rank's shard has none of it."""
+        """The same as pieces called `prefix.…`: one per box of a parameter, empty where this shard has none of it."""
         for entry in self.entries:
-            total = entry.spec.box.num_elements                      # without padding, which comes last
-            low, high = (min(max(edge - entry.offset, 0), total) for edge in self.overlap(entry))
-            low, high = (low, high) if low < high else (0, 0)
-            at = max(entry.offset + low - self.shard.start, 0)
-            values, whole = vector[at : at + high - low], high - low == total
-            yield Piece(f"{prefix}.{entry.spec.name}", entry.spec.shape, entry.spec.box,
-                        values.view(entry.spec.box.size) if whole else values, low)
+            for box, place in self._blocks(entry):
+                total = box.num_elements                             # without padding, which comes last
+                low, high = (min(max(edge - place, 0), total) for edge in self.overlap(entry))
+                low, high = (low, high) if low < high else (0, 0)
+                at = max(place + low - self.shard.start, 0)
+                values, whole = vector[at : at + high - low], high - low == total
+                yield Piece(f"{prefix}.{entry.spec.name}", entry.spec.shape, box,
+                            values.view(box.size) if whole else values, low)
+
+    @staticmethod
+    def _blocks(entry: Entry) -> Iterator[tuple[Box, int]]:
+        """The boxes that a rank holds of a parameter, and where in the bucket each begins."""
+        place = entry.offset
+        for box, _ in entry.spec.held:
+            yield box, place
+            place += box.num_elements
 
     def overlap(self, entry: Entry) -> tuple[int, int]:
         """The part of the bucket that belongs both to the parameter and to this rank's shard."""

@@ -23,6 +23,7 @@ from engine.distributed.collectives import my_part
 from engine.distributed.mesh import Axis
 from engine.model.adapter import Adapter, Projection
 from engine.model.parameters import spec_of
+from engine.model.projections import FUSED
 from engine.parallel.tensor.layers import ParallelLinear, TensorContext, full_sequence, sum_over_ranks
 from engine.precision.gemms import plain_gemms
 
@@ -33,7 +34,13 @@ class ParallelAdapter(Adapter):
     def __init__(self, adapter: Adapter, context: TensorContext) -> None:
         """Takes the parameters over, which are cut already."""
         nn.Module.__init__(self)
-        self.dim, self.size, self.projections = adapter.dim, adapter.size, adapter.projections
+        self.dim, self.weight = adapter.dim, adapter.weight.on_tensor_rank(context.axis.size, context.axis.index,
+                                                                           context.sequence)
+        self.projections, self.size = adapter.projections, adapter.size
+        if self.weight.copies > 1:                      # fewer queries in front of the key and the value
+            self.size = self.weight.local_shape[self.dim]
+            here = {row[0]: row for row in FUSED["linear_qkv"].rows(self.size)}
+            self.projections = tuple(Projection(*here[each.name]) for each in adapter.projections)
         self.config, self.active = adapter.config, adapter.active
         self.key, self.noise = adapter.key, adapter.noise
         alone = replace(context, axis=Axis.single("tensor"), sequence=False, gemms=plain_gemms(context.operations))
