@@ -59,7 +59,7 @@ RANK_CEILINGS = {
     "distributed": 1_000,     # and moving live weights between roles
     "kernels": 1_000,     # and implementations for a GPU of each operation
     "metrics": 520,       # and where the time of a run went, over all its starts
-    "model": 980,         # and kinds of layers and norms, of all families that convert, stretched RoPE, windows, copied keys
+    "model": 980,         # and kinds of layers and norms, of all families that convert, copied key-value heads
     "optim": 260,         # and learning-rate shapes, optimizers besides AdamW
     "parallel": 1_550,    # and the loss without the logits, memory that rests on the host, copied key-value heads
     "precision": 250,     # the products of a layer, FP8
