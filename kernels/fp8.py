@@ -33,10 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.blocks import WEIGHT_BLOCKS, Block
 from engine.kernels.operation import Implementation, Operation, Place, Unavailable, anywhere
 
-# Rows and columns that share a scale; None: all of them.
-Block = tuple[int | None, int | None]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST_EXPONENT = -126                       # of a scale, so that its reciprocal is a number too
 
@@ -60,10 +59,10 @@ class Recipe:
 
 ANY = (99, 0)
 RECIPES = {
-    "tensorwise": Recipe((None, None), (None, None), E5M2, ((8, 9), ANY)),
-    "rowwise": Recipe((1, None), (1, None), E4M3, ((9, 0), ANY)),
-    "blockwise": Recipe((1, 128), (128, 128), E4M3, ((9, 0), (9, 0))),
-    "mxfp8": Recipe((1, 32), (1, 32), E4M3, ((10, 0), ANY)),
+    "tensorwise": Recipe((None, None), WEIGHT_BLOCKS["tensorwise"], E5M2, ((8, 9), ANY)),
+    "rowwise": Recipe((1, None), WEIGHT_BLOCKS["rowwise"], E4M3, ((9, 0), ANY)),
+    "blockwise": Recipe((1, 128), WEIGHT_BLOCKS["blockwise"], E4M3, ((9, 0), (9, 0))),
+    "mxfp8": Recipe((1, 32), WEIGHT_BLOCKS["mxfp8"], E4M3, ((10, 0), ANY)),
 }
 
 

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.config import Config
 from engine.config.optimizers import OPTIMIZERS
 from engine.distributed.mesh import Axis, Mesh
 from engine.distributed.pieces import Piece
+from engine.kernels.blocks import has_few_scales
 from engine.kernels.operation import Place
 from engine.kernels.table import Operations, choose
 from engine.model.adapter import Adapter, attach_adapters
@@ -44,8 +45,8 @@ from engine.parallel.pipeline.partition import deal_layers, layer_costs
 from engine.parallel.recompute import apply_recompute
 from engine.parallel.tensor.cut import cut_tensor
 from engine.parallel.tensor.head import ParallelHead
-from engine.parallel.tensor.layers import TensorContext
-from engine.precision.fp8 import gemms_of
+from engine.parallel.tensor.layers import ParallelLinear, TensorContext
+from engine.precision.fp8 import Fp8Gemms, gemms_of
 from engine.precision.gemms import GemmsFactory
 from engine.schedules.action import Action
 from engine.schedules.lowering import hoist_receives, lower
@@ -156,7 +157,8 @@ class ParallelModel:
             now: where a parameter's or a shard's values are.
         """
         if any(flat.level >= 3 for flat in (*self.buckets, *self.frozen)):
-            return [*self.shards("model", [now(bucket.param_shard) for bucket in self.buckets]), *self.frozen_pieces()]
+            held = [now(bucket.param_shard).to(bucket.param_buffer.dtype) for bucket in self.buckets]
+            return [*self.shards("model", held), *self.frozen_pieces()]
         once = dict.fromkeys(parameter for chunk in self.chunks.values() for parameter in chunk.parameters())
         return [Piece(f"model.{spec.name}", spec.shape, box, now(parameter.detach())[place.slices])
                 for parameter, spec in ((parameter, spec_of(parameter)) for parameter in once)
@@ -233,7 +235,8 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
                                         reduce_dtype=DTYPES[config.precision.grad_reduce],
                                         reproducible=parallel.reproducible,
                                         matrices_apart=OPTIMIZERS[config.optim.name].of_matrices is not None,
-                                        bucket_elements=bucket_elements)
+                                        bucket_elements=bucket_elements,
+                                        narrow=gathered_casts(config, chunks, mesh.pipeline.index))
     else:
         allocate_weights(chunks.values(), dtype, mesh.device)
     if training and parallel.zero == 3:
@@ -279,6 +282,21 @@ def recomputed_blocks(config: Config, chunks: dict[int, Transformer], stage: int
     blocks = [block for chunk in chunks.values() for block in chunk.layers.values() if isinstance(block, Block)]
     limit = config.parallel.recompute_layers
     return blocks[: limit[stage] if isinstance(limit, tuple) else limit]
+
+
+def gathered_casts(config: Config, chunks: dict[int, Transformer], stage: int) -> dict[nn.Parameter, Fp8Gemms]:
+    """ZeRO 3: the weights whose casts are gathered in place of them, with the products that take these."""
+    if config.parallel.zero < 3:
+        return {}
+    again = recomputed_blocks(config, chunks, stage) if config.parallel.recompute == "full" else []
+    found = {}
+    for block in (block for chunk in chunks.values() for block in chunk.layers.values()):
+        for layer in block.modules():
+            if isinstance(layer, ParallelLinear) and isinstance(layer.gemms, Fp8Gemms) \
+                    and spec_of(layer.weight).trainable and has_few_scales(layer.gemms.recipe.weight_block):
+                layer.gemms.recomputed = block in again
+                found[layer.weight] = layer.gemms
+    return found
 
 
 def allocate_weights(chunks: Iterable[Transformer], dtype: torch.dtype, device: torch.device) -> None:

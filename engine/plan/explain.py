@@ -23,7 +23,9 @@ from engine.optim.optimizer import Optimizer, make_optimizer
 from engine.parallel.data.buckets import Bucket
 from engine.parallel.data.flat import FlatParameters
 from engine.parallel.parallelize import ParallelModel, parallelize
+from engine.parallel.tensor.layers import ParallelLinear
 from engine.plan.state import StateBytes
+from engine.precision.fp8 import Fp8Gemms
 from engine.schedules.program import Program
 
 
@@ -100,21 +102,30 @@ def describe(model: ParallelModel, mesh: Mesh) -> Explanation:
         tuple(Part(spec.name, spec.shape, box, tuple(state.get(spec.name, ())))
               for spec in specs for box, _ in spec.held),
         sum(box.num_elements for spec in specs for box, _ in spec.held), len(model.buckets),
-        state_bytes(model.buckets, make_optimizer(model.buckets, model.config.optim, model.operations), model.frozen),
+        state_bytes(model.buckets, make_optimizer(model.buckets, model.config.optim, model.operations), model.frozen,
+                    _kept_casts(model)),
         model.program)
 
 
-def state_bytes(buckets: Iterable[Bucket], optimizer: Optimizer, frozen: Iterable[FlatParameters] = ()) -> StateBytes:
-    """Sizes of the storages behind buckets and moments; of views of one storage only one is counted."""
-    parameters = [tensor for flat in frozen
-                  for tensor in [flat.param_buffer, *([flat.param_shard] if flat.level >= 3 else [])]]
-    gradients, masters = [], []
+def state_bytes(buckets: Iterable[Bucket], optimizer: Optimizer, frozen: Iterable[FlatParameters] = (),
+                casts: int = 0) -> StateBytes:
+    """Sizes of the storages behind buckets and moments; of views of one storage only one is counted.
+
+    `casts`: bytes of those that layers keep for themselves.
+    """
+    parameters = [tensor for flat in frozen for tensor in flat.held()]
+    gradients, masters, narrow = list[Tensor](), list[Tensor](), list[Tensor]()
     for bucket in buckets:
-        parameters += [bucket.param_buffer] + ([bucket.param_shard] if bucket.level >= 3 else [])
+        (narrow if bucket.kind.narrow else parameters).extend(bucket.held())
         gradients += [bucket.grad_buffer] + ([bucket.grad_shard] if bucket.per_microbatch else [])
-        masters += [] if bucket.master is bucket.param_shard else [bucket.master]
-    return StateBytes(_storage(parameters), _storage(gradients),
-                      _storage([*masters, *optimizer.state()]))
+        masters += [bucket.master] if bucket.has_own_master else []
+    return StateBytes(_storage(parameters), _storage(gradients), _storage([*masters, *optimizer.state()]),
+                      _storage(narrow) + casts)
+
+
+def _kept_casts(model: ParallelModel) -> int:
+    return sum(layer.gemms.kept_bytes(layer.weight) for chunk in model.chunks.values() for layer in chunk.modules()
+               if isinstance(layer, ParallelLinear) and isinstance(layer.gemms, Fp8Gemms))
 
 
 def _storage(tensors: Iterable[Tensor]) -> int:

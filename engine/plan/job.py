@@ -65,7 +65,7 @@ class Planned:
         name, size = self.fullest.largest
         return {
             "world": self.world, "gpu": self.device.name, "layout": layout_of(self.config),
-            "memory": [{"parameters": round(it.state.parameters), "gradients": round(it.state.gradients),
+            "memory": [{"parameters": round(it.state.weights), "gradients": round(it.state.gradients),
                         "optimizer": round(it.state.optimizer), "activations": round(it.activations),
                         "workspace": round(it.workspace), "total": round(it.total)} for it in self.stages],
             "fits": self.fits, "needed_bytes": round(self.fullest.needed), "device_bytes": round(self.device.memory),

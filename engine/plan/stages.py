@@ -21,7 +21,7 @@ from math import prod
 
 from engine.config import Config
 from engine.plan.layer import FP32, LayerBytes, Sizes, embedding_bytes, head_bytes, layer_bytes
-from engine.plan.state import StageState, StateBytes, Unit, dealt_layers, stage_state, width_of
+from engine.plan.state import StageState, StateBytes, Unit, dealt_layers, stage_state
 from engine.schedules.action import Action, Kind
 from engine.schedules.lowering import hoist_receives, lower
 from engine.schedules.program import Program
@@ -61,7 +61,7 @@ class StageMemory:
     def largest(self) -> tuple[str, float]:
         """The largest single term and its bytes."""
         everything = {"parameters": self.state.parameters, "gradients": self.state.gradients,
-                      "optimizer state": self.state.optimizer} | self.terms
+                      "optimizer state": self.state.optimizer, "casts of weights": self.state.casts} | self.terms
         return max(everything.items(), key=lambda item: item[1])
 
 
@@ -114,7 +114,7 @@ class _Chunk:
     def _forward(self) -> Iterator[_Moment]:
         done = dict(self.once)
         for i, each in enumerate(self.bytes):
-            around = self.walk.gathered(self.units, i, i + 1)
+            around = self.walk.gathered(self.units, i, i + 1, backward=False)
             if self.units[i].what == "head" and self.walk.sizes.ahead:         # its weights' gradient comes already
                 around |= self.walk.reducing(self.units, i)
             yield self._moment(done, each.forward.at_peak, around)
@@ -126,7 +126,7 @@ class _Chunk:
             before.append(_sum(before[-1], each.kept))
         over: dict[str, float] = {}
         for i in reversed(range(len(self.bytes))):
-            around = self.walk.gathered(self.units, i, i - 1) | self.walk.reducing(self.units, i)
+            around = self.walk.gathered(self.units, i, i - 1, backward=True) | self.walk.reducing(self.units, i)
             yield self._moment(_sum(before[i], over), self.bytes[i].backward.at_peak, around)
             over = _sum(over, self.bytes[i].left)
 
@@ -197,12 +197,12 @@ class _Walk:
         few = microbatches if parallel.schedule == "gpipe" else min(microbatches, enough)
         return parallel.schedule, parallel.pipeline, few, parallel.virtual_stages
 
-    def gathered(self, units: list[Unit], now: int, soon: int) -> dict[str, float]:
+    def gathered(self, units: list[Unit], now: int, soon: int, *, backward: bool) -> dict[str, float]:
         """ZeRO 3: the weights of a unit and of the next, whole."""
         if self.config.parallel.zero < 3:
             return {}
         both = [units[i] for i in {now, soon} if 0 <= i < len(units)]
-        return {"gathered weights": sum(map(_elements, both)) * float(width_of(self.config))}
+        return {"gathered weights": float(sum(unit.gathered_bytes(self.config, backward=backward) for unit in both))}
 
     def reducing(self, units: list[Unit], now: int) -> dict[str, float]:
         """Gradient buckets that fill or are on their way: two at a time, besides the one that fills."""

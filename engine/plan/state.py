@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from engine.config import AdapterConfig, Config, ModelConfig
 from engine.config.optimizers import OPTIMIZERS, Row
+from engine.kernels.blocks import WEIGHT_BLOCKS, cast_bytes, has_few_scales, num_scales, ways
 from engine.model.inventory import Specs, end_specs, layer_specs
 from engine.model.projections import all_adapter_specs, fused_in, is_projection
 from engine.model.spec import ParamSpec
@@ -34,15 +36,22 @@ class StateBytes:
         parameters: in the compute dtype.
         gradients: fp32.
         optimizer: moments, and the fp32 masters unless they are the parameters themselves.
+        casts: of weights, in FP8.
     """
 
     parameters: int
     gradients: int
     optimizer: int
+    casts: int = 0
+
+    @property
+    def weights(self) -> int:
+        """What the layers compute with."""
+        return self.parameters + self.casts
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.casts
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,25 @@ class Unit:
         what: `embedding`, `layer` or `head`.
         chunk: global index.
         specs: its parameters, cut for a tensor rank.
+        fp8: its products multiply FP8 matrices.
     """
 
     what: str
     chunk: int
     specs: tuple[ParamSpec, ...]
+    fp8: bool = False
+
+    @property
+    def cast(self) -> list[ParamSpec]:
+        """What is cast of it."""
+        return [spec for spec in self.specs if self.fp8 and is_projection(spec.name)]
+
+    def gathered_bytes(self, config: Config, *, backward: bool) -> int:
+        """ZeRO 3: its weights, as they are gathered for a pass; what is recomputed needs both ways to cast a weight."""
+        narrow = sum(map(_elements, self.cast)) if gathers_casts(config) else 0
+        both = backward and narrow and config.parallel.recompute == "full"
+        times = len(ways(WEIGHT_BLOCKS[config.precision.fp8])) if both else 1
+        return narrow * times + (sum(map(_elements, self.specs)) - narrow) * width_of(config)
 
 
 @dataclass(frozen=True)
@@ -70,6 +93,7 @@ class StageState:
         frozen: elements of what is not trained, under adapters.
         matrices: elements of the buckets that hold matrices alone, of which the optimizer keeps something else.
         factored: rows and columns of matrices, where it keeps a number of each.
+        narrow: elements of the buckets of which casts are kept and gathered.
     """
 
     config: Config
@@ -78,6 +102,7 @@ class StageState:
     frozen: int = 0
     matrices: int = 0
     factored: int = 0
+    narrow: int = 0
 
     @property
     def bytes(self) -> StateBytes:
@@ -91,8 +116,29 @@ class StageState:
         row, matrices = OPTIMIZERS[self.config.optim.name], self.matrices // shards_of(self.config)
         moments = shard * row.moments - matrices * (row.moments - (row.of_matrices or 0)) + self.factored
         moments += shard if row.averages and self.config.optim.momentum else 0
-        masters = 0 if width == FP32 else shard
-        return StateBytes((whole + frozen) * width, gradients * FP32, (moments + masters) * FP32)
+        narrow = self.narrow // shards_of(self.config)
+        masters = narrow if width == FP32 else shard
+        return StateBytes((whole + frozen - narrow) * width, gradients * FP32, (moments + masters) * FP32,
+                          self._casts(narrow))
+
+    def _casts(self, narrow: int) -> int:
+        """Of a shard where they are gathered, else of all that a layer keeps; nothing where it casts at each use."""
+        block = WEIGHT_BLOCKS.get(self.config.precision.fp8, (1, 1))
+        weights = [(_elements(spec) // spec.local_shape[-1], spec.local_shape[-1])
+                   for unit in self.units for spec in unit.cast]
+        if self.config.parallel.zero < 3:
+            return sum(cast_bytes(block, *shape) for shape in weights)
+        return narrow * len(ways(block)) + sum(FP32 * num_scales(block, *shape) for shape in weights) if narrow else 0
+
+
+def gathers_casts(config: Config) -> bool:
+    """Whether casts of weights are gathered in place of weights (`engine.parallel.data.narrow`)."""
+    block = WEIGHT_BLOCKS.get(config.precision.fp8)
+    return config.parallel.zero == 3 and config.adapter is None and block is not None and has_few_scales(block)
+
+
+def _elements(spec: ParamSpec) -> int:
+    return prod(spec.local_shape)
 
 
 def width_of(config: Config) -> int:
@@ -125,23 +171,24 @@ def stage_state(config: Config, stage: int, *, even: bool = False) -> StageState
     chunks = [chunk for chunk, owner in enumerate(placement) if owner == stage]
     by_chunk = {chunk: tuple(_units(config, chunk, len(placement), deal[chunk])) for chunk in chunks}
     sizes: list[int] = []
-    frozen = matrices = factored = 0
+    frozen = matrices = factored = narrow = 0
     row = OPTIMIZERS[config.optim.name]
     both = {0, len(placement) - 1} <= set(chunks)
     for chunk in reversed(chunks):
-        portions = [_own(unit, both) for unit in by_chunk[chunk]]
+        portions = [(_own(unit, both), unit.fp8 and gathers_casts(config)) for unit in by_chunk[chunk]]
         if config.parallel.zero < 3:
-            portions = [[spec for portion in portions for spec in portion]]
-        for portion in reversed(portions):
-            for size, of_matrices in _bucket_sizes((spec for spec in reversed(portion) if spec.trainable),
-                                                   shards_of(config), row):
+            portions = [([spec for portion, _ in portions for spec in portion], False)]
+        for portion, casts in reversed(portions):
+            for size, kind in _bucket_sizes((spec for spec in reversed(portion) if spec.trainable),
+                                            shards_of(config), row, casts):
                 sizes.append(size)
-                matrices += size if of_matrices else 0
+                matrices += size if kind.matrix else 0
+                narrow += size if kind.narrow else 0
             factored += sum(map(rows_and_columns, portion)) if row.factored else 0
             rest = sum(_up(prod(spec.local_shape), ALIGNMENT) for spec in portion if not spec.trainable)
             frozen += _up(rest, ALIGNMENT * (shards_of(config) if config.parallel.zero == 3 else 1))
     return StageState(config, tuple(unit for units in by_chunk.values() for unit in units), tuple(sizes), frozen,
-                      matrices, factored)
+                      matrices, factored, narrow)
 
 
 def _units(config: Config, chunk: int, num_chunks: int, layers: Sequence[int]) -> Iterator[Unit]:
@@ -149,7 +196,8 @@ def _units(config: Config, chunk: int, num_chunks: int, layers: Sequence[int]) -
     specs = cut_specs(config.model, config.adapter, config.parallel.tensor, config.parallel.sequence)
     if chunk == 0:
         yield Unit("embedding", chunk, specs["embedding"])
-    yield from [Unit("layer", chunk, specs["layer"])] * len(layers)
+    fp8 = config.precision.fp8_layers(config.model.num_layers)
+    yield from (Unit("layer", chunk, specs["layer"], layer in fp8) for layer in layers)
     if chunk == num_chunks - 1:
         yield Unit("head", chunk, specs["head"])
 
@@ -187,18 +235,34 @@ def rows_and_columns(spec: ParamSpec) -> int:
     return prod(outside) + width * len([*fused.rows(outside[fused.dim])])
 
 
-def _bucket_sizes(specs: Iterable[ParamSpec], num_shards: int, row: Row) -> Iterator[tuple[int, bool]]:
-    """Elements of the buckets that take in these parameters, given in backward order, and whether of matrices alone."""
-    filling: dict[tuple[bool, ...], tuple[int, int]] = {}              # kind → elements so far, and with alignment
+class _Kind(NamedTuple):
+    """Of a bucket: what `engine.parallel.data.buckets.BucketKind` tells apart on a rank."""
+
+    matrix: bool
+    narrow: bool
+    decay: bool
+    partial_sum: bool
+    copied: bool
+    tied: bool
+
+
+def _bucket_sizes(specs: Iterable[ParamSpec], num_shards: int, row: Row, casts: bool) -> Iterator[tuple[int, _Kind]]:
+    """Elements and kinds of the buckets that take in these parameters, given in backward order.
+
+    `casts`: of projections, casts are gathered.
+    """
+    filling: dict[_Kind, tuple[int, int]] = {}                          # elements so far, and with alignment
     for spec in specs:
         matrix = spec.decay if row.factored else row.of_matrices is not None and is_projection(spec.name)
-        kind, size = (matrix, spec.decay, spec.partial_sum, spec.copies > 1, spec.tied), prod(spec.local_shape)
+        kind = _Kind(matrix, casts and is_projection(spec.name), spec.decay, spec.partial_sum, spec.copies > 1,
+                     spec.tied)
+        size = _elements(spec)
         elements, aligned = filling.get(kind, (0, 0))
         if elements and elements + size > BUCKET_ELEMENTS:
-            yield _up(aligned, num_shards * ALIGNMENT), matrix
+            yield _up(aligned, num_shards * ALIGNMENT), kind
             elements = aligned = 0
         filling[kind] = elements + size, aligned + _up(size, ALIGNMENT)
-    yield from ((_up(aligned, num_shards * ALIGNMENT), kind[0]) for kind, (_, aligned) in filling.items())
+    yield from ((_up(aligned, num_shards * ALIGNMENT), kind) for kind, (_, aligned) in filling.items())
 
 
 def _up(number: int, step: int) -> int:

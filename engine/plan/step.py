@@ -192,9 +192,7 @@ def _roughly(config: Config, takes: Callable[[Action], float], message: float) -
 def _after(config: Config, clock: Clock, state: StageState, chunk: _ChunkCost) -> tuple[float, float]:
     """Seconds that data parallelism adds, and those of the update, on the first stage."""
     parallel, practice, device = config.parallel, clock.practice, clock.device
-    specs = [spec for unit in state.units for spec in unit.specs]
-    held, trained = (sum(prod(spec.local_shape) for spec in each)
-                     for each in (specs, [spec for spec in specs if spec.trainable]))
+    trained = sum(prod(spec.local_shape) for unit in state.units for spec in unit.specs if spec.trainable)
     group = Group.of(parallel.data_size * parallel.context, parallel.tensor, device.per_node)
     gradient = 2 if config.precision.grad_reduce == "bf16" else practice.gradient_bytes
     times = config.num_microbatches if parallel.zero >= 2 or parallel.reproducible else 1
@@ -202,8 +200,9 @@ def _after(config: Config, clock: Clock, state: StageState, chunk: _ChunkCost) -
     gather = clock.collective(trained * width_of(config), group) if parallel.zero else 0.0
     forward, backward = (chunk.of(kind) * parallel.virtual_stages for kind in (Kind.F, Kind.BW))
     if parallel.zero >= 3:                 # everything is gathered forward and backward, a unit ahead
-        whole = clock.collective(held * width_of(config), group)
-        left = times * (reduce + 2 * whole)
+        whole, again = (clock.collective(sum(unit.gathered_bytes(config, backward=turn) for unit in state.units), group)
+                        for turn in (False, True))
+        left = times * (reduce + whole + again)
         if device.overlaps:
             left = max(left - times * (forward + backward), reduce / len(state.units) + whole)
     elif not device.overlaps:

@@ -72,7 +72,7 @@ def _memory(config: Config, job: Planned) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [("stage", "layers", "parameters", "gradients", "optimizer", "activations",
                                     "workspace", "together")]
     for stage, it in enumerate(job.stages):
-        sizes = (it.state.parameters, it.state.gradients, it.state.optimizer, it.activations, it.workspace, it.total)
+        sizes = (it.state.weights, it.state.gradients, it.state.optimizer, it.activations, it.workspace, it.total)
         rows.append((str(stage), _layers(config, stage), *map(memory_size, sizes)))
     yield from table(rows, right=(0, 2, 3, 4, 5, 6, 7))
     name, size = job.fullest.largest

@@ -72,7 +72,9 @@ def _memory(it: Explanation) -> Iterator[str]:
     yield (f"ZeRO {parallel.zero}, n = {it.elements:,} parameters"
            + (f", its state shared by {sharing} ranks" if share else ""))
     rows: Rows = [
-        _size("parameters", f"{2 if bf16 else 4}·n" + share * (parallel.zero >= 3), it.bytes.parameters),
+        _size("parameters", "" if parallel.zero >= 3 and it.bytes.casts else
+              f"{2 if bf16 else 4}·n" + share * (parallel.zero >= 3), it.bytes.parameters),
+        *([_size("FP8 casts of weights", "", it.bytes.casts)] if it.bytes.casts else []),
         _size("gradients", "4·n" + share * (parallel.zero >= 2), it.bytes.gradients),
         _size("masters, moments" if bf16 else "moments", f"{12 if bf16 else 8}·n" + share, it.bytes.optimizer),
         _size("together", "", it.bytes.total)]

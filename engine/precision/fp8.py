@@ -11,8 +11,9 @@ direction: what shares one in dy·W does not in dyᵀ·x, so each product casts 
 
 *Weights* are cast once for each version of them, which is once a step: `Bucket.start_publish` and whoever else writes
 to a parameter raise its version.  One cast does for both products where blocks are square, else there is one for each.
-Where parameters are gathered around each use (ZeRO 3) keeping casts of all of them would be keeping them: there
-weights travel as they are, and a layer casts them at each use.
+Where parameters are gathered around each use (ZeRO 3) every rank casts its shard of them, and the casts are what is
+gathered (`engine.precision.shards`).  That wants few scales: under `mxfp8`, and where weights are not trained, weights
+travel as they are, and a layer casts them at each use.
 
 The gradients of biases, the sums over ranks and what sums up weight gradients stay wide.
 """
@@ -27,7 +28,8 @@ from engine.config import Config
 from engine.distributed.collectives import all_reduce
 from engine.distributed.mesh import Axis, Mesh
 from engine.errors import ConfigError
-from engine.kernels.fp8 import E4M3, RECIPES, Block, Recipe, Scaled, amax_of, narrow, scales_of
+from engine.kernels.blocks import Block, cast_bytes
+from engine.kernels.fp8 import E4M3, RECIPES, Recipe, Scaled, amax_of, narrow, scales_of
 from engine.kernels.operation import torch_operator
 from engine.kernels.table import Operations
 from engine.model.spec import ParamSpec
@@ -41,14 +43,16 @@ class Fp8Gemms:
     """The products of one layer.
 
     Attributes:
-        gathered: ZeRO 3: the weight as it was cast and gathered, there around its use.
+        recomputed: the backward pass needs what the forward pass multiplied with again.
+        gathered: W and Wᵀ as they were cast and gathered, there around their use; None: the layer casts.
     """
 
     def __init__(self, recipe: Recipe, spec: ParamSpec, mesh: Mesh, *, sequence: bool, keep: bool,
                  operations: Operations) -> None:
         """`sequence`: tokens outside the layers are divided; `keep`: casts of weights may be kept."""
         self.recipe = recipe
-        self.gathered: Scaled | None = None
+        self.recomputed = False
+        self.gathered: tuple[Scaled, Scaled] | None = None
         self._product, self._keep = operations.fp8_product, keep
         self._shaped = torch_operator("aten", "_unsafe_view")      # no view to autograd: others may add in place
         column = spec.rule.kind != "row"
@@ -91,17 +95,20 @@ class Fp8Gemms:
 
     def _weight(self, weight: Tensor) -> tuple[Scaled, Scaled]:
         if self.gathered is not None:
-            return self.gathered, self.gathered.mT
+            return self.gathered
         if not self._keep:
             return self.cast_weight(weight)
         if self._kept is None or self._kept[0] != weight._version:
             self._kept = (weight._version, *self.cast_weight(weight))
         return self._kept[1:]
 
-    def weight_axes(self) -> list[Axis]:
-        """Over which ranks a scale of the weight is one."""
-        return [axis for dim, part in zip((OUT, IN), self.recipe.weight_block, strict=True) if part is None
-                for axis in self._axes[dim]]
+    def kept_bytes(self, weight: Tensor) -> int:
+        """What casts of the layer's weight take between steps."""
+        return cast_bytes(self.recipe.weight_block, *weight.flatten(0, -2).shape) if self._keep else 0
+
+    def divided(self, block: Block) -> bool:
+        """Whether tensor ranks have parts of what shares a scale in such blocks of the weight."""
+        return any(part is None and self._axes[dim] for dim, part in zip((OUT, IN), block, strict=True))
 
     # ------------------------------------------------------------------ products
 

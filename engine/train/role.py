@@ -189,11 +189,11 @@ class RoleState:
 
 def _offloads(role: Role, model: ParallelModel, optimizer: Optimizer | None) -> tuple[Offload, ...]:
     """The weights, and what is needed for learning besides; gradients come and go with that, and nobody keeps them."""
-    weights: list[Tensor] = [flat.param_shard if flat.level >= 3 else flat.param_buffer for flat in model.buckets]
+    weights: list[Tensor] = [tensor for bucket in model.buckets for tensor in bucket.held()]
     if not role.trainable:
         weights = [parameter for chunk in model.chunks.values() for parameter in chunk.parameters()]
         return (Offload((), weights) if role.refilled else Offload(weights),)
     moments = [] if optimizer is None else optimizer.state()
-    masters = [bucket.master for bucket in model.buckets if bucket.master is not bucket.param_shard]
+    masters = [bucket.master for bucket in model.buckets if bucket.has_own_master]
     gradients = [tensor for bucket in model.buckets for tensor in bucket.gradients()]
     return Offload(weights), Offload([*masters, *moments], gradients)

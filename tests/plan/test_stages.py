@@ -139,7 +139,9 @@ def test_the_peak_where_the_loss_comes_in_chunks(name: str, ahead: bool, monkeyp
     {}, {"model": {"tie_embeddings": True, "qkv_bias": True, "num_kv_heads": 1}, "precision": {"compute": "bf16"}},
     {"model": {"mlp": "gelu", "mlp_bias": True, "attention_bias": True, "head": "score"}},
     {"adapter": {"rank": 4}, "precision": {"compute": "bf16"}},
-], ids=["fp32", "bf16 tied biased", "gelu score", "adapters"])
+    {"precision": {"compute": "bf16", "fp8": "rowwise"}, "model": {"qkv_bias": True}},
+    {"precision": {"fp8": "tensorwise", "fp8_skip": ["first"]}, "optim": {"name": "muon"}},
+], ids=["fp32", "bf16 tied biased", "gelu score", "adapters", "fp8", "fp8 muon"])
 def test_the_state_is_what_a_rank_builds(parallel: dict[str, Any], others: dict[str, Any]) -> None:
     config = tiny_config(parallel=parallel, **others)
     topology = Topology.of(config)

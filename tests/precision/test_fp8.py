@@ -15,7 +15,8 @@ from engine.config import Config, resolve_layout
 from engine.distributed.mesh import Mesh, single_mesh
 from engine.distributed.topology import Topology
 from engine.errors import ConfigError
-from engine.kernels.fp8 import E4M3, RECIPES, Block, Scaled, amax_of, narrow, scales_of, widened
+from engine.kernels.blocks import Block
+from engine.kernels.fp8 import E4M3, RECIPES, Scaled, amax_of, narrow, scales_of, widened
 from engine.kernels.table import PORTABLE, Chosen, Operations
 from engine.model.spec import ParamSpec, Rule
 from engine.parallel.parallelize import parallelize

@@ -63,6 +63,7 @@ class BucketKind:
         counted: this rank's elements count in the gradient norm (a replica on another rank does not count again).
         tied: an embedding that is also the output layer, on another stage: the two stages sum their gradients.
         matrices: they are the layers' projections, and the optimizer wants these apart from all else.
+        narrow: casts of them are gathered (`engine.parallel.data.narrow`).
     """
 
     decay: bool
@@ -71,9 +72,10 @@ class BucketKind:
     counted: bool
     tied: bool
     matrices: bool = False
+    narrow: bool = False
 
 
-def kind_of(spec: ParamSpec, mesh: Mesh, uses: int, matrices_apart: bool = False) -> BucketKind:
+def kind_of(spec: ParamSpec, mesh: Mesh, uses: int, matrices_apart: bool = False, narrow: bool = False) -> BucketKind:
     """The bucket kind of a parameter that this rank's chunks use so many times.
 
     Raises:
@@ -88,7 +90,7 @@ def kind_of(spec: ParamSpec, mesh: Mesh, uses: int, matrices_apart: bool = False
                          f"Topology(copies={spec.copies})")
     return BucketKind(decay=spec.decay, partial_sum=spec.partial_sum, copied=spec.copies > 1,
                       counted=not replicated and not spec.tied_copy,
-                      tied=tied, matrices=matrices_apart and is_projection(spec.name))
+                      tied=tied, matrices=matrices_apart and is_projection(spec.name), narrow=narrow)
 
 
 class Bucket(FlatParameters):
@@ -133,6 +135,11 @@ class Bucket(FlatParameters):
         """Elements up to the end of the last parameter's place; the padding behind depends on the number of shards."""
         last = self.entries[-1]
         return last.offset + -(-last.parameter.numel() // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def has_own_master(self) -> bool:
+        """Whether masters lie elsewhere than what `held` says."""
+        return self.master is not self.param_shard or self.kind.narrow
 
     @property
     def is_first_copy(self) -> bool:

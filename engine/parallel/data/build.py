@@ -11,7 +11,9 @@ on every rank up to ZeRO 2.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -21,8 +23,12 @@ from engine.model.parameters import spec_of
 from engine.model.transformer import Transformer
 from engine.parallel.data.buckets import Bucket, BucketKind, kind_of
 from engine.parallel.data.flat import FlatParameters
+from engine.parallel.data.narrow import NarrowBucket
+from engine.precision.fp8 import Fp8Gemms
 
 DEFAULT_BUCKET_ELEMENTS = 40_000_000
+
+NOTHING: Mapping[nn.Parameter, Fp8Gemms] = MappingProxyType({})
 
 Group = list[tuple[nn.Parameter, int]]      # parameters, each with its number of uses
 
@@ -41,7 +47,8 @@ def units_of(chunk: Transformer) -> list[list[nn.Module]]:
 def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtype: torch.dtype,
                   reduce_dtype: torch.dtype, reproducible: bool = False,
                   bucket_elements: int = DEFAULT_BUCKET_ELEMENTS,
-                  matrices_apart: bool = False) -> tuple[list[Bucket], list[FlatParameters]]:
+                  matrices_apart: bool = False, narrow: Mapping[nn.Parameter, Fp8Gemms] = NOTHING,
+                  ) -> tuple[list[Bucket], list[FlatParameters]]:
     """Moves the parameters of this rank's chunks (cut; still on the meta device) into buckets.
 
     Args:
@@ -53,6 +60,7 @@ def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtyp
         reproducible: sum them up in the order of the global batch.
         bucket_elements: size from which a bucket is closed, up to level 2.
         matrices_apart: no bucket holds projections of the layers and anything else.
+        narrow: weights of which casts are gathered, with the products that use these.
 
     Returns:
         Those of what is trained, and what is not.
@@ -62,9 +70,10 @@ def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtyp
     frozen: list[FlatParameters] = []
     for portion in portions_of(chunks, whole_chunks=level < 3):
         trained = [(p, uses) for p, uses in portion if spec_of(p).trainable]
-        for kind, group in group_parameters(trained, mesh, bucket_elements, matrices_apart):
-            buckets.append(Bucket(kind, group, mesh, level=level, dtype=dtype, reduce_dtype=reduce_dtype,
-                                  reproducible=reproducible, reducing=reducing))
+        for kind, group in group_parameters(trained, mesh, bucket_elements, matrices_apart, narrow):
+            make = partial(NarrowBucket, gemms=narrow) if kind.narrow else Bucket
+            buckets.append(make(kind, group, mesh, level=level, dtype=dtype, reduce_dtype=reduce_dtype,
+                                reproducible=reproducible, reducing=reducing))
         if rest := [(p, uses) for p, uses in portion if not spec_of(p).trainable]:
             frozen.append(FlatParameters(rest, mesh, 3 if level == 3 else 0, dtype))
     return buckets, frozen
@@ -84,11 +93,12 @@ def portions_of(chunks: Sequence[Transformer], whole_chunks: bool) -> Iterator[G
 
 
 def group_parameters(parameters: Iterable[tuple[nn.Parameter, int]], mesh: Mesh,
-                     bucket_elements: int, matrices_apart: bool = False) -> Iterator[tuple[BucketKind, Group]]:
+                     bucket_elements: int, matrices_apart: bool = False,
+                     narrow: Collection[nn.Parameter] = ()) -> Iterator[tuple[BucketKind, Group]]:
     """Parameters in order → groups of one kind and limited size; a group is yielded when it is full, or at the end."""
     filling: dict[BucketKind, Group] = {}
     for parameter, uses in parameters:
-        kind = kind_of(spec_of(parameter), mesh, uses, matrices_apart)
+        kind = kind_of(spec_of(parameter), mesh, uses, matrices_apart, parameter in narrow)
         group = filling.setdefault(kind, [])
         if group and sum(p.numel() for p, _ in group) + parameter.numel() > bucket_elements:
             yield kind, group

@@ -101,8 +101,12 @@ class FlatParameters:
 
     # ------------------------------------------------------------------ there around its use
 
-    def start_gather(self) -> None:
-        """Level 3: starts collecting the whole bucket, unless it is there or under way."""
+    def held(self) -> list[Tensor]:
+        """What of them is there between uses."""
+        return [self.param_shard if self.level >= 3 else self.param_buffer]
+
+    def start_gather(self, backward: bool = False) -> None:
+        """Level 3: starts collecting what a pass needs of the bucket, unless it is there or under way."""
         if not is_free(self.param_buffer):
             return
         allocate(self.param_buffer)

@@ -43,16 +43,16 @@ class ParameterStream:
                     each.register_hook(backward_begins)
 
         def backward_begins(_: Tensor) -> None:
-            self._enter(needed[index], before)
+            self._enter(needed[index], before, backward=True)
 
         unit[0].register_forward_pre_hook(forward_begins)
         unit[-1].register_forward_hook(forward_ends)
 
-    def _enter(self, now: set[FlatParameters], soon: set[FlatParameters]) -> None:
+    def _enter(self, now: set[FlatParameters], soon: set[FlatParameters], backward: bool = False) -> None:
         for bucket in self._held - now - soon:
             bucket.release()
         for bucket in [*_in_order(now), *_in_order(soon)]:
-            bucket.start_gather()
+            bucket.start_gather(backward)
         for bucket in now:
             bucket.wait_gather()
         self._held = now | soon
