@@ -88,7 +88,7 @@ def test_gathered_casts_are_the_casts_of_gathered_weights(fp8: str, skip: list[s
         before = wide.gathered[torch.bfloat16]
         if layout.get("recompute") == "full":                   # two ways to cast, of which a backward pass needs both
             narrow_bytes = narrow_bytes * 2 // 3
-        if "pipeline" in layout:                                # a stage's last layer is there still, in the other way
-            assert 0.5 < (narrow_bytes + rest) / before < 0.65
+        if "pipeline" in layout:                                # a stage's last layer is there still, but the other way
+            assert before / 2 < narrow_bytes + rest <= before
         else:
             assert narrow_bytes * 2 + rest == before and narrow_bytes > before / 10
