@@ -76,6 +76,8 @@ class EvalConfig(Section):
 
     every: NonNegative = 500
     batches: Count = 20                                      # global batches per evaluation
+    tasks: tuple[Words, ...] = ()                            # files of questions, as `octant eval --tasks` takes them
+    tasks_every: NonNegative | None = None                   # steps; null: as `every`
 
 
 class LogConfig(Section):
@@ -230,6 +232,9 @@ class Config(Section):
                    f"{objective}: leave optim.z_loss out")
         if self.data.fim and objective != "pretrain":
             yield f"data.fim rearranges texts, for run.objective pretrain, and it is {objective}: leave data.fim out"
+        if self.eval.tasks and (objective not in ("pretrain", "sft") or self.data.tokenizer is None):
+            yield (f"eval.tasks are texts for a language model: they need run.objective pretrain or sft ({objective}) "
+                   f"and data.tokenizer ({self.data.tokenizer})")
         for source in (*self.data.train, *self.data.valid):
             if objective == "pretrain" and (source.kind == "chat" or source.columns):
                 yield f"{source.path} is of conversations, which run.objective pretrain does not read: set it to sft"

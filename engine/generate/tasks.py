@@ -32,7 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data.tokenizer import Tokenizer
+from engine.config import Config
+from engine.data.sample import Sample
+from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.distributed.environment import LaunchEnvironment
 from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
@@ -42,9 +44,10 @@ from engine.generate.request import TaskRequest
 from engine.generate.score import each_row
 from engine.generate.text import encode
 from engine.model.context import Batch
-from engine.model.objective import Head
+from engine.model.objective import NEXT_TOKEN, Head
 from engine.parallel.parallelize import ParallelModel
 from engine.reading import shown
+from engine.train.each_sample import each_sample
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -198,10 +201,59 @@ def answer_tasks(request: TaskRequest, topology: Topology, launched: LaunchEnvir
                 _print(path, found, request.as_json)
 
 
+@dataclass(frozen=True)
+class Exam:
+    """The questions of a run's `eval.tasks`, asked of the model as it is, in the layout that trains it.
+
+    The answers are samples of the run's own length, which its own loader deals to the ranks.
+    """
+
+    tasks: dict[str, list[Question]]
+    rows: list[Row]
+    seq_len: int
+
+    @staticmethod
+    def of(config: Config) -> Exam:
+        """Reads them.
+
+        Raises:
+            RequestError: two have one name, or an answer is too long.  DataError: a file cannot be read.
+        """
+        names = [Path(path).name.partition(".")[0] for path in config.eval.tasks]
+        if len({*names}) < len(names):
+            raise RequestError(f"eval.tasks {', '.join(config.eval.tasks)}: metrics are named by the files, and two "
+                               "have the same name")
+        tokenizer, seq_len = load_tokenizer(str(config.data.tokenizer)), config.data.seq_len
+        tasks = {name: read_questions(path) for name, path in zip(names, config.eval.tasks, strict=True)}
+        rows = [row_of(question.context, answer, tokenizer, False)
+                for questions in tasks.values() for question in questions for answer in question.answers]
+        if (longest := max(len(row.tokens) for row in rows) - 1) > seq_len:
+            raise RequestError(f"eval.tasks: a question with its answer has {longest:,} tokens, and data.seq_len is "
+                               f"{seq_len:,}: leave it out")
+        return Exam(tasks, rows, seq_len)
+
+    def __call__(self, model: ParallelModel) -> dict[str, float]:
+        """`tasks/NAME/acc` and the like, on every rank; all ranks call this alike."""
+        log_probs = iter(each_sample(model, self._sample, len(self.rows), of_the_answer, NEXT_TOKEN)[:, 0].tolist())
+        return {f"tasks/{name}/{what}": mean for name, questions in self.tasks.items() for what, mean in means_of(
+            [question.numbers([next(log_probs) for _ in question.answers]) for question in questions]).items()}
+
+    def _sample(self, index: int) -> Sample:
+        row, used = self.rows[index], len(self.rows[index].tokens) - 1
+        tokens, mask = np.zeros(self.seq_len + 1, np.int64), np.zeros(self.seq_len, bool)
+        tokens[: used + 1], mask[row.start - 1 : used] = row.tokens, True
+        return Sample(tokens, mask, None, 0, index, used=used)
+
+
+def means_of(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each number over the questions that have it."""
+    return {name: fmean(numbers[name] for numbers in found if name in numbers)
+            for name in ("acc", "acc_norm", "mc1", "mc2") if any(name in numbers for numbers in found)}
+
+
 def _print(path: str, found: Sequence[dict[str, float]], as_json: bool) -> None:
-    names = [name for name in ("acc", "acc_norm", "mc1", "mc2") if any(name in numbers for numbers in found)]
-    means = {name: fmean(numbers[name] for numbers in found if name in numbers) for name in names}
-    count = max(sum(name in numbers for numbers in found) for name in names)
+    means = means_of(found)
+    count = max(sum(name in numbers for numbers in found) for name in means)
     if as_json:
         print(json.dumps({"task": path, "questions": count, **means}), flush=True)
     else:

@@ -17,6 +17,7 @@ def charts(runs: Sequence[Run]) -> dict[str, Chart]:
     found = {
         "loss": _loss_chart(runs),
         **preference_charts(runs),
+        "tasks": _tasks_chart(runs),
         **rl_charts(runs),
         "grad_norm": replace(_chart(runs, "grad_norm", "Gradient norm", "norm"), log=_wide(runs, "grad_norm"),
                              clipped=True),
@@ -46,6 +47,14 @@ def _loss_chart(runs: Sequence[Run]) -> Chart:
     title = "Loss" if alone or not validation else "Loss (dashed: validation)"
     return Chart(title, [*training.series, *validation], clipped=True, marks=skipped,
                  mark_label="with skipped updates", width=1140, height=340)
+
+
+def _tasks_chart(runs: Sequence[Run]) -> Chart:
+    """What `eval.tasks` measured, a line per file and number."""
+    keys = sorted({key for run in runs for record in run.records for key in record if key.startswith("tasks/")})
+    return Chart("Tasks", [Series(f"{'' if len(runs) == 1 else run.name + ' '}{key.removeprefix('tasks/')}",
+                                  run.points(key), index)
+                           for index, (run, key) in enumerate((run, key) for run in runs for key in keys)])
 
 
 def _chart(runs: Sequence[Run], key: str, title: str, unit: str, smooth: bool = True, scale: float = 1.0) -> Chart:

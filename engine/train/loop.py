@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import torch
@@ -40,6 +41,7 @@ from engine.metrics.throughput import throughput
 from engine.model.flops import flops_per_token
 from engine.optim.gradients import clip_divisor, sum_over_world, unusable
 from engine.optim.schedule import LearningRates
+from engine.parallel.parallelize import ParallelModel
 from engine.reliability.spikes import SPIKES, SpikeMonitor
 from engine.train.batches import Loader, noisy
 from engine.train.corpora import Corpora
@@ -61,6 +63,7 @@ class Trainer(Running):
     """A run that learns from a corpus.
 
     Attributes:
+        tasks: asks the questions of `eval.tasks`.
         best: keeps the weights of the lowest held-out loss.
         spiked: the step of a spike that the run is to go back for.
         logged_samples: how many were consumed when the last line was logged.
@@ -72,6 +75,7 @@ class Trainer(Running):
     tally: Tally
     spikes: SpikeMonitor
     learning_rates: LearningRates
+    tasks: Callable[[ParallelModel], dict[str, float]] | None = None
     best: BestWeights | None = None
     evaluated: tuple[int, dict[str, float]] = (-1, {})           # the latest evaluation: its step, its numbers
     spiked: int | None = None
@@ -84,6 +88,7 @@ class Trainer(Running):
             Hook("check_replicas", self._compare_replicas, every=config.parallel.check_replicas_every),
             Hook("evaluate", self._evaluate, every=config.eval.every if self.corpora.valid else 0,
                  when=lambda step: self._is_last(step) and self._measures_scores()),
+            Hook("evaluate", self._ask, every=self._tasks_every()),
             Hook("log", self._log, when=lambda _: bool(self.row)),
             Hook("anomaly", self._go_back, when=lambda _: self._anomaly() is not None),
             *self._saving_hooks(),
@@ -120,6 +125,7 @@ class Trainer(Running):
         return Trainer(config=config, mesh=mesh, corpora=corpora, state=state, tools=tools, phases=phases,
                        loader=loader, stop_requested=stop_requested, tally=tally, spikes=spikes,
                        learning_rates=LearningRates.of(config),
+                       tasks=resolve_name("engine.generate.tasks:Exam").of(config) if config.eval.tasks else None,
                        best=BestWeights(directory, group) if keeps_best(config) and corpora.valid else None,
                        saved_step=state.step if state.step else -1, logged_samples=state.consumed_samples)
 
@@ -229,6 +235,17 @@ class Trainer(Running):
         if self.best is not None:
             metadata = self.state.metadata(self.config, self.corpora.fingerprint()) | self._scale()
             self._report_saves(self.best.offer(self.state.step, numbers["loss"], self.state.model_pieces(), metadata))
+
+    def _tasks_every(self) -> int:
+        """After how many steps questions are asked; 0: never."""
+        config = self.config.eval
+        return 0 if self.tasks is None else config.every if config.tasks_every is None else config.tasks_every
+
+    def _ask(self) -> None:
+        assert self.tasks is not None
+        numbers = self.tasks(self.state.model)
+        self.row = (self.row or {"step": self.state.step}) | numbers
+        self.journal.note(f"step {self.state.step}  " + "  ".join(f"{name} {x:.4f}" for name, x in numbers.items()))
 
     def _metadata(self) -> dict[str, Any]:
         return self.state.metadata(self.config, self.corpora.fingerprint()) | {

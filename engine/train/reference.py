@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from engine.align.preference import log_probabilities
@@ -30,14 +29,13 @@ from engine.config import Config
 from engine.data.chat.comparisons import ComparisonSource
 from engine.data.training_data import TrainingData
 from engine.distributed.agree import Group, rank_in, share_bytes
-from engine.distributed.collectives import all_reduce
 from engine.errors import ConfigError
 from engine.model.adapter import Adapter
 from engine.model.context import Batch, Batches
 from engine.model.fields import REFERENCE
 from engine.parallel.parallelize import ParallelModel
-from engine.train.batches import Loader, sample_indices, up_to
 from engine.train.corpora import Corpora
+from engine.train.each_sample import each_sample
 from engine.train.state import TrainState
 from engine.writing import write_whole
 
@@ -109,23 +107,9 @@ def _keep(path: Path, about: dict[str, Any], numbers: Numbers) -> None:
 
 
 def _compute(model: ParallelModel, source: ComparisonSource) -> Numbers:
-    """log π of every answer, on every rank: each has its own samples' numbers, and the sum has them all."""
-    config, mesh, count = model.config, model.mesh, source.num_windows
-    samples = up_to(lambda index: source.window(index, 0), count)
-    loader = Loader(samples, config, mesh, model.objective, uses=len(model.chunks))
-    everyone = torch.zeros(count, source.answers, dtype=torch.float32)
-    counts = mesh.tensor.index == 0 and mesh.context.index == 0
-    first = 0
-    while first < count:
-        measured = model.evaluate(loader.step(first).microbatches, log_probabilities)
-        if measured is not None and counts:
-            for m, row in enumerate(measured.cpu().view(-1, config.batch.micro, source.answers)):
-                for index, numbers in zip(sample_indices(first, m, config, mesh.data.index), row, strict=True):
-                    if index < count:
-                        everyone[index] = numbers
-        first += config.ramp.size(first)
-    all_reduce(everyone, mesh.world)
-    return everyone.numpy()
+    """log π of every answer, on every rank."""
+    return each_sample(model, lambda index: source.window(index, 0), source.num_windows, log_probabilities,
+                       model.objective, source.answers)
 
 
 @contextmanager
