@@ -40,6 +40,8 @@ def eval(p: Parser) -> None:
     p.add_argument("--seq-len", type=int, metavar="S", help="tokens per sequence (default: as in training)")
     p.add_argument("--stride", type=int, metavar="K", help="windows begin every K tokens, and the last K of each count "
                                                            "(default: as long as a window)")
+    p.add_argument("--positions", action="store_true", help="the loss at each position of a window as well")
+    p.add_argument("--svg", metavar="FILE", help="with --positions: as a picture")
     p.add_argument("--batches", type=int, metavar="N", help="only the first N batches (default: the whole corpus)")
     p.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="the result as a JSON object")

@@ -19,12 +19,14 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("give --data PREFIX, a corpus, or --tasks FILE, questions")
     if (args.bos and not args.tasks) or (args.tasks and (args.seq_len or args.batches or args.stride)):
         raise RequestError("--bos is for --tasks, --seq-len, --stride and --batches are for --data")
+    if (args.positions and args.tasks) or (args.svg and not args.positions):
+        raise RequestError("--positions is for --data, and --svg FILE draws them")
     if args.stride is not None and args.stride < 1:
         raise RequestError(f"--stride {args.stride}: windows begin at least a token apart")
     if args.tasks:
         return _tasks(args)
     request = EvalRequest(args.checkpoint, args.data, args.seq_len, args.batches, args.batch_size, args.tokenizer,
-                          args.json, args.dtype, args.device, args.base, args.stride)
+                          args.json, args.dtype, args.device, args.base, args.stride, args.positions, args.svg)
     IndexedDataset(args.data).close()
 
     def on_this_rank(topology: Topology, launched: LaunchEnvironment | None) -> None:

@@ -26,6 +26,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -42,6 +43,7 @@ from engine.distributed.process import joined_mesh
 from engine.distributed.topology import Topology
 from engine.errors import DataError, RequestError
 from engine.generate.load import Wanted, inference_config, load_model, load_tokenizer_of, open_shared
+from engine.generate.positions import doubling, lines_of, stretches, sums_by_position, write_positions
 from engine.generate.request import EvalRequest
 from engine.hints import hint
 from engine.parallel.parallelize import ParallelModel
@@ -129,7 +131,12 @@ def evaluate_corpus(request: EvalRequest, topology: Topology, launched: LaunchEn
             require_labels(data.path, (strided(data, stride, index) for index in range(windows)), windows)
         model = load_model(reader, config, mesh)
         start = time.perf_counter()
-        summed = sum_of_losses(model, data, windows, stride, shown=mesh.rank == 0)
+        by_position = None
+        if request.positions:
+            by_position = sums_by_position(model, lambda index: strided(data, stride, index), windows, mesh.rank == 0)
+            summed = Summed(float(by_position[0].sum()), int(by_position[1].sum()))
+        else:
+            summed = sum_of_losses(model, data, windows, stride, shown=mesh.rank == 0)
         seconds = time.perf_counter() - start
         if mesh.rank != 0:
             return
@@ -137,7 +144,14 @@ def evaluate_corpus(request: EvalRequest, topology: Topology, launched: LaunchEn
         read = min(seq_len + (windows - 1) * stride, corpus.num_tokens - 1)
         text = None if tokenizer is None else text_size(corpus, read, tokenizer, config.data.document_mask)
         scores = Scores.of(summed, windows, of_windows, seq_len, stride, text, seconds)
-        print(json.dumps(asdict(scores)) if request.as_json else scores.lines(), flush=True)
+        found = [] if by_position is None else stretches(by_position, doubling(seq_len))
+        if request.as_json:
+            told = asdict(scores) | ({"by_position": [asdict(one) for one in found]} if request.positions else {})
+            print(json.dumps(told), flush=True)
+        else:
+            print("\n".join([scores.lines(), *([lines_of(found)] if found else [])]), flush=True)
+        if request.svg is not None and by_position is not None:
+            write_positions(Path(request.svg), by_position)
         if reason:
             print(f"bits per byte: n/a, for {reason}", file=sys.stderr)
         following = ("checkpoint", "inspect") if tokenizer is None else ("generate", "--prompt", "The")

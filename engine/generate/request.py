@@ -139,6 +139,7 @@ class EvalRequest:
         batch_size: windows at a time.
         tokenizer, dtype, device, base, as_json: as in `TextRequest`.
         stride: tokens from the beginning of a window to that of the next; None: as long as a window.
+        positions: the loss by position as well; `svg`: a file for its picture.
     """
 
     checkpoint: str
@@ -152,6 +153,8 @@ class EvalRequest:
     device: str = "auto"
     base: str | None = None
     stride: int | None = None
+    positions: bool = False
+    svg: str | None = None
 
     def __post_init__(self) -> None:
         for option, value in (("seq-len", self.seq_len), ("batches", self.batches), ("batch-size", self.batch_size)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine import cli
 from engine.config import Config
 from engine.data.indexed import IndexedDataset, IndexedWriter
 from engine.data.tokenizer import ByteTokenizer
@@ -28,6 +30,7 @@ from engine.generate.evaluate import (
     windows_of,
 )
 from engine.generate.load import Wanted, inference_config, load_model, open_shared
+from engine.generate.positions import sums_by_position
 from engine.model.context import Batch
 from tests.kit.distributed import mesh_for, run_distributed
 from tests.kit.finished_run import DOCUMENTS, make_corpus, make_run, run_config
@@ -184,3 +187,33 @@ def test_scores() -> None:
     assert "bits per byte 1.5000, per character 3.0000" in scores.lines()
     assert "the first 2 of 5 windows of 16" in scores.lines()
     assert "bits per byte n/a" in Scores.of(Summed(1.0, 16), 1, 1, 16, 8, None, 1.0).lines()
+
+
+def positioned(run: Path, corpus: str, topology: Topology, windows: int) -> list[list[float]]:
+    mesh = mesh_for(topology)
+    reader = open_shared(run, mesh)
+    config = inference_config(reader, topology, Wanted(micro=4, num_microbatches=2))
+    data = open_whole(corpus, config, ByteTokenizer().info)
+    model = load_model(reader, config, mesh)
+    return sums_by_position(model, lambda index: strided(data, SEQ_LEN, index), windows, False).tolist()
+
+
+def test_loss_by_position_is_that_of_a_plain_forward_pass(run: Path, corpus: str, tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    flat = losses(run_config(), corpus)
+    windows = len(flat) // SEQ_LEN + 1
+    padded = torch.cat((flat, torch.full((windows * SEQ_LEN - len(flat),), math.nan))).view(windows, SEQ_LEN)
+    sums, counts = padded.nansum(0).tolist(), (~padded.isnan()).sum(0).tolist()
+    for topology in (Topology(), Topology(data=2), Topology(tensor=2, pipeline=2)):
+        for got in run_distributed(positioned, topology.world_size, run, corpus, topology, windows):
+            assert got[0] == pytest.approx(sums, rel=1e-5) and got[1] == counts
+    command = ["eval", str(run), "--data", corpus, "--json", "--tokenizer", "bytes"]
+    assert cli.run(command) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert cli.run([*command, "--positions", "--svg", str(tmp_path / "p.svg")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["loss"] == pytest.approx(plain["loss"], rel=1e-6) and told["num_tokens"] == plain["num_tokens"]
+    assert [(each["first"], each["last"]) for each in told["by_position"]] == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]
+    assert told["by_position"][3]["loss"] == pytest.approx(sum(sums[4:8]) / sum(counts[4:8]), rel=1e-5)
+    assert "position" in (tmp_path / "p.svg").read_text()
+    assert cli.run(["eval", str(run), "--data", corpus, "--svg", "x.svg"]) == 2
