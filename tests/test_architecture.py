@@ -42,8 +42,8 @@ LEVELS = (
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 PACKAGES = ("engine", "checkpoints_tools", "corpus_tools")
-OPTIONAL = {"amp_C", "apex", "fasttext", "flash_attn", "fsspec", "gigatoken", "huggingface_hub", "matplotlib",
-            "megatron", "pyarrow", "rensa", "shtab", "tensorboard", "tokenizers", "transformer_engine",
+OPTIONAL = {"amp_C", "apex", "fasttext", "flash_attn", "fsspec", "gigatoken", "huggingface_hub", "lm_eval",
+            "matplotlib", "megatron", "pyarrow", "rensa", "shtab", "tensorboard", "tokenizers", "transformer_engine",
             "transformers", "triton", "wandb", "zstandard"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 
@@ -67,7 +67,7 @@ RANK_CEILINGS = {
     "schedules": 430,
     "train": 1_670,       # and going back before spikes, what a reference says, what all runs share, their account
 }
-RANK_CEILING = 13_900     # lower than the sum: who needs the whole of a room makes another smaller
+RANK_CEILING = 14_050     # lower than the sum: who needs the whole of a room makes another smaller
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)

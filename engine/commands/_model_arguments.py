@@ -36,6 +36,11 @@ def eval(p: Parser) -> None:
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder (its newest one)")
     p.add_argument("--data", metavar="PREFIX", help="a corpus made by `octant prepare`")
     p.add_argument("--tasks", nargs="+", metavar="FILE", help="instead: questions with answers to choose from, as JSON")
+    p.add_argument("--harness", nargs="+", metavar="TASK", help="instead: tasks of lm-evaluation-harness, by name "
+                                                                 "(pip install lm_eval)")
+    p.add_argument("--include", metavar="DIR", help="with --harness: a folder of tasks of your own")
+    p.add_argument("--fewshot", type=int, metavar="N", help="with --harness: examples before a question")
+    p.add_argument("--limit", type=int, metavar="N", help="with --harness: only the first N questions of each task")
     p.add_argument("--bos", action="store_true", help="begin questions with the beginning-of-text id")
     p.add_argument("--seq-len", type=int, metavar="S", help="tokens per sequence (default: as in training)")
     p.add_argument("--stride", type=int, metavar="K", help="windows begin every K tokens, and the last K of each count "

@@ -163,6 +163,39 @@ class EvalRequest:
 
 
 @dataclass(frozen=True)
+class HarnessRequest:
+    """Which tasks of lm-evaluation-harness to run.
+
+    Attributes:
+        checkpoint: a checkpoint, or a run's folder.
+        harness: names of tasks or groups.
+        include: a folder with tasks of one's own.
+        fewshot: examples before each question; None: as the task says.
+        limit: questions of each task; None: all.
+        begin, batch_size, tokenizer, as_json, dtype, device, base: as in `TextRequest`.
+    """
+
+    checkpoint: str
+    harness: Sequence[str]
+    include: str | None = None
+    fewshot: int | None = None
+    limit: int | None = None
+    begin: bool = False
+    batch_size: int = 8
+    tokenizer: str | None = None
+    as_json: bool = False
+    dtype: str | None = None
+    device: str = "auto"
+    base: str | None = None
+
+    def __post_init__(self) -> None:
+        for option, value, least in (("fewshot", self.fewshot, 0), ("limit", self.limit, 1),
+                                     ("batch-size", self.batch_size, 1)):
+            if value is not None and value < least:
+                raise RequestError(f"--{option} {value}: at least {least}")
+
+
+@dataclass(frozen=True)
 class ScoreRequest:
     """What to score.
 

@@ -95,12 +95,12 @@ def scores_of(model: ParallelModel, texts: Sequence[Ids], shown: bool = False) -
         model: made without training, for sequences at least as long as the longest text.
         shown: this rank shows how far it has come.
     """
-    return each_row(model, texts, _batch, at_the_end, "scoring", shown)
+    return [score for score, in each_row(model, texts, _batch, at_the_end, "scoring", shown)]
 
 
 def each_row(model: ParallelModel, texts: Sequence[Row], make_batch: MakeBatch[Row], measure: Measure, doing: str,
-             shown: bool = False) -> list[float]:
-    """What `measure` says of every text, one number each, on every rank; arguments as of `scores_of`."""
+             shown: bool = False, numbers: int = 1) -> list[tuple[float, ...]]:
+    """What `measure` says of every text, so many numbers each, on every rank; arguments as of `scores_of`."""
     config, found = model.config, []
     rows, part = config.batch.micro, config.batch.micro * config.num_microbatches
     with Progress(doing, len(texts), "texts", shown) as progress:
@@ -108,9 +108,10 @@ def each_row(model: ParallelModel, texts: Sequence[Row], make_batch: MakeBatch[R
             now = list(texts[first : first + part])
             batches = [make_batch(now[i : i + rows], rows, model.mesh.device) for i in range(0, len(now), rows)]
             measured = model.evaluate(batches, measure)
-            scores = torch.empty(len(batches), 1, rows, device=model.mesh.device) if measured is None else measured
+            scores = measured if measured is not None else \
+                torch.empty(len(batches), numbers, rows, device=model.mesh.device)
             broadcast(scores, model.mesh.pipeline, model.mesh.pipeline.size - 1)
-            found += scores.flatten().tolist()[: len(now)]
+            found += [tuple(row) for row in scores.transpose(1, 2).flatten(0, 1).tolist()][: len(now)]
             progress.reach(len(found))
     return found
 

@@ -154,7 +154,7 @@ def row_of(context: str, answer: str, tokenizer: Tokenizer, begin: bool) -> Row:
 
 def log_probs_of(model: ParallelModel, rows: Sequence[Row], shown: bool = False) -> list[float]:
     """log p(answer) of every row, on every rank; all ranks of one copy of the model call this alike."""
-    return each_row(model, rows, _batch, of_the_answer, "answering", shown)
+    return [log_p for log_p, in each_row(model, rows, batch_of, of_the_answer, "answering", shown)]
 
 
 def of_the_answer(x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
@@ -163,7 +163,8 @@ def of_the_answer(x_SBH: Tensor, head: Head, batch: Batch) -> Sequence[Tensor]:
     return [head.sum_over_sequence(-(head.token_losses(x_SBH, batch.labels_SB) * batch.loss_mask_SB).sum(0))]
 
 
-def _batch(rows: Sequence[Row], width: int, device: torch.device) -> Batch:
+def batch_of(rows: Sequence[Row], width: int, device: torch.device) -> Batch:
+    """Rows padded on the right, so many columns wide, whose answers alone count."""
     seq_len = max(len(row.tokens) for row in rows) - 1
     tokens, labels = np.zeros((seq_len, width), np.int64), np.zeros((seq_len, width), np.int64)
     counts = np.zeros((seq_len, width), bool)
