@@ -18,7 +18,8 @@ Json = dict[str, Any]
 
 # Keys of our model section that only some families have, beside the kind of feed-forward layer, and their defaults.
 FEATURES = ("qk_norm", "qkv_bias", "attention_bias", "mlp_bias", "norm", "residual", "position", "position_offset",
-            "rope_share", "embedding_scale", "window", "full_every")
+            "rope_share", "embedding_scale", "window", "full_every", "norm_place", "query_pre_attn_scalar",
+            "attention_softcap", "logit_softcap", "rope_local_theta")
 DEFAULTS = {key: ModelConfig.model_fields[key].default for key in FEATURES}
 
 
@@ -31,7 +32,10 @@ class Family:
         written: keys that only this class has, as they are written.
         required: keys that only this class has, with the value that Octant computes; another one is refused.
         equal: keys that only this class has, and another each that has the same value where they are given.
-        window: which of the layers look back through `sliding_window` only: all, none, or as `layer_types` says.
+        window: which of the layers look back through `sliding_window` only: all, none, as `layer_types` says (which is
+            refused), or by that all but every so-manyth.
+        full_every: the same number where nothing says it, for the last kind.
+        numbers: those of `FEATURES` that are numbers of its `config.json`, or null there, and their keys.
         mlps: our kind of feed-forward layer, by `hidden_act`; where two have the same kind, the first is written.
         always: those of `FEATURES` that its models have, without a key, and what they are.
         derived: the same, where they follow from the sizes of the model (a `model` section of ours).
@@ -49,7 +53,9 @@ class Family:
     written: Json = field(default_factory=dict)
     required: Json = field(default_factory=dict)
     equal: Mapping[str, str] = field(default_factory=dict)
-    window: Literal["all", "none", "layer_types"] = "none"
+    window: Literal["all", "none", "layer_types", "pattern"] = "none"
+    full_every: int = 0
+    numbers: Mapping[str, str] = field(default_factory=dict)
     mlps: Mapping[str, str] = field(default_factory=lambda: {"silu": "swiglu", "swish": "swiglu"})
     always: Json = field(default_factory=dict)
     derived: Callable[[Json], Json] = lambda sizes: {}
@@ -63,8 +69,8 @@ class Family:
     def has_all_of(self, config: ModelConfig) -> bool:
         """Whether a model of this family computes just what `config` does."""
         stated = DEFAULTS | self.always | self.derived(config.model_dump())
-        free = {*self.flags, *(["rope_share"] if self.partial_rotary else []),
-                *(["window"] if self.window == "all" else [])}
+        free = {*self.flags, *self.numbers, *(["rope_share"] if self.partial_rotary else []),
+                *({"all": ["window"], "pattern": ["window", "full_every"]}.get(self.window, []))}
         features = all(getattr(config, key) == stated[key] for key in FEATURES if key not in free)
         return features and config.mlp in self.mlps.values() and config.attention == "grouped-query" and \
             self.computes(config)
@@ -110,6 +116,15 @@ BIASES = ("attention_bias", "mlp_bias")
 BIASED: Json = {"norm": "layernorm", "attention_bias": True, "mlp_bias": True}
 HEADLESS: dict[str, str | None] = {"num_key_value_heads": None, "head_dim": None}       # classes of plain heads
 QKV = "self_attention.linear_qkv"
+GEMMA2: Json = {**SAME, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+                "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000,
+                "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192, "tie_word_embeddings": True,
+                "query_pre_attn_scalar": 256, "sliding_window": 4096, "final_logit_softcapping": 30.0,
+                "attn_logit_softcapping": 50.0}
+GEMMA_NUMBERS = {"query_pre_attn_scalar": "query_pre_attn_scalar", "attention_softcap": "attn_logit_softcapping",
+                 "logit_softcap": "final_logit_softcapping"}
+SANDWICH: Json = {"norm": "rmsnorm-1p", "norm_place": "both"}
+FOUR_NORMS = {"layers.{i}.pre_mlp_layernorm.weight": ("model.layers.{i}.pre_feedforward_layernorm.weight",)}
 FAMILIES = {family.name: family for family in (
     Family("LlamaForCausalLM", "llama",
            {**SAME, "vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
@@ -141,6 +156,26 @@ FAMILIES = {family.name: family for family in (
            required={"use_bidirectional_attention": None}, mlps={"gelu_pytorch_tanh": "geglu", "gelu": "geglu"},
            always={"norm": "rmsnorm-1p"}, flags=("attention_bias",),
            derived=lambda sizes: {"embedding_scale": sizes["hidden_size"] ** 0.5}),
+    Family("Gemma2ForCausalLM", "gemma2", GEMMA2,
+           required={"use_bidirectional_attention": None}, window="pattern", full_every=2,
+           numbers=GEMMA_NUMBERS, mlps={"gelu_pytorch_tanh": "geglu"}, always=SANDWICH, flags=("attention_bias",),
+           derived=lambda sizes: {"embedding_scale": sizes["hidden_size"] ** 0.5},
+           keys={"hidden_act": "hidden_activation"}, computes=lambda config: config.query_pre_attn_scalar is not None,
+           names=FOUR_NORMS),
+    Family("Gemma3ForCausalLM", "gemma3_text",
+           {**GEMMA2, "vocab_size": 262208, "max_position_embeddings": 131072, "rope_theta": 1e6,
+            "rope_local_base_freq": 10000.0, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+           required={"use_bidirectional_attention": False}, window="pattern", full_every=6,
+           numbers=GEMMA_NUMBERS | {"rope_local_theta": "rope_local_base_freq"}, mlps={"gelu_pytorch_tanh": "geglu"},
+           always=SANDWICH | {"qk_norm": True}, flags=("attention_bias",),
+           derived=lambda sizes: {"embedding_scale": sizes["hidden_size"] ** 0.5},
+           keys={"hidden_act": "hidden_activation"}, computes=lambda config: config.query_pre_attn_scalar is not None,
+           names=FOUR_NORMS),
+    Family("Olmo2ForCausalLM", "olmo2",
+           {**SAME, "vocab_size": 50304, "intermediate_size": 11008, "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5},
+           always={"norm_place": "post", "qk_norm": "projection"}, flags=("attention_bias",), keys={"head_dim": None},
+           computes=divides),
     Family("Starcoder2ForCausalLM", "starcoder2",
            {**SAME, "hidden_size": 3072, "intermediate_size": 12288, "num_hidden_layers": 30, "num_attention_heads": 24,
             "num_key_value_heads": 2, "vocab_size": 49152, "hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-5,

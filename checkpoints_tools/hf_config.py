@@ -55,13 +55,22 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: Json) -> Json:
         "rope_theta": theta, "rope_scaling": scaling, "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings, "hidden_act": family.hidden_act(config), "attention_dropout": 0.0,
         **({"partial_rotary_factor": config.rope_share} if family.partial_rotary else {}),
-        **({"sliding_window": config.window} if family.window == "all" else {})}
+        **({"sliding_window": config.window} if family.window == "all" else {}),
+        **(_their_windows(config) if family.window == "pattern" else {}),
+        **{theirs: getattr(config, ours) for ours, theirs in family.numbers.items()}}
     return {
         "architectures": [architecture_of(family.name, config.head)], "model_type": family.model_type,
         **family.in_its_words(common), "initializer_range": 0.02, "use_cache": True, **family.written,
         **family.required,
         **{flag: getattr(config, flag) for flag in family.flags}, **special_ids,
         **(ONE_LABEL if config.head == "score" else {}), "torch_dtype": dtype}
+
+
+def _their_windows(config: ModelConfig) -> Json:
+    """Of a model whose every so-manyth layer sees everything."""
+    kinds = ["full_attention" if config.window_of(layer) is None else "sliding_attention"
+             for layer in range(config.num_layers)]
+    return {"sliding_window": config.window or config.max_seq_len, "layer_types": kinds}
 
 
 def _their_rope(config: ModelConfig) -> tuple[float, Json | None]:
@@ -110,6 +119,7 @@ def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
     found = found.over({**dict.fromkeys(family.flags, False), **family.defaults}, family.keys)
     mine = ("hidden_act", lambda value: not isinstance(value, str) or value not in family.mlps,
             f"a {family.name} may have {', '.join(family.mlps)}")
+    found = _one_rope(found, family)
     for key, differs, why in (*REFUSED, mine):
         if differs(found.get(key)):
             raise found.refuse(key, f"which Octant's model does not have: {why}")
@@ -171,6 +181,9 @@ def _model_section(found: Settings, family: Family) -> Json:
         "rope_share": share, "norm_eps": found.number("rms_norm_eps"),
         "tie_embeddings": found.flag("tie_word_embeddings"),
         "mlp": family.mlps[found.get("hidden_act")], "window": _window(found, family),
+        **{ours: None if found.get(theirs) is None else found.number(theirs)
+           for ours, theirs in family.numbers.items()},
+        **(_pattern(found, family) if family.window == "pattern" else {}),
         **family.always, **{flag: found.flag(flag) for flag in family.flags}}
     return section | family.derived(section)
 
@@ -184,6 +197,24 @@ def _head(found: Settings) -> Json:
     if labels is None or len(labels.values) != 1:
         raise found.refuse("id2label", "and a model whose head is a score has one label")
     return {"head": "score", "tie_embeddings": False}
+
+
+def _one_rope(found: Settings, family: Family) -> Settings:
+    """Where newer files have RoPE by the kind of layer, what the older ones of the same class have.
+
+    Raises:
+        CheckpointError: layers with a window have it scaled.
+    """
+    local = family.numbers.get("rope_local_theta")
+    rope = found.section("rope_parameters")
+    if local is None or rope is None or not set(rope.values) <= LAYER_KINDS:
+        return found
+    full, near = (rope.section(kind) for kind in ("full_attention", "sliding_attention"))
+    if near is not None and near.values.get("rope_type", "default") != "default":
+        raise found.refuse("rope_parameters", "and Octant scales RoPE in layers without a window only")
+    theta = {} if near is None or near.get("rope_theta") is None else {local: near.number("rope_theta")}
+    return Settings(found.path, {**found.values, "rope_parameters": None if full is None else full.values, **theta},
+                    found.names)
 
 
 def _rope(found: Settings, family: Family) -> tuple[float, Json | None, float]:
@@ -235,6 +266,25 @@ def _window(found: Settings, family: Family) -> int | None:
         return None
     window = found.count("sliding_window")
     return window if window < found.count("max_position_embeddings") else None
+
+
+def _pattern(found: Settings, family: Family) -> Json:
+    """The window, and which layers have none: every so-manyth, in one of three ways to say it."""
+    layers = found.count("num_hidden_layers")
+    every = found.count_or("sliding_window_pattern", found.count_or("_sliding_window_pattern", family.full_every))
+    kinds = found.get("layer_types")
+    if kinds is None:
+        kinds = ["full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(layers)]
+    if found.get("sliding_window") is None or kinds == ["full_attention"] * layers:
+        return {"window": None, "rope_local_theta": None}
+    window = found.count("sliding_window")
+    every = kinds.index("full_attention") + 1 if isinstance(kinds, list) and "full_attention" in kinds else 0
+    wanted = ["full_attention" if every and (layer + 1) % every == 0 else "sliding_attention"
+              for layer in range(layers)]
+    if kinds != wanted:
+        raise found.refuse("layer_types", f"which is not full_attention in every so-manyth of the {layers} layers and "
+                           "sliding_attention in the others")
+    return {"window": window, "full_every": every}
 
 
 def _require_whole_attention(found: Settings, family: Family, config: ModelConfig) -> None:

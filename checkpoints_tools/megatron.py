@@ -39,7 +39,8 @@ WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "
 MOST_TRACKER = 64                       # bytes of the file that names an iteration
 # Keys of the model section, and the value that is known here.
 ELSEWHERE = {"head": "language_model", "norm": "rmsnorm", "residual": "sequential", "position": "rope",
-             "rope_share": 1.0, "embedding_scale": 1.0, "window": None}
+             "rope_share": 1.0, "embedding_scale": 1.0, "window": None, "norm_place": "pre",
+             "query_pre_attn_scalar": None, "attention_softcap": None, "logit_softcap": None}
 PADDED = ("embedding.weight", "output_layer.weight")
 
 
@@ -108,7 +109,8 @@ def _require_known(config: ModelConfig, where: Path) -> None:
     Raises:
         CheckpointError: the model has something that only the conversion from and to Hugging Face knows.
     """
-    for key, value in ELSEWHERE.items():
+    heads = {"qk_norm": True} if config.qk_norm else {}              # each by itself
+    for key, value in {**ELSEWHERE, **heads}.items():
         if getattr(config, key) != value:
             raise CheckpointError(f"{where} is a model with {key}: {getattr(config, key)}; converted from and to "
                                   f"torch_dist are models with {key}: {value}; `octant convert to-hf` writes it")

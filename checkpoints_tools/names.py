@@ -68,6 +68,10 @@ TABLE = (
         "decoder.layers.self_attention.linear_proj.weight"),
     Row("layers.{i}.self_attention.linear_proj.bias", ("model.layers.{i}.self_attn.o_proj.bias",),
         "decoder.layers.self_attention.linear_proj.bias"),
+    Row("layers.{i}.post_attention_layernorm.weight", ("model.layers.{i}.post_attention_layernorm.weight",), ""),
+    Row("layers.{i}.post_attention_layernorm.bias", ("model.layers.{i}.post_attention_layernorm.bias",), ""),
+    Row("layers.{i}.post_mlp_layernorm.weight", ("model.layers.{i}.post_feedforward_layernorm.weight",), ""),
+    Row("layers.{i}.post_mlp_layernorm.bias", ("model.layers.{i}.post_feedforward_layernorm.bias",), ""),
     Row("layers.{i}.pre_mlp_layernorm.weight", ("model.layers.{i}.post_attention_layernorm.weight",),
         "decoder.layers.mlp.linear_fc1.layer_norm_weight"),
     Row("layers.{i}.pre_mlp_layernorm.bias", ("model.layers.{i}.post_attention_layernorm.bias",),
@@ -165,4 +169,4 @@ def _rows(config: ModelConfig) -> Iterator[tuple[str, Shape, Row, int | None]]:
 
 def _run_together(ours: str, size: Shape) -> Shape:
     """A matrix keeps its last dimension, which is the input; a bias or the weight of a norm has none."""
-    return (prod(size),) if ours.endswith(".bias") or len(size) == 1 else (prod(size[:-1]), size[-1])
+    return (prod(size),) if ours.endswith((".bias", "norm.weight")) else (prod(size[:-1]), size[-1])

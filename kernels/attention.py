@@ -1,7 +1,8 @@
 """Causal grouped-query attention through torch's scaled-dot-product kernels (flash, cuDNN or memory-efficient).
 
 Packed documents are attended to one by one, or all in one call of a kernel that takes their boundaries; a mask is for
-queries over cached keys only.
+queries over cached keys only.  Scores within a cap (Gemma 2's) are written out for some queries at a time, and again in
+the backward pass, where no kernel has one; flash-attn has.
 
 Shapes: S queries, T keys, B batch, G key-value groups, Q query heads per group, D head dimension.
 """
@@ -16,16 +17,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from engine.kernels.documents import Documents
 from engine.kernels.operation import Implementation, Operation, Place, Unavailable, anywhere, installed
 
+CAPPED = 256                               # queries whose scores are there at once where they have a cap
+
 
 def attention_reference(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
-                        documents: Documents | None = None, window: int | None = None) -> Tensor:
+                        documents: Documents | None = None, window: int | None = None,
+                        softcap: float | None = None) -> Tensor:
     """The definition, with the scores written out; arguments as of `attention`."""
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_SBGQD, k_TBGD, v_TBGD))
     scores = torch.einsum("sbgqd,tbgd->bgqst", q, k) * q.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
     if documents is not None:
         mask = documents.mask(scores.device)
     if mask is None:
@@ -43,16 +50,20 @@ def latest(mask: Tensor, window: int) -> Tensor:
 
 
 def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
-              documents: Documents | None = None, window: int | None = None) -> Tensor:
+              documents: Documents | None = None, window: int | None = None,
+              softcap: float | None = None) -> Tensor:
     """Attention output [S, B, G·Q·D].
 
     Args:
         mask: bool [B or 1, 1, S, T], True where a query may see a key; None for the plain causal mask (S = T).
         documents: queries see keys of their own document only, besides (S = T, no mask).
         window: of these keys, queries see the latest so many.
+        softcap: scores s become cap·tanh(s / cap) (Gemma 2).
     """
     if documents is not None:
-        return _one_by_one(q_SBGQD, k_TBGD, v_TBGD, documents, window)
+        return _one_by_one(q_SBGQD, k_TBGD, v_TBGD, documents, window, softcap)
+    if softcap is not None:
+        return _capped(q_SBGQD, k_TBGD, v_TBGD, mask, window, softcap)
     if window is not None and mask is not None:
         mask = latest(mask, window)
     elif window is not None and window < len(k_TBGD):
@@ -79,12 +90,34 @@ def _band(q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, window: int) -> Tenso
     return torch.cat(done)
 
 
-def _one_by_one(q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, documents: Documents, window: int | None) -> Tensor:
+def _capped(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None, window: int | None,
+            softcap: float) -> Tensor:
+    """`CAPPED` queries at a time: what is kept of them is their input and their output."""
+    if mask is not None and window is not None:
+        mask = latest(mask, window)
+    done = []
+    for start in range(0, len(q_SBGQD), CAPPED):
+        queries = q_SBGQD[start : start + CAPPED]
+        keys, seen = slice(None), mask
+        if mask is not None:
+            seen = mask[..., start : start + CAPPED, :]
+        else:
+            stop = start + len(queries)
+            keys = slice(0 if window is None else max(0, start + 1 - window), stop)
+            seen = torch.ones(len(queries), stop, dtype=torch.bool, device=queries.device).tril(start)
+            seen = (seen if window is None else seen.triu(start + 1 - window))[None, None, :, keys]
+        done.append(checkpoint(attention_reference, queries, k_TBGD[keys], v_TBGD[keys], seen, None, None, softcap,
+                               use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(done) if len(done) > 1 else done[0]
+
+
+def _one_by_one(q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, documents: Documents, window: int | None,
+                softcap: float | None) -> Tensor:
     """Each document by itself."""
     rows = []
     for row, qkv in enumerate(zip(*(x.split(1, dim=1) for x in (q_SBGQD, k_SBGD, v_SBGD)), strict=True)):
         parts = zip(*(x.split(documents.lengths(row)) for x in qkv), strict=True)      # backward one concatenation
-        rows.append(torch.cat([attention(q, k, v, window=window) for q, k, v in parts]))
+        rows.append(torch.cat([attention(q, k, v, window=window, softcap=softcap) for q, k, v in parts]))
     return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
 
@@ -101,9 +134,10 @@ def _before(window: int | None) -> tuple[int, int]:
     return (-1 if window is None else window - 1), 0
 
 
-def _only(window: int | None) -> dict[str, Any]:
-    """The window for whoever takes causality by another name."""
-    return {} if window is None else {"window_size": _before(window)}
+def _only(window: int | None, softcap: float | None) -> dict[str, Any]:
+    """Window and cap for whoever takes causality by another name."""
+    return {**({} if window is None else {"window_size": _before(window)}),
+            **({} if softcap is None else {"softcap": softcap})}
 
 
 def _varlen(place: Place) -> Callable[..., Tensor]:
@@ -119,9 +153,10 @@ def _varlen(place: Place) -> Callable[..., Tensor]:
         return varlen(q, k, v, bounds, bounds, longest, longest, window_size=_before(window), enable_gqa=True)
 
     def varlen_attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
-                         documents: Documents | None = None, window: int | None = None) -> Tensor:
-        if documents is None:
-            return attention(q_SBGQD, k_TBGD, v_TBGD, mask, window=window)
+                         documents: Documents | None = None, window: int | None = None,
+                         softcap: float | None = None) -> Tensor:
+        if documents is None or softcap is not None:
+            return attention(q_SBGQD, k_TBGD, v_TBGD, mask, documents, window, softcap)
         return _in_one_call(q_SBGQD, k_TBGD, v_TBGD, documents, partial(run, window=window))
 
     return varlen_attention
@@ -132,18 +167,21 @@ def _flash_attn(place: Place) -> Callable[..., Tensor]:
     place.require(device="cuda", dtypes=(torch.bfloat16, torch.float16))
     flash, packed = installed("flash_attn", "flash_attn_func"), installed("flash_attn", "flash_attn_varlen_func")
 
-    def run(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, window: int | None) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, window: int | None,
+            softcap: float | None) -> Tensor:
         return packed(q, k, v, bounds, bounds, longest, longest, causal=True, deterministic=place.deterministic,
-                      **_only(window))
+                      **_only(window, softcap))
 
     def flash_attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
-                        documents: Documents | None = None, window: int | None = None) -> Tensor:
+                        documents: Documents | None = None, window: int | None = None,
+                        softcap: float | None = None) -> Tensor:
         if documents is not None:
-            return _in_one_call(q_SBGQD, k_TBGD, v_TBGD, documents, partial(run, window=window))
+            return _in_one_call(q_SBGQD, k_TBGD, v_TBGD, documents, partial(run, window=window, softcap=softcap))
         if mask is not None:
-            return attention(q_SBGQD, k_TBGD, v_TBGD, mask, window=window)
+            return attention(q_SBGQD, k_TBGD, v_TBGD, mask, window=window, softcap=softcap)
         q, k, v = (x.transpose(0, 1) for x in (q_SBGQD.flatten(2, 3), k_TBGD, v_TBGD))      # batch first
-        out: Tensor = flash(q, k, v, causal=True, deterministic=place.deterministic, **_only(window))
+        out: Tensor = flash(q, k, v, causal=True, deterministic=place.deterministic,
+                            **_only(window, softcap))
         return out.transpose(0, 1).flatten(2)
 
     return flash_attention

@@ -59,10 +59,12 @@ class ModelConfig(Section):
     position: Literal["rope", "learned"] = "rope"            # learned: a table of max_seq_len rows, added at the start
     position_offset: NonNegative = 0                         # rows of the table before position 0 (OPT: 2)
     rope_theta: Positive = 10000.0
+    rope_local_theta: Positive | None = None                 # of layers with a window, unscaled; null: as the others
     rope_share: Share = 1.0                                  # of each head that turns, its first dimensions
     rope_scaling: RopeScalingConfig | None = None
     norm: NormName = "rmsnorm"                               # a row of engine.config.kinds, like the two below
     norm_eps: Rate = 1e-5
+    norm_place: Literal["pre", "post", "both"] = "pre"       # of each half's norm: of its input, of its output
     embedding_scale: Positive = 1.0                          # what the embedding is multiplied with
     residual: Literal["sequential", "parallel"] = "sequential"       # parallel: both halves read the layer's input
     tie_embeddings: bool = False
@@ -70,7 +72,10 @@ class ModelConfig(Section):
     mlp: MLPName = "swiglu"
     window: Size | None = None                               # a token sees so many, itself and those before it
     full_every: NonNegative = 0                              # but in every so-manyth layer all before it; 0: in none
-    qk_norm: bool = False                                    # normalise queries and keys, head by head
+    qk_norm: bool | Literal["projection"] = False            # normalise queries and keys, head by head or all together
+    query_pre_attn_scalar: Size | None = None            # scores are divided by its root; null: by head_dim's
+    attention_softcap: Positive | None = None                # scores become cap·tanh(scores / cap); null: as they are
+    logit_softcap: Positive | None = None                    # the same of logits
     qkv_bias: bool = False
     attention_bias: bool = False                             # on q, k, v and the projection behind attention
     mlp_bias: bool = False
@@ -91,6 +96,12 @@ class ModelConfig(Section):
             raise ValueError("head: score has no output layer that tie_embeddings could tie: set it to false")
         if self.qk_norm and self.norm == "layernorm":
             raise ValueError("qk_norm divides by the root mean square: it goes with norm: rmsnorm or rmsnorm-1p")
+        if self.qk_norm == "projection" and self.norm != "rmsnorm":
+            raise ValueError(f"qk_norm: projection goes with norm: rmsnorm; norm is {self.norm}")
+        if self.norm_place != "pre" and self.residual == "parallel":
+            raise ValueError(f"norm_place: {self.norm_place} is of residual: sequential; parallel halves share a norm")
+        if self.rope_local_theta and (self.window is None or self.position != "rope"):
+            raise ValueError("rope_local_theta turns the heads of layers with a window: set window, and position: rope")
         if self.full_every and self.window is None:
             raise ValueError("full_every says which layers have no window, and there is no window: set it")
         if self.position_offset and self.position != "learned":

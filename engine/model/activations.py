@@ -1,8 +1,9 @@
 """How much of a layer stays in memory between its forward and its backward pass.
 
-Of each half that is the input of its norm and the norm's output, [S, B, H] each, one fp32 number per token for the
-norm (two of a LayerNorm), and what the half keeps inside its region (`Kind.kept`).  T tensor ranks divide the inside,
-and with sequence parallelism the outside too.  Recomputation takes away
+Of each half that is the input of its norm and the norm's output, [S, B, H] each, one fp32 number per token for the norm
+(two of a LayerNorm), where there is a norm of its output the half's output and as many numbers again, and what the half
+keeps inside its region (`Kind.kept`).  T tensor ranks divide the inside, and with sequence parallelism the outside too.
+Recomputation takes away
 
     selective    both norms' outputs, and what the halves call cheap
     full         all but the layer's input
@@ -35,8 +36,10 @@ def layer_bytes_per_token(config: ModelConfig, width: int, *, tensor: int = 1, s
     if recompute == "full":
         return of_hidden / outside
     total, statistics = 0.0, norm_of(config).statistics * STATISTIC_BYTES
+    before, behind = config.norm_place != "post", config.norm_place != "pre"
     for half in (attention_of(config), mlp_of(config)):
         kept, forgets = half.kept(config), recompute == "selective"
-        total += (of_hidden * (1 if forgets else 2) + statistics) / outside
+        hidden = 1 + (before and not forgets) + behind
+        total += (of_hidden * hidden + statistics * (before + behind)) / outside
         total += ((kept.elements - forgets * kept.cheap) * width + kept.statistics * STATISTIC_BYTES) / tensor
     return total - (of_hidden / outside if config.residual == "parallel" else 0.0)        # the halves share their input

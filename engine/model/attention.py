@@ -6,10 +6,11 @@ ranks than groups, those that share one divide its queries, and each has a copy 
 
 With `qk_norm` queries and keys are normalised, head by head, before they are turned (Dehghani et al. 2023, Qwen3): the
 scores then cannot grow with the norms of the projections.  All heads share one weight each, so every tensor rank holds
-it whole and uses it on its own heads: the rule `inside`.
+it whole and uses it on its own heads: the rule `inside`.  With `qk_norm: projection` all heads are normalised together
+(OLMo 2), by the mean over all ranks' heads, with a weight for each element, cut as the projection is.
 
 With `window` a token sees so many tokens, itself the last of them (Beltagy et al. 2020; Mistral 7B); what lies further
-back reaches it through the layers.
+back reaches it through the layers.  With `attention_softcap` scores stay within ±cap (Gemma 2).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from engine.kernels.table import Operations
 from engine.model.context import Batch
 from engine.model.half import Angles, Attention
 from engine.model.inventory import Specs
-from engine.model.layers import Linear, Norm
+from engine.model.layers import Linear, Norm, ProjectionNorm
 
 Split = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -58,8 +59,13 @@ class GroupedQueryAttention(Attention):
         self.linear_qkv, self.linear_proj = Linear.of(specs, "linear_qkv"), Linear.of(specs, "linear_proj")
         self.q_layernorm = self.k_layernorm = None
         if config.qk_norm:
+            made = ProjectionNorm.of if config.qk_norm == "projection" else Norm.of
             self.q_layernorm, self.k_layernorm = (
-                Norm.of(config, specs, name, operations) for name in ("q_layernorm", "k_layernorm"))
+                made(config, specs, name, operations) for name in ("q_layernorm", "k_layernorm"))
+        scalar = config.query_pre_attn_scalar
+        self.longer = None if scalar in (None, config.head_dim) else (config.head_dim / scalar) ** 0.5
+        self.options = {key: value for key, value in (("window", self.window), ("softcap", config.attention_softcap))
+                        if value is not None}
         self.core_attention, self._split_and_rotate = operations.attention, rotating(operations.rope)
 
     def forward(self, x_SBH: Tensor, angles: Angles, batch: Batch) -> Tensor:
@@ -69,7 +75,9 @@ class GroupedQueryAttention(Attention):
             q, k, v = qkv.split((heads - 2, 1, 1), dim=-2)
             qkv = torch.cat((self.q_layernorm(q)[1], self.k_layernorm(k)[1], v), dim=-2)
         q, k, v = self._split_and_rotate(qkv, *angles)
-        attention = self.core_attention if self.window is None else partial(self.core_attention, window=self.window)
+        if self.longer is not None:
+            q = q * self.longer
+        attention = partial(self.core_attention, **self.options) if self.options else self.core_attention
         if batch.cache is not None:
             return self.linear_proj(batch.cache.attend(self.index, q, k, v, attention))
         return self.linear_proj(attention(q, k, v, None, batch.documents))

@@ -17,16 +17,20 @@ Specs = Mapping[str, ParamSpec]
 
 
 def layer_specs(config: ModelConfig, index: int) -> Specs:
-    """The parameters of layer `index`: two halves, each with the norm in front of it."""
+    """The parameters of layer `index`: two halves, each with the norm in front of it, behind it, or both."""
     return {spec.name: replace(spec, name=f"layers.{index}.{spec.name}") for spec in _layer(config)}
 
 
 def _layer(config: ModelConfig) -> Iterator[ParamSpec]:
-    for norm_name, half_name, kind in (("input_layernorm", "self_attention", attention_of(config)),
-                                       ("pre_mlp_layernorm", "mlp", mlp_of(config))):
-        yield from norm_of(config).parameters(norm_name, config.hidden_size)
+    for before, half, kind, behind in (
+            ("input_layernorm", "self_attention", attention_of(config), "post_attention_layernorm"),
+            ("pre_mlp_layernorm", "mlp", mlp_of(config), "post_mlp_layernorm")):
+        if config.norm_place != "post":
+            yield from norm_of(config).parameters(before, config.hidden_size)
         for spec in kind.parameters(config):
-            yield replace(spec, name=f"{half_name}.{spec.name}")
+            yield replace(spec, name=f"{half}.{spec.name}")
+        if config.norm_place != "pre":
+            yield from norm_of(config).parameters(behind, config.hidden_size)
 
 
 def below(specs: Specs, module: str) -> Specs:

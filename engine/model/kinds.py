@@ -116,7 +116,11 @@ class GroupedQuery(Kind):
         groups, heads, dim = config.num_kv_heads, config.num_heads, config.head_dim
         yield from linear("linear_qkv", (groups, heads // groups + 2, dim), config.hidden_size, Rule("column", 0, 2),
                           init_std=init_std(config), bias=config.qkv_bias or config.attention_bias)
-        if config.qk_norm:
+        if config.qk_norm == "projection":
+            for name, rows, copied in (("q_layernorm", heads // groups, 0), ("k_layernorm", 1, 1)):
+                yield ParamSpec(f"{name}.weight", (groups, rows, dim), Rule("column", 0, copied), init="ones",
+                                decay=False)
+        elif config.qk_norm:
             for name in ("q_layernorm", "k_layernorm"):
                 yield from norm_of(config).parameters(name, dim, INSIDE)
         yield from linear("linear_proj", (config.hidden_size,), heads * dim, Rule("row", 1),

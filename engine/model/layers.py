@@ -18,7 +18,7 @@ from engine.config import ModelConfig
 from engine.kernels.table import Operations
 from engine.model.inventory import Specs
 from engine.model.kinds import norm_of
-from engine.model.parameters import new_parameter
+from engine.model.parameters import new_parameter, spec_of
 
 
 class Adds(Protocol):
@@ -121,6 +121,24 @@ class LayerNorm(Norm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = x if residual is None else x + residual
         return total, self.operations.layer_norm(total, self.weight, self.bias, self.eps)
+
+
+class ProjectionNorm(Norm):
+    """An RMSNorm of a token's heads together, of which there may be more elsewhere: [..., G, rows, D]."""
+
+    @staticmethod
+    def of(config: ModelConfig, specs: Specs, name: str, operations: Operations) -> ProjectionNorm:
+        return ProjectionNorm(new_parameter(specs[f"{name}.weight"]), None, config.norm_eps, operations)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        weight: Tensor = _Widen.apply(self.weight)
+        wide = x.to(weight.dtype)
+        mean = self.total(wide.square().sum((-3, -2, -1), keepdim=True)) / spec_of(self.weight).num_elements
+        return x, (wide * (mean + self.eps).rsqrt() * weight).to(x.dtype)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums over the heads that are here → over all."""
+        return sums
 
 
 class ScoreHead(nn.Module):

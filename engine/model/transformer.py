@@ -2,7 +2,9 @@
 
     x = embedding(tokens)
     for each layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))         or, with `residual: parallel`,
-                      x = x + attention(norm(x)) + mlp(other_norm(x))
+                      x = x + attention(norm(x)) + mlp(other_norm(x))            with `norm_place: post` (OLMo 2)
+                      x = x + norm(attention(x));   x = x + norm(mlp(x))         and with `both` (Gemma 2)
+                      x = x + norm(attention(norm(x))), likewise mlp: four norms
     logits = output(norm(x))           or, with `head: score`, one number per token: scores = score(norm(x))
 
 `Transformer` is also what a pipeline chunk is: a chunk keeps some of the layers, the embedding only if it is the first,
@@ -30,7 +32,7 @@ from engine.model.rope import rotary_angles
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer, of the kinds of halves that the configuration names."""
+    """One transformer layer, of the kinds of halves that the configuration names."""
 
     def __init__(self, config: ModelConfig, index: int, operations: Operations) -> None:
         super().__init__()
@@ -39,13 +41,21 @@ class Block(nn.Module):
         def half(name: str, kind: Kind) -> Any:
             return resolve_name(kind.computes)(config, index, below(specs, name), operations)
 
-        self.residual = config.residual
-        self.input_layernorm = Norm.of(config, specs, "input_layernorm", operations)
+        def norm(name: str) -> Norm | None:
+            return Norm.of(config, specs, name, operations) if f"{name}.weight" in specs else None
+
+        self.residual, self.index = config.residual, index
+        self.input_layernorm = norm("input_layernorm")
         self.self_attention: Attention = half("self_attention", attention_of(config))
-        self.pre_mlp_layernorm = Norm.of(config, specs, "pre_mlp_layernorm", operations)
+        self.post_attention_layernorm = norm("post_attention_layernorm")
+        self.pre_mlp_layernorm = norm("pre_mlp_layernorm")
         self.mlp: Half = half("mlp", mlp_of(config))
+        self.post_mlp_layernorm = norm("post_mlp_layernorm")
 
     def forward(self, x_SBH: Tensor, angles: Angles, batch: Batch) -> Tensor:
+        if self.post_attention_layernorm is not None and self.post_mlp_layernorm is not None:
+            return self._with_norms_behind(x_SBH, angles, batch, self.post_attention_layernorm, self.post_mlp_layernorm)
+        assert self.input_layernorm is not None and self.pre_mlp_layernorm is not None
         x_SBH, normalised = self.input_layernorm(x_SBH)
         attended_SBH = self.self_attention(normalised, angles, batch)
         if self.residual == "parallel":
@@ -53,8 +63,19 @@ class Block(nn.Module):
         x_SBH, normalised = self.pre_mlp_layernorm(attended_SBH, x_SBH)
         return x_SBH + self.mlp(normalised, angles, batch)
 
+    def _with_norms_behind(self, x_SBH: Tensor, angles: Angles, batch: Batch, of_attention: Norm,
+                           of_mlp: Norm) -> Tensor:
+        x_SBH, normalised = (x_SBH, x_SBH) if self.input_layernorm is None else self.input_layernorm(x_SBH)
+        attended = of_attention(self.self_attention(normalised, angles, batch))[1]
+        if self.pre_mlp_layernorm is None:
+            normalised = x_SBH = x_SBH + attended
+        else:
+            x_SBH, normalised = self.pre_mlp_layernorm(attended, x_SBH)
+        made: Tensor = of_mlp(self.mlp(normalised, angles, batch))[1]
+        return x_SBH + made
+
     @property
-    def halves(self) -> tuple[tuple[Norm, Half], ...]:
+    def halves(self) -> tuple[tuple[Norm | None, Half], ...]:
         """Each half with the norm in front of it."""
         return (self.input_layernorm, self.self_attention), (self.pre_mlp_layernorm, self.mlp)
 
@@ -98,18 +119,26 @@ class Transformer(nn.Module):
                 x = x * self.config.embedding_scale
             if self.position_embedding is not None:
                 x = x + self.position_embedding(batch.positions_SB)
-        angles = rotary_angles(self.config, batch.positions_SB, x.dtype)
-        for layer in self.layers.values():
-            x = layer(x, angles, batch)
+        angles = near = rotary_angles(self.config, batch.positions_SB, x.dtype)
+        if self.config.rope_local_theta is not None:
+            local = {"rope_theta": self.config.rope_local_theta, "rope_scaling": None}
+            near = rotary_angles(self.config.model_copy(update=local), batch.positions_SB, x.dtype)
+        for index, layer in self.layers.items():
+            x = layer(x, angles if self.config.window_of(int(index)) is None else near, batch)
         return x
 
     def logits(self, x_SBH: Tensor) -> Tensor:
         """Norm and output layer of the last chunk: [S, B, H] → [S, B, V]."""
         assert self.final_layernorm is not None and self.output_layer is not None
-        return self.output_layer(self.final_layernorm(x_SBH)[1])
+        return self.capped(self.output_layer(self.final_layernorm(x_SBH)[1]))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """What the output layer gives, within ±`logit_softcap`."""
+        cap = self.config.logit_softcap
+        return logits if cap is None else (logits / cap).tanh() * cap
 
     def through_output_layer(self, x_SBH: Tensor, instead: Callable[..., Any]) -> Any:
-        """As `logits`, which are not made: `instead` is given the norm's output and the layer."""
+        """As `logits`, which are not made: `instead` is given the norm's output and the layer, and caps."""
         assert self.final_layernorm is not None and self.output_layer is not None
         return self.output_layer(self.final_layernorm(x_SBH)[1], instead)
 

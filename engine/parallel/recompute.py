@@ -34,7 +34,8 @@ def apply_recompute(blocks: Iterable[Block], kind: Recompute) -> None:
             block.forward = partial(_checkpointed, block.forward)  # type: ignore[method-assign]
         elif kind == "selective":
             for norm, half in block.halves:
-                _forget_output(norm, half.get_submodule(half.entrance))
+                if norm is not None:
+                    _forget_output(norm, half.get_submodule(half.entrance))
                 for producer, consumer in half.cheap:
                     _forget_output(half.get_submodule(producer), half.get_submodule(consumer))
 

@@ -30,6 +30,7 @@ PROJECTIONS, ACTIVATION, SOFTMAX = "mlp: projections", "mlp: activation", "softm
 ATTENTION = ("attention: q, k, v", "attention: output", "attention: joined", "attention: statistics",
              "attention: keys and values in a ring")
 
+BEHIND = ("norms: input behind attention", "norms: input behind the feed-forward layer")
 CHEAP = (ACTIVATION, "norms: first output", "norms: second output")
 # What products of weight gradients read: x and dy of each.  The dy of the two row-parallel layers is the gradient of
 # the layer's output, or of the state between its halves, gathered where it is divided.
@@ -51,6 +52,7 @@ class Sizes:
         gathers: with sequence parallelism: hidden states are gathered in front of a region and scattered behind.
         grouped: several query heads share a key.
         ring: context ranks.
+        before, behind: there is a norm in front of each half, and one of its output.
         wide: a hidden state outside in fp32, where that is a copy.
         on_gpu: kernels are a GPU's.
     """
@@ -74,6 +76,8 @@ class Sizes:
     grouped: bool
     ring: int
     qk_norm: bool
+    before: bool
+    behind: bool
     on_gpu: bool
     joins: bool
     tokens: float
@@ -101,7 +105,8 @@ class Sizes:
                    and not parallel.reproducible and not adapted),
             padded=columns * tensor != model.vocab_size, width=width, heads=model.num_heads // tensor,
             gathers=parallel.sequence and tensor > 1, divided=tensor > 1,
-            grouped=model.num_heads > model.num_kv_heads, ring=parallel.context, qk_norm=model.qk_norm, on_gpu=on_gpu,
+            grouped=model.num_heads > model.num_kv_heads, ring=parallel.context, qk_norm=bool(model.qk_norm),
+            on_gpu=on_gpu, before=model.norm_place != "post", behind=model.norm_place != "pre",
             joins=config.data.document_mask and not on_gpu, tokens=inside)
 
 
@@ -145,8 +150,8 @@ def layer_bytes(sizes: Sizes, recompute: str, *, split: bool = False) -> LayerBy
 def _forward(tape: Tape, sizes: Sizes, saving: bool, selective: bool = False) -> None:
     """A layer's tensors in the order in which they appear; without `saving` as under no_grad."""
     forgets = not saving or selective
-    tape.take("norms: statistics", saving * sizes.statistic)
-    tape.take("norms: first output", sizes.hidden)
+    tape.take("norms: statistics", saving * sizes.statistic * sizes.before)
+    tape.take("norms: first output", sizes.hidden * sizes.before)
     _entrance(tape, sizes, sizes.query + 2 * sizes.key, "qkv")
     if forgets:
         tape.drop("norms: first output")
@@ -166,10 +171,11 @@ def _forward(tape: Tape, sizes: Sizes, saving: bool, selective: bool = False) ->
     _exit(tape, sizes)
     if not saving:
         tape.drop(*ATTENTION)
+    _norm_behind(tape, sizes, saving, BEHIND[0])
     tape.take(BETWEEN_HALVES, sizes.hidden)
     tape.drop("sum")
-    tape.take("norms: statistics", saving * sizes.statistic)
-    tape.take("norms: second output", sizes.hidden)
+    tape.take("norms: statistics", saving * sizes.statistic * sizes.before)
+    tape.take("norms: second output", sizes.hidden * sizes.before)
     _entrance(tape, sizes, sizes.inputs * sizes.features, PROJECTIONS)
     if forgets:
         tape.drop("norms: second output")
@@ -179,6 +185,7 @@ def _forward(tape: Tape, sizes: Sizes, saving: bool, selective: bool = False) ->
     _exit(tape, sizes)
     if forgets:
         tape.drop(ACTIVATION)
+    _norm_behind(tape, sizes, saving, BEHIND[1])
     tape.take("output", sizes.hidden)
     tape.drop("sum")
     if not saving:
@@ -199,6 +206,24 @@ def _exit(tape: Tape, sizes: Sizes) -> None:
         tape.take("gathered", sizes.full)
     tape.take("sum", sizes.hidden)
     tape.drop("gathered")
+
+
+def _norm_behind(tape: Tape, sizes: Sizes, saving: bool, name: str) -> None:
+    """Of `sum`, the output of a half, which is kept, to be normalised."""
+    if sizes.behind:
+        tape.take("norms: statistics", saving * sizes.statistic)
+        tape.rename("sum", name)
+        tape.take("sum", sizes.hidden)
+        if not saving:
+            tape.drop(name)
+
+
+def _norm_behind_backward(tape: Tape, sizes: Sizes, name: str) -> None:
+    """The gradient of a half's output, from that of the sum that it goes into; it is left as `half's gradient`."""
+    if sizes.behind:
+        tape.passing("norms", (1 if sizes.on_gpu else 3) * sizes.hidden * FP32 / sizes.width)
+        tape.take("half's gradient", sizes.hidden)
+        tape.drop(name)
 
 
 def _attention_forward(tape: Tape, sizes: Sizes) -> None:
@@ -227,12 +252,13 @@ def _mlp_backward(tape: Tape, sizes: Sizes, selective: bool) -> None:
     if selective:
         tape.passing("refill", 2 * sizes.features)
         tape.take(ACTIVATION, sizes.features)
+    _norm_behind_backward(tape, sizes, BEHIND[1])
     _exit_backward(tape, sizes)
     tape.take("features' gradient", sizes.features)
-    tape.drop("gathered outputs' gradients", ACTIVATION)
+    tape.drop("gathered outputs' gradients", ACTIVATION, "half's gradient")
     tape.take("projections' gradient", sizes.inputs * sizes.features)
     tape.drop("features' gradient", PROJECTIONS)
-    if selective:
+    if selective and sizes.before:
         tape.passing("refill", 2 * sizes.hidden)
         tape.take("norms: second output", sizes.hidden)
     _entrance_backward(tape, sizes)
@@ -242,9 +268,10 @@ def _mlp_backward(tape: Tape, sizes: Sizes, selective: bool) -> None:
 
 def _attention_backward(tape: Tape, sizes: Sizes, selective: bool) -> None:
     qkv = sizes.query + 2 * sizes.key
+    _norm_behind_backward(tape, sizes, BEHIND[0])
     _exit_backward(tape, sizes)
     tape.take("output's gradient", sizes.query)
-    tape.drop("gathered outputs' gradients")
+    tape.drop("gathered outputs' gradients", "half's gradient")
     wide = FP32 / sizes.width
     tape.take("ring", ((sizes.query + 4 * sizes.key) * wide + 2 * sizes.key + qkv) * (sizes.ring > 1))
     tape.take("q, k, v: gradients", qkv)
@@ -254,7 +281,7 @@ def _attention_backward(tape: Tape, sizes: Sizes, selective: bool) -> None:
     if sizes.qk_norm:
         tape.passing("norms", 2 * qkv)
         tape.drop("attention: q, k before their norms")
-    if selective:
+    if selective and sizes.before:
         tape.passing("refill", 2 * sizes.hidden)
         tape.take("norms: first output", sizes.hidden)
     _entrance_backward(tape, sizes)
@@ -279,6 +306,9 @@ def _entrance_backward(tape: Tape, sizes: Sizes) -> None:
 
 def _norm_backward(tape: Tape, sizes: Sizes, x: str) -> None:
     """`branch`, the gradient of the norm's output, becomes that of its input `x` and joins `gradient`."""
+    if not sizes.before:
+        tape.drop("branch", x)
+        return
     wide = sizes.hidden * FP32 / sizes.width
     if sizes.on_gpu:
         tape.take("norm's gradient", sizes.hidden)

@@ -33,6 +33,8 @@ ALL_HEADS = SIZES | {"num_key_value_heads": 4}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 131, "bos_token_id": 1,
         "eos_token_id": 2}
 
+GEMMA = {"head_dim": 32, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6}
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-2-7B": {**ALL_HEADS, "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
                    "rope_scaling": None, "tie_word_embeddings": False, "pretraining_tp": 1},
@@ -77,6 +79,22 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                                      "sliding_window": 262144},
     "Gemma-2B": {**SIZES, "model_type": "gemma", "head_dim": 32, "num_key_value_heads": 1, "hidden_act": "gelu",
                  "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+    # published are 50 and 30, in which models of this size never come near
+    "Gemma-2-27B": {**SIZES, **GEMMA, "model_type": "gemma2", "attn_logit_softcapping": 5.0, "attention_bias": False,
+                    "final_logit_softcapping": 3.0, "num_hidden_layers": 4, "query_pre_attn_scalar": 144,
+                    "sliding_window": 8, "rope_theta": 10000.0, "hidden_act": "gelu_pytorch_tanh"},
+    "Gemma-3-1B": {**SIZES, **GEMMA, "model_type": "gemma3_text", "num_key_value_heads": 1, "num_hidden_layers": 7,
+                   "attention_bias": False, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+                   "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "rope_theta": 1000000,
+                   "sliding_window": 8, "sliding_window_pattern": 6, "rope_scaling": None},
+    "Gemma-3-27B's text model": {**SIZES, **GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 6,
+                                 "query_pre_attn_scalar": 168, "sliding_window": 8,
+                                 "layer_types": [*["sliding_attention"] * 5, "full_attention"], "rope_parameters": {
+                                     "full_attention": {"factor": 8.0, "rope_theta": 1e6, "rope_type": "linear"},
+                                     "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"}}},
+    "OLMo-2-7B": {**ALL_HEADS, "model_type": "olmo2", "hidden_act": "silu", "rms_norm_eps": 1e-6,
+                  "rope_theta": 500000, "attention_bias": False, "tie_word_embeddings": False},
+    "OLMo-2-32B": {**SIZES, "model_type": "olmo2", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 500000},
     "StarCoder2-3B": {**SIZES, "model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5,
                       "norm_type": "layer_norm", "mlp_type": "default", "rope_theta": 999999.4420358813,
                       "sliding_window": 64, "use_bias": True, "tie_word_embeddings": True},

@@ -1,4 +1,4 @@
-"""What GPT-2, OPT, GPT-NeoX, StarCoder 2, Phi-3 and Gemma have and Llama has not, in every layout as in one process."""
+"""What GPT-2, OPT, GPT-NeoX, StarCoder 2, Phi-3, Gemma and OLMo 2 have and Llama has not, in layouts as in one process."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {**BIASED, "mlp": "gelu-tanh", "num_kv_heads": 2},
     "mistral": {"num_kv_heads": 2, "window": 5},
     "windows in three of four layers": {"num_kv_heads": 2, "window": 3, "full_every": 4},
+    "gemma 2 and 3": {"norm": "rmsnorm-1p", "norm_place": "both", "mlp": "geglu", "qk_norm": True, "num_kv_heads": 2,
+                      "attention_softcap": 2.0, "logit_softcap": 1.5, "query_pre_attn_scalar": 5, "window": 5,
+                      "full_every": 2, "rope_local_theta": 100.0, "tie_embeddings": True},
+    "olmo 2": {"norm_place": "post", "qk_norm": "projection", "num_kv_heads": 1},
 }
 LAYOUTS: list[dict[str, Any]] = [
     {"tensor": 2, "recompute": "selective"}, {"tensor": 2, "sequence": False, "data": 2, "zero": 3},

@@ -66,6 +66,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
     "bf16": ({}, 0, {"precision": {"compute": "bf16"}}),
     "bf16 tensor zero 1": ({"tensor": 2, "data": 2}, 0, {"precision": {"compute": "bf16"}}),
     "gelu": ({}, 0, {"model": {"mlp": "gelu"}}),
+    "norms on both sides": ({}, 0, {"model": {"norm_place": "both"}}),
+    "norms behind, selective": ({"recompute": "selective", "tensor": 2}, 0, {"model": {"norm_place": "post"}}),
     "document mask": ({}, 0, {"data": {"document_mask": True}}),
 }
 

@@ -10,11 +10,17 @@ from __future__ import annotations
 from torch import nn
 
 from engine.model.adapter import Adapter
-from engine.model.layers import Embedding, Linear, PositionEmbedding
+from engine.model.layers import Embedding, Linear, PositionEmbedding, ProjectionNorm
 from engine.model.parameters import new_parameter, spec_of
 from engine.model.transformer import Transformer
 from engine.parallel.tensor.adapter import ParallelAdapter
-from engine.parallel.tensor.layers import ParallelLinear, PartPositionEmbedding, TensorContext, VocabEmbedding
+from engine.parallel.tensor.layers import (
+    ParallelLinear,
+    ParallelProjectionNorm,
+    PartPositionEmbedding,
+    TensorContext,
+    VocabEmbedding,
+)
 
 
 def cut_tensor(chunk: Transformer, context: TensorContext) -> None:
@@ -51,6 +57,8 @@ def _parallel(module: nn.Module, context: TensorContext) -> nn.Module | None:
         layer = ParallelLinear(module.weight, module.bias, "row" if rule.kind == "row" else "column", context)
         layer.adapter = module.adapter                          # cut in its turn: a module comes before its parts
         return layer
+    if isinstance(module, ProjectionNorm):
+        return ParallelProjectionNorm(module, context)
     if isinstance(module, Adapter):
         return ParallelAdapter(module, context)
     return None

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from engine.distributed.boxes import Box
-from engine.distributed.collectives import all_gather, all_reduce, my_part
+from engine.distributed.collectives import all_gather, my_part
 from engine.distributed.mesh import Axis
 from engine.model.parameters import spec_of
 from engine.model.transformer import Transformer
-from engine.parallel.tensor.layers import TensorContext
+from engine.parallel.tensor.layers import SumOverRanks, TensorContext
 from engine.parallel.tensor.vocabulary import PerToken, per_token, weighted_sum
 
 
@@ -35,7 +35,8 @@ class ParallelHead:
                         z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         compute = partial(self._losses, z_loss=z_loss)
         if self.scale is not None and self._ahead and not self._adapted:
-            ahead = partial(weighted_sum, labels=labels_SB, weights=weights_SB, scale=self.scale, compute=compute)
+            ahead = partial(weighted_sum, labels=labels_SB, weights=weights_SB, scale=self.scale,
+                            compute=self._capped(compute))
             total, losses = self._chunk.through_output_layer(x_SBH, ahead)
             return total, losses
         summed, losses = self._per_token(x_SBH, labels_SB, compute)
@@ -65,8 +66,12 @@ class ParallelHead:
         if self._adapted:
             return compute(self._chunk.logits(x_SBH), labels_SB)
         found: tuple[Tensor, ...] = self._chunk.through_output_layer(x_SBH, partial(per_token, labels=labels_SB,
-                                                                                   compute=compute))
+                                                                                   compute=self._capped(compute)))
         return found
+
+    def _capped(self, compute: PerToken) -> PerToken:
+        """Of logits as the output layer gives them."""
+        return lambda logits, labels: compute(self._chunk.capped(logits), labels)
 
     def _losses(self, logits: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, ...]:
         """What is summed up of each token, and its loss."""
@@ -81,7 +86,7 @@ class ParallelHead:
     def sum_over_sequence(self, x: Tensor) -> Tensor:
         if self._context.size == 1:
             return x
-        total: Tensor = _SumOverRanks.apply(x, self._context)
+        total: Tensor = SumOverRanks.apply(x, self._context)
         return total
 
     def once(self, x: Tensor) -> Tensor:
@@ -107,20 +112,3 @@ class _JoinSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return my_part(grads[0], ctx.axis).contiguous(), None
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum on every rank.  What each makes of it may differ, so the gradient is a sum over them too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        total = x.clone(memory_format=torch.contiguous_format)
-        all_reduce(total, axis)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        all_reduce(grad, ctx.axis)
-        return grad, None

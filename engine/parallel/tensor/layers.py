@@ -37,7 +37,7 @@ from engine.distributed.mesh import Axis
 from engine.kernels.fp8 import Scaled
 from engine.kernels.operation import applied
 from engine.kernels.table import Operations
-from engine.model.layers import Adds, PositionEmbedding
+from engine.model.layers import Adds, PositionEmbedding, ProjectionNorm
 from engine.model.parameters import spec_of
 from engine.parallel.gradients import WeightGradQueue, slot_of
 from engine.precision.gemms import Gemms, GemmsFactory, Operand
@@ -231,6 +231,38 @@ class VocabEmbedding(nn.Module):
     def forward(self, tokens_SB: Tensor) -> Tensor:
         """[S, B] → [S, B, H], or [S/T, B, H] with sequence parallelism."""
         return applied(_VocabEmbedding, tokens_SB, self.weight, self)
+
+
+class ParallelProjectionNorm(ProjectionNorm):
+    """Of heads that tensor ranks divide; those that several have copies of count once."""
+
+    def __init__(self, whole: ProjectionNorm, context: TensorContext) -> None:
+        super().__init__(whole.weight, None, whole.eps, whole.operations)
+        self._axis, self._copies = context.axis, 1
+        spec = spec_of(whole.weight)
+        if spec.copied.start < spec.copied.stop:
+            self._copies = spec.copies
+
+    def total(self, sums: Tensor) -> Tensor:
+        total: Tensor = SumOverRanks.apply(sums / self._copies, self._axis)
+        return total
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum on every rank.  What each makes of it may differ, so the gradient is a sum over them too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        total = x.clone(memory_format=torch.contiguous_format)
+        all_reduce(total, axis)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        all_reduce(grad, ctx.axis)
+        return grad, None
 
 
 class PartPositionEmbedding(PositionEmbedding):
