@@ -1,4 +1,4 @@
-"""What GPT-2, OPT, GPT-NeoX, StarCoder 2, Phi-3, Gemma and OLMo 2 have and Llama has not, in layouts as in one process."""
+"""What GPT-2, OPT, GPT-NeoX, StarCoder 2, Phi-3, Gemma and OLMo 2 have and Llama has not: layouts are one process."""
 
 from __future__ import annotations
 
