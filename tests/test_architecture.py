@@ -67,7 +67,7 @@ RANK_CEILINGS = {
     "schedules": 430,
     "train": 1_670,       # and going back before spikes, what a reference says, what all runs share, their account
 }
-RANK_CEILING = 14_050     # lower than the sum: who needs the whole of a room makes another smaller
+RANK_CEILING = 14_250     # lower than the sum: who needs the whole of a room makes another smaller
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
