@@ -36,7 +36,8 @@ def attention_reference(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: T
     if documents is not None:
         mask = documents.mask(scores.device)
     if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
+        queries, keys = scores.shape[-2:]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)[None, None]
     if window is not None:
         mask = latest(mask, window)
     scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
@@ -55,7 +56,8 @@ def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | No
     """Attention output [S, B, G·Q·D].
 
     Args:
-        mask: bool [B or 1, 1, S, T], True where a query may see a key; None for the plain causal mask (S = T).
+        mask: bool [B or 1, 1, S, T], True where a query may see a key; None: the plain causal mask (S = T), or all
+            keys for the query that is behind them (S = 1).
         documents: queries see keys of their own document only, besides (S = T, no mask).
         window: of these keys, queries see the latest so many.
         softcap: scores s become cap·tanh(s / cap) (Gemma 2).
@@ -67,11 +69,14 @@ def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | No
     if window is not None and mask is not None:
         mask = latest(mask, window)
     elif window is not None and window < len(k_TBGD):
+        if len(q_SBGQD) == 1:
+            return attention(q_SBGQD, k_TBGD[-window:], v_TBGD[-window:])
         return _band(q_SBGQD, k_TBGD, v_TBGD, window)
     q = q_SBGQD.flatten(2, 3).permute(1, 2, 0, 3)
     k, v = k_TBGD.permute(1, 2, 0, 3), v_TBGD.permute(1, 2, 0, 3)
     grouped = q_SBGQD.shape[3] > 1
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
+                                         enable_gqa=grouped)
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -102,10 +107,11 @@ def _capped(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None
         if mask is not None:
             seen = mask[..., start : start + CAPPED, :]
         else:
-            stop = start + len(queries)
-            keys = slice(0 if window is None else max(0, start + 1 - window), stop)
-            seen = torch.ones(len(queries), stop, dtype=torch.bool, device=queries.device).tril(start)
-            seen = (seen if window is None else seen.triu(start + 1 - window))[None, None, :, keys]
+            first = start + len(k_TBGD) - len(q_SBGQD)
+            stop = first + len(queries)
+            keys = slice(0 if window is None else max(0, first + 1 - window), stop)
+            seen = torch.ones(len(queries), stop, dtype=torch.bool, device=queries.device).tril(first)
+            seen = (seen if window is None else seen.triu(first + 1 - window))[None, None, :, keys]
         done.append(checkpoint(attention_reference, queries, k_TBGD[keys], v_TBGD[keys], seen, None, None, softcap,
                                use_reentrant=False, preserve_rng_state=False))
     return torch.cat(done) if len(done) > 1 else done[0]

@@ -109,7 +109,7 @@ def _search(generator: Generator, prompts: Sequence[Sequence[int]], num_beams: i
     return [search.finished[0][1] for search in searches]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _best(generator: Generator, plan: Plan, cache: Cache, live: Sequence[Search], keep: int, penalty: float) -> Tensor:
     """Scores and places (beam · ids + id) of every prompt's best continuations, fp64 [2, prompts, keep]."""
     logits = generator.next_logits(plan, cache)

@@ -9,7 +9,7 @@ Only numbers: where the values are is `engine.generate.cache`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 BLOCK_TOKENS = 16
 
@@ -41,9 +41,9 @@ class Blocks:
         for block in blocks:
             self._users[block] += 1
 
-    def drop(self, blocks: Iterable[int]) -> None:
-        """One table less names them; those that none does are free."""
-        for block in blocks:
+    def drop(self, blocks: Sequence[int]) -> None:
+        """One table less names them; those that none does are free, and taken again in the order that they had."""
+        for block in reversed(blocks):
             self._users[block] -= 1
             if not self._users[block]:
                 self._free.append(block)

@@ -15,6 +15,9 @@ and nothing that is cached; then one token for each text that is to go on, which
 
     beginnings    p₀ p₁ p₂ p₃ │ p₀ p₁          stored, and attended to as documents are
     newest        a₄ │ b₂ │ c₉                 stored, then attention over the blocks of each
+
+Those of several texts are copied together before.  A text that is alone mostly has blocks that are neighbours, and is
+looked at where it lies.
 """
 
 from __future__ import annotations
@@ -38,14 +41,19 @@ class Fed:
         beginnings: the documents that the first tokens make up; None: there are none.
         copies_2C: blocks to copy from and to before the newest tokens are stored; None: none.
         tables_BN: the blocks of every text, in order; what is behind its last does not matter.
-        visible_B11T: bool, the keys of these blocks that its newest token sees.
+        longest: keys of these blocks that are looked at.
+        visible_B11T: bool, those of them that its newest token sees; None: all.
+        strip: the only text's keys among those of all blocks, which lie there one behind the other; None: use the
+            tables.
     """
 
     slots_S: Tensor
     beginnings: Documents | None
     copies_2C: Tensor | None
     tables_BN: Tensor
-    visible_B11T: Tensor
+    longest: int
+    visible_B11T: Tensor | None
+    strip: slice | None
 
 
 class Cache:
@@ -53,14 +61,14 @@ class Cache:
 
     def __init__(self, layers: Iterable[int], num_blocks: int, groups: int, head_dim: int, *, dtype: torch.dtype,
                  device: torch.device) -> None:
-        self._place = {layer: place for place, layer in enumerate(layers)}
-        shape = (len(self._place), num_blocks, BLOCK_TOKENS, groups, head_dim)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)          # what is masked must be finite: 0 · NaN
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        numbers = list(layers)
+        shape = (2, len(numbers), num_blocks * BLOCK_TOKENS, groups, head_dim)
+        keys, values = torch.zeros(shape, dtype=dtype, device=device)        # what is masked must be finite: 0 · NaN
+        self._of = dict(zip(numbers, zip(keys, values, strict=True), strict=True))
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Its keys and values, [N, 16, G, D]."""
-        return self._keys[self._place[layer]], self._values[self._place[layer]]
+        """Its keys and values, [N · 16, G, D]."""
+        return self._of[layer]
 
 
 class Pass:
@@ -69,23 +77,32 @@ class Pass:
     def __init__(self, cache: Cache, fed: Fed) -> None:
         self._cache, self._fed = cache, fed
         self._first = 0 if fed.beginnings is None else fed.beginnings.bounds[0][-1]         # of the newest tokens
+        self._newest = fed.slots_S[self._first:] if self._first else fed.slots_S
 
     def attend(self, layer: int, q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor,
                attention: Callable[..., Tensor]) -> Tensor:
         """Stores keys and values and attends to those of each text; [S, 1, G·Q·D]."""
         first, fed = self._first, self._fed
-        stores = self._cache.of(layer)
-        done = []
+        stores, begun = self._cache.of(layer), None
         if first:
             for store, new in zip(stores, (k_SBGD, v_SBGD), strict=True):
-                store.flatten(0, 1).index_copy_(0, fed.slots_S[:first], new[:first, 0])
-            done.append(attention(q_SBGQD[:first], k_SBGD[:first], v_SBGD[:first], None, fed.beginnings))
-        length, seen = fed.visible_B11T.shape[-1], []
+                store.index_copy_(0, fed.slots_S[:first], new[:first, 0])
+            begun = attention(q_SBGQD[:first], k_SBGD[:first], v_SBGD[:first], None, fed.beginnings)
+            q_SBGQD, k_SBGD, v_SBGD = (x[first:] for x in (q_SBGQD, k_SBGD, v_SBGD))
+        seen = []
         for store, new in zip(stores, (k_SBGD, v_SBGD), strict=True):
             if fed.copies_2C is not None:
-                store.index_copy_(0, fed.copies_2C[1], store[fed.copies_2C[0]])
-            store.flatten(0, 1).index_copy_(0, fed.slots_S[first:], new[first:, 0])
-            blocks = store.index_select(0, fed.tables_BN.flatten())
-            seen.append(blocks.view(len(fed.tables_BN), -1, *store.shape[2:])[:, :length].transpose(0, 1))
-        done.append(attention(q_SBGQD[first:].transpose(0, 1), *seen, fed.visible_B11T).transpose(0, 1))
-        return torch.cat(done) if first else done[0]
+                blocks = store.unflatten(0, (-1, BLOCK_TOKENS))
+                blocks.index_copy_(0, fed.copies_2C[1], blocks[fed.copies_2C[0]])
+            store.index_copy_(0, self._newest, new.squeeze(1))
+            seen.append(self._looked_at(store))
+        done = attention(q_SBGQD.transpose(0, 1), *seen, fed.visible_B11T).transpose(0, 1)
+        return done if begun is None else torch.cat((begun, done))
+
+    def _looked_at(self, store: Tensor) -> Tensor:
+        """What the newest tokens attend to, [T, B, G, D]."""
+        fed = self._fed
+        if fed.strip is not None:
+            return store[fed.strip].unsqueeze(1)
+        blocks = store.unflatten(0, (-1, BLOCK_TOKENS)).index_select(0, fed.tables_BN.flatten())
+        return blocks.view(len(fed.tables_BN), -1, *store.shape[1:])[:, : fed.longest].transpose(0, 1)

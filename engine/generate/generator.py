@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -181,7 +182,7 @@ class Generator:
         return Cache(map(int, self._chunk.layers), num_blocks, self._groups, self._model.head_dim,
                      dtype=self._weight.dtype, device=self._mesh.device)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def next_logits(self, plan: Plan, cache: Cache) -> Tensor | None:
         """Feeds a pass; logits of the token behind each of its texts, [B, num_ids], on the last stage.
 
@@ -205,6 +206,7 @@ class Generator:
         pipeline = self._mesh.pipeline
         return chosen, broadcast(chosen, pipeline, pipeline.size - 1, asynchronous=True)
 
+    @torch.inference_mode()
     def _pass(self, plan: Plan, cache: Cache, sampling: Sampling) -> tuple[Tensor, Work]:
         """Feeds and chooses: ids and log-probabilities [2, texts], there when the handle says so."""
         if not plan.texts:
@@ -214,7 +216,7 @@ class Generator:
         if logits is not None:
             if sampling.repetition_penalty != 1:
                 logits = penalise(logits, [text.tokens for text in plan.texts], sampling.repetition_penalty)
-            keys = [text.name.at(sampling.seed, len(text.tokens)) for text in plan.texts]
+            keys = [text.name.at(sampling.seed, len(text.tokens)) for text in plan.texts if sampling.temperature]
             chosen = choose(logits, sampling, keys)
         return self.share(chosen, (2, len(plan.texts)))
 
@@ -234,8 +236,11 @@ class Generator:
         positions += lasts
         slots += (text.table[last // BLOCK_TOKENS] * BLOCK_TOKENS + last % BLOCK_TOKENS
                   for text, last in zip(plan.texts, lasts, strict=True))
-        width = blocks_for(max(lasts) + 1)
-        tables = [block for text in plan.texts for block in (*text.table[:width], *[0] * (width - len(text.table)))]
+        longest = max(lasts) + 1
+        width = blocks_for(longest)
+        strip = _strip(plan.texts[0].table[:width], longest) if len(lasts) == 1 else None
+        tables = [] if strip is not None else [
+            block for text in plan.texts for block in (*text.table[:width], *[0] * (width - len(text.table)))]
         copies = [block for pair in plan.copies for block in pair]
         everything = put(torch.tensor([*tokens, *positions, *slots, *tables, *copies]), self._mesh.device)
         tokens_S, positions_S, slots_S, tables_N, copies_N = everything.split(
@@ -244,10 +249,12 @@ class Generator:
         if plan.beginnings:
             starts = put(torch.tensor(bounds, dtype=torch.int32), self._mesh.device)
             beginnings = Documents((tuple(bounds),), starts)
-        newest_B = positions_S[-len(lasts):]
-        visible = torch.arange(max(lasts) + 1, device=self._mesh.device) <= newest_B[:, None]
-        fed = Fed(slots_S, beginnings, copies_N.view(-1, 2).T if copies else None,
-                  tables_N.view(len(lasts), width), visible[:, None, None])
+        visible = None
+        if min(lasts) < longest - 1:
+            newest_B = positions_S[-len(lasts):]
+            visible = (torch.arange(longest, device=self._mesh.device) <= newest_B[:, None])[:, None, None]
+        fed = Fed(slots_S, beginnings, copies_N.view(-1, 2).T if copies else None, tables_N.view(len(lasts), -1),
+                  longest, visible, strip)
         return Batch(tokens_S.unsqueeze(1), positions_S.unsqueeze(1), cache=Pass(cache, fed))
 
     def _send(self, x_SBH: Tensor) -> None:
@@ -312,6 +319,13 @@ class Generator:
                 f"keys and values on each rank, {room * one / 2**20:,.1f} MiB are there: fewer new tokens, shorter "
                 "prompts, or more ranks")
         return room
+
+
+def _strip(table: Sequence[int], length: int) -> slice | None:
+    """So many slots of these blocks, if they are neighbours in order."""
+    first = table[0] * BLOCK_TOKENS
+    together = all(after == before + 1 for before, after in pairwise(table))
+    return slice(first, first + length) if together else None
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig) -> None:

@@ -52,16 +52,16 @@ def _signed(bits: int) -> int:
 def exponential(keys_B: Tensor, num_ids: int) -> Tensor:
     """Exponentially distributed noise of every id, fp64 [B, num_ids]: a function of (key, id)."""
     ids = torch.arange(1, num_ids + 1, dtype=torch.int64, device=keys_B.device)
-    bits = keys_B.unsqueeze(1) + ids * _signed(_STEP)
+    bits = keys_B.unsqueeze(1) + ids.mul_(_signed(_STEP))
     for shift, factor in _MIX:
-        bits = (bits ^ _shifted(bits, shift)) * _signed(factor)
-    bits = _shifted(bits ^ _shifted(bits, 31), 11)
+        bits.bitwise_xor_(_shifted(bits, shift)).mul_(_signed(factor))
+    bits = _shifted(bits.bitwise_xor_(_shifted(bits, 31)), 11)
     return bits.double().add_(0.5).mul_(2.0**-53).log_().neg_()              # of a uniform number in (0, 1)
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
     """To the right, with zeros from the left."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
+    return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def penalise(logits_BV: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -100,14 +100,14 @@ def choose(logits_BV: Tensor, sampling: Sampling, keys: Sequence[int]) -> Tensor
 
     Args:
         logits_BV: over the true vocabulary, without padding.
-        keys: the noise of each row's token (`Name.at`).
+        keys: the noise of each row's token (`Name.at`); of none for τ = 0.
     """
     logits = logits_BV.float()
     if sampling.temperature == 0:
         chosen = logits.argmax(-1, keepdim=True)
     else:
         noise = exponential(put(torch.tensor(keys, dtype=torch.int64), logits.device), logits.shape[1])
-        chosen = (filtered(logits, sampling) - noise.log_()).argmax(-1, keepdim=True)
-        logits = logits / sampling.temperature
-    log_probs = logits.gather(1, chosen).sub(logits.logsumexp(-1, keepdim=True))
-    return torch.stack((chosen.squeeze(1).double(), log_probs.squeeze(1).double()))
+        chosen = torch.sub(filtered(logits, sampling), noise.log_(), out=noise).argmax(-1, keepdim=True)
+        logits = logits / sampling.temperature if sampling.temperature != 1 else logits
+    log_probs = logits.log_softmax(-1).gather(1, chosen)
+    return torch.cat((chosen.double().T, log_probs.double().T))

@@ -72,11 +72,19 @@ def attention_factor(config: ModelConfig) -> float:
     return scaling.attention_factor or (0.1 * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0)
 
 
-def rotary_angles(config: ModelConfig, positions_SB: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token's angles, each [S, B or 1, 1, 1, R/2], computed in fp32, times `attention_factor`."""
-    theta = inverse_frequencies(config, positions_SB.device)
-    angles = positions_SB.float()[:, :, None, None, None] * theta
-    cos, sin, longer = angles.cos(), angles.sin(), attention_factor(config)
-    if longer != 1:
-        cos, sin = cos * longer, sin * longer
-    return cos.to(dtype), sin.to(dtype)
+class RotaryAngles:
+    """The angles of one model's tokens; keeps θ, which takes longer to compute than the angles of one token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config, self._factor = config, attention_factor(config)
+        self._theta: Tensor | None = None
+
+    def __call__(self, positions_SB: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of every token's angles, each [S, B or 1, 1, 1, R/2], computed in fp32, times the factor."""
+        if self._theta is None or self._theta.device != positions_SB.device:
+            self._theta = inverse_frequencies(self._config, positions_SB.device)
+        angles = positions_SB.float().view(*positions_SB.shape, 1, 1, 1) * self._theta
+        cos, sin = angles.cos(), angles.sin()
+        if self._factor != 1:
+            cos, sin = cos * self._factor, sin * self._factor
+        return cos.to(dtype), sin.to(dtype)

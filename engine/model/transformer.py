@@ -28,7 +28,7 @@ from engine.model.inventory import Specs, below, end_specs, layer_specs
 from engine.model.kinds import Kind, attention_of, mlp_of
 from engine.model.layers import Embedding, Linear, Norm, PositionEmbedding, ScoreHead
 from engine.model.parameters import new_parameter
-from engine.model.rope import rotary_angles
+from engine.model.rope import RotaryAngles
 
 
 class Block(nn.Module):
@@ -86,7 +86,11 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, layers: Sequence[int] | None = None, *, first: bool = True,
                  last: bool = True, operations: Operations = PORTABLE) -> None:
         super().__init__()
-        self.config = config
+        self.config, self._angles = config, RotaryAngles(config)
+        self._near_angles: RotaryAngles | None = None               # of layers with a window
+        if config.rope_local_theta is not None:
+            local = {"rope_theta": config.rope_local_theta, "rope_scaling": None}
+            self._near_angles = RotaryAngles(config.model_copy(update=local))
         specs = end_specs(config)
         self.embedding = Embedding(new_parameter(specs["embedding.weight"])) if first else None
         self.position_embedding = PositionEmbedding(new_parameter(specs["position_embedding.weight"]),
@@ -119,10 +123,9 @@ class Transformer(nn.Module):
                 x = x * self.config.embedding_scale
             if self.position_embedding is not None:
                 x = x + self.position_embedding(batch.positions_SB)
-        angles = near = rotary_angles(self.config, batch.positions_SB, x.dtype)
-        if self.config.rope_local_theta is not None:
-            local = {"rope_theta": self.config.rope_local_theta, "rope_scaling": None}
-            near = rotary_angles(self.config.model_copy(update=local), batch.positions_SB, x.dtype)
+        angles = near = self._angles(batch.positions_SB, x.dtype)
+        if self._near_angles is not None:
+            near = self._near_angles(batch.positions_SB, x.dtype)
         for index, layer in self.layers.items():
             x = layer(x, angles if self.config.window_of(int(index)) is None else near, batch)
         return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ def test_windows(window: int, dtype: torch.dtype) -> None:
     cached = inputs(1, 12, 2, 3)
     assert_equal(lambda q, k, v: attention(q, k, v, seen[:, None, None], window=window),
                  lambda q, k, v: attention_reference(q, k, v, latest[:, None, None]), cached, dtype)
+    newest = (12 - torch.arange(12) <= window)[None, None, None]             # of a text that is alone: no mask
+    for softcap in (None, 2.0):
+        assert_equal(partial(attention, window=window, softcap=softcap),
+                     partial(attention_reference, mask=newest, softcap=softcap), cached, dtype)
+        assert_equal(partial(attention_reference, window=window, softcap=softcap),
+                     partial(attention_reference, mask=newest, softcap=softcap), cached, dtype)
 
 
 @pytest.mark.parametrize("window", [None, 7])

@@ -12,7 +12,7 @@ from engine.config import Config, ModelConfig
 from engine.distributed.topology import Topology
 from engine.model.activations import layer_bytes_per_token
 from engine.model.context import Batch
-from engine.model.rope import rotary_angles
+from engine.model.rope import RotaryAngles
 from engine.parallel.parallelize import parallelize
 from tests.kit.distributed import mesh_for, run_distributed
 from tests.kit.layouts import tiny_config
@@ -35,7 +35,7 @@ def kept_bytes(config: Config) -> int:
     length = LENGTH // (model.mesh.tensor.size if model.tensor.sequence else 1)
     x = torch.randn(length, config.batch.micro, config.model.hidden_size, requires_grad=True)
     positions = torch.arange(LENGTH).unsqueeze(1)
-    angles = rotary_angles(config.model, positions, x.dtype)
+    angles = RotaryAngles(config.model)(positions, x.dtype)
     shared = {tensor.untyped_storage().data_ptr() for tensor in (*angles, *(b.param_buffer for b in model.buckets))}
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

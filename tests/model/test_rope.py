@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from engine.config import ModelConfig
-from engine.model.rope import attention_factor, inverse_frequencies, rotary_angles
+from engine.model.rope import RotaryAngles, attention_factor, inverse_frequencies
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,7 +45,7 @@ def test_frequencies_are_those_of_transformers(kind: str, base: float) -> None:
     found = model(rope_theta=base, rope_scaling=ours)
     torch.testing.assert_close(inverse_frequencies(found, "cpu"), expected, rtol=1e-6, atol=0)
     assert attention_factor(found) == pytest.approx(longer)
-    cos, sin = rotary_angles(found, torch.tensor([[0], [7]]), torch.float32)
+    cos, sin = RotaryAngles(found)(torch.tensor([[0], [7]]), torch.float32)
     assert cos[0].flatten().tolist() == pytest.approx([longer] * 16) and sin[0].count_nonzero() == 0
 
 

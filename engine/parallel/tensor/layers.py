@@ -190,21 +190,20 @@ class ParallelLinear(nn.Module):
 class _VocabEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, layer: VocabEmbedding) -> Tensor:
-        local = tokens - layer.first
-        mine = (local >= 0) & (local < layer.num_rows)
-        rows = torch.where(mine, local, 0)
+        rows, mine, ctx.context = tokens, None, layer.context
+        if layer.context.axis.size > 1:
+            local = tokens - layer.first
+            mine = (local >= 0) & (local < layer.num_rows)
+            rows = torch.where(mine, local, 0)
         ctx.save_for_backward(rows, mine, weight)
-        ctx.context = layer.context
         out = F.embedding(rows, weight)
-        if layer.context.axis.size == 1:
-            return out
-        return sum_over_ranks(out.masked_fill_(~mine.unsqueeze(-1), 0.0), layer.context)
+        return out if mine is None else sum_over_ranks(out.masked_fill_(~mine.unsqueeze(-1), 0.0), layer.context)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, mine, weight = ctx.saved_tensors
         grad = full_sequence(grads[0], ctx.context)
-        if ctx.context.axis.size > 1:
+        if mine is not None:
             grad = grad.masked_fill(~mine.unsqueeze(-1), 0.0)
         if ctx.context.embedding_grad != 1:
             grad = grad * ctx.context.embedding_grad
