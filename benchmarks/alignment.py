@@ -1,7 +1,7 @@
-"""Steps of fine-tuning beside TRL's, on one machine's CPU: SFT, DPO, ORPO and reward models.
+"""Steps of fine-tuning beside TRL's, on one machine's CPU: SFT, DPO, ORPO, reward models and GRPO.
 
     pip install 'trl>=1,<2'
-    python benchmarks/alignment.py [--objectives sft dpo orpo reward] [--sizes small] [--repeats 15] [--markdown F]
+    python benchmarks/alignment.py [--objectives sft dpo orpo reward grpo] [--sizes small] [--repeats 15] [--markdown F]
 
 Both sides are whole trainers, each in a process of its own, with the same weights, tokenizer, template, batches in the
 same order, AdamW, clipping, fp32 and threads; that their losses are the same is a test
@@ -12,6 +12,10 @@ Texts have lengths as instructions have: of questions and answers the logarithms
 DPO asks its reference anew in every step unless it is told not to; ours computes what it says once, before the first
 step, which is not part of the steps.  `precomputed` is TRL told so, the like of ours.  TRL logs the entropy and the
 accuracy of tokens besides.
+
+A step of GRPO writes its texts, sampled at temperature 1 and as long as they may be (random models end none early),
+scores them by a function, and makes one update.  Ours asks the policy for old log-probabilities, too, which TRL then
+takes from the update's own forward pass; and scores in a process of its own.
 """
 
 from __future__ import annotations
@@ -32,12 +36,15 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from benchmarks.rl.rewards import letters
 from checkpoints_tools.from_hf import convert_from_hf
 from corpus_tools.conversations.start import open_corpora
 from engine.bench.harness import Case, Comparison, add_options, alternating, publish
 from engine.config import Config, resolve_layout
-from engine.distributed.mesh import single_mesh
+from engine.distributed.mesh import Job, single_mesh
 from engine.metrics.phases import Moment, Phases
+from engine.rl.prompts import Prompts
+from engine.rl.start import begin
 from engine.train.loop import Trainer
 from tests.kit.chats import hf_tokenizer
 from tests.kit.hf_folders import save_hf
@@ -51,7 +58,8 @@ SIZES = {"tiny": {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_head
                    "intermediate_size": 1408, "vocab_size": 8192}}
 SEQ_LEN, BATCH = 256, 4
 RATE, BETAS, CLIP = 1e-5, (0.9, 0.95), 1.0
-OBJECTIVES = ("sft", "dpo", "orpo", "reward")
+OBJECTIVES = ("sft", "dpo", "orpo", "reward", "grpo")
+PROMPTS, GROUP, NEW = 4, 8, 32                               # of a step of GRPO; tokens of each text
 TEMPLATE = ("{% for turn in messages %}<|im_start|>{{ turn.role }}\n"
             "{% if turn.role == 'assistant' %}{% generation %}{{ turn.content }}<|im_end|>{% endgeneration %}"
             "{% else %}{{ turn.content }}<|im_end|>{% endif %}{% endfor %}"
@@ -87,7 +95,9 @@ def write_texts(folder: Path, objective: str, number: int) -> None:
             question, *answers = (words(draw, known, median) for median in (12, 18, 18))
             record: dict[str, Any] = {"messages": [{"role": "user", "content": question},
                                                    {"role": "assistant", "content": answers[0]}]}
-            if objective != "sft":
+            if objective == "grpo":
+                record = {"prompt": question}
+            elif objective != "sft":
                 record = {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
             file.write(json.dumps(record) + "\n")
 
@@ -98,11 +108,15 @@ def config_of(folder: Path, objective: str, size: dict[str, int], steps: int) ->
              "num_heads": size["num_attention_heads"], "num_kv_heads": size["num_key_value_heads"], "norm_eps": 1e-6,
              "ffn_hidden_size": size["intermediate_size"], "vocab_size": size["vocab_size"],
              "head": "score" if objective == "reward" else "language_model"}
+    own: dict[str, Any] = {"batch": {"micro": BATCH, "global": BATCH}} if objective != "grpo" else {
+        "batch": {"micro": PROMPTS * GROUP}, "grpo": {"epochs": 1, "minibatch": PROMPTS * GROUP, "group": GROUP},
+        "roles": {"reward": {"function": "benchmarks.rl.rewards:letters", "workers": 1}},
+        "rollout": {"prompts": PROMPTS, "max_new_tokens": NEW, "batch": PROMPTS * GROUP}}
     return resolve_layout(Config.model_validate({
         "run": {"dir": str(folder / "run"), "objective": objective, "device": "cpu"}, "model": model, "steps": steps,
         "data": {"tokenizer": str(folder / "tokenizer"), "template": str(folder / "template.jinja"), "pack": False,
                  "seq_len": SEQ_LEN, "train": [{"path": str(folder / "texts.jsonl"), "max_epochs": 1}]},
-        "batch": {"micro": BATCH, "global": BATCH}, "precision": {"compute": "fp32"}, "parallel": {"data": 1},
+        **own, "precision": {"compute": "fp32"}, "parallel": {"data": 1},
         "checkpoint": {"load": str(folder / "ours"), "every": 0}, "eval": {"every": 0},
         "optim": {"lr": RATE, "decay": "constant", "warmup_steps": 0, "betas": list(BETAS), "weight_decay": 0.0,
                   "grad_clip": CLIP}}), 1)
@@ -114,10 +128,13 @@ def ours(folder: Path, objective: str, size: dict[str, int], steps: int, turn: T
     phases = Phases(torch.device("cpu"))
 
     def heard(moment: Moment) -> None:
-        if moment.phase == "load":
+        if moment.phase == ("reshard" if objective == "grpo" else "load"):
             turn()
 
     phases.listeners.append(heard)
+    if objective == "grpo":
+        begin(config, lambda: False, False)(Job("cpu"), phases).run()
+        return
     corpora = open_corpora(config, say=lambda line: None)
     Trainer.start(config, single_mesh(), corpora, lambda: False, phases=phases).run()
 
@@ -133,37 +150,44 @@ def theirs(folder: Path, objective: str, size: dict[str, int], steps: int, turn:
     tokenizer.chat_template, tokenizer.pad_token = TEMPLATE, "<s>"
     records = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
     order = json.loads((folder / "order.json").read_text())
-    asked = [records[number] if objective == "sft" else of_turns(records[number], objective) for number in order]
+    asked = [records[number] if objective == "sft" else of_turns(records[number]) for number in order]
     kind = transformers.AutoModelForSequenceClassification if objective == "reward" else \
         transformers.AutoModelForCausalLM
     model = kind.from_pretrained(folder / "hf", dtype="float32", **({"num_labels": 1} if objective == "reward" else {}))
     model.config.pad_token_id = tokenizer.pad_token_id
     own: dict[str, Any] = {"sft": {"assistant_only_loss": True, "packing": False, "shuffle_dataset": False},
-                           "dpo": {"precompute_ref_log_probs": precomputed}}.get(objective, {})
+                           "dpo": {"precompute_ref_log_probs": precomputed},
+                           "grpo": {"per_device_train_batch_size": PROMPTS * GROUP, "num_generations": GROUP,
+                                    "max_completion_length": NEW, "shuffle_dataset": False}}.get(objective, {})
+    if objective != "grpo":
+        own |= {"max_length": SEQ_LEN, "train_sampling_strategy": "sequential", "per_device_train_batch_size": BATCH}
     trainers = {"sft": (trl.SFTTrainer, trl.SFTConfig), "dpo": (trl.DPOTrainer, trl.DPOConfig),
-                "reward": (trl.RewardTrainer, trl.RewardConfig)}
+                "reward": (trl.RewardTrainer, trl.RewardConfig), "grpo": (trl.GRPOTrainer, trl.GRPOConfig)}
     if objective == "orpo":
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
         trainers["orpo"] = ORPOTrainer, ORPOConfig
     make, arguments = trainers[objective]
     settings = arguments(
-        output_dir=str(folder / "trl"), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=RATE,
-        lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, adam_beta1=BETAS[0], adam_beta2=BETAS[1],
-        max_grad_norm=CLIP, max_length=SEQ_LEN, train_sampling_strategy="sequential", use_cpu=True, bf16=False,
-        gradient_checkpointing=False, report_to=[], save_strategy="no", disable_tqdm=True, **own)
+        output_dir=str(folder / "trl"), max_steps=steps, learning_rate=RATE, lr_scheduler_type="constant",
+        warmup_steps=0, weight_decay=0.0, adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP, use_cpu=True,
+        bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", disable_tqdm=True, **own)
 
     class Waits(transformers.TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             turn()
 
+    def score(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        return letters((), [turns[0]["content"] for turns in completions], ())
+
+    more = {"reward_funcs": score} if objective == "grpo" else {}
     make(model, args=settings, train_dataset=datasets.Dataset.from_list(asked), processing_class=tokenizer,
-         callbacks=[Waits()]).train()
+         callbacks=[Waits()], **more).train()
 
 
-def of_turns(record: dict[str, str], objective: str) -> dict[str, Any]:
-    """A pair as turns."""
+def of_turns(record: dict[str, str]) -> dict[str, Any]:
+    """A pair, or a prompt, as turns."""
     prompt = [{"role": "user", "content": record["prompt"]}]
-    answers = {key: [{"role": "assistant", "content": record[key]}] for key in ("chosen", "rejected")}
+    answers = {key: [{"role": "assistant", "content": record[key]}] for key in ("chosen", "rejected") if key in record}
     return answers | {"prompt": prompt}
 
 
@@ -199,12 +223,12 @@ def running(side: Callable[..., None], folder: Path, arguments: tuple[Any, ...],
 def beside_trl(objective: str, name: str, threads: int, repeats: int, cpu_time: bool) -> Comparison:
     """One table."""
     warmup, size = 3, SIZES[name]
-    steps = warmup + repeats + 2
+    steps, batch = warmup + repeats + 2, PROMPTS if objective == "grpo" else BATCH
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         folder = Path(place)
         (folder / "template.jinja").write_text(TEMPLATE)
         hf_tokenizer(folder / "tokenizer", vocab_size=1200)
-        write_texts(folder, objective, steps * BATCH)
+        write_texts(folder, objective, steps * batch)
         if objective == "reward":
             save_classifier(folder, size)
         else:
@@ -212,22 +236,32 @@ def beside_trl(objective: str, name: str, threads: int, repeats: int, cpu_time: 
         with redirect_stdout(StringIO()):
             convert_from_hf(folder / "hf", folder / "ours", check=False)
             config = config_of(folder, objective, size, steps)
-            train = open_corpora(config, say=lambda line: None).train
-        [source] = train.sources
-        windows = [train.sample(index).window for index in range(steps * BATCH)]
-        order = [source.rows[w][0] if objective == "sft" else source.records[w] for w in windows]
-        (folder / "order.json").write_text(json.dumps(order))
+            (folder / "order.json").write_text(json.dumps(order_of(config, objective, steps * batch)))
         arguments = (objective, size, steps)
         sides: dict[str, Callable[..., None]] = {"TRL": theirs}
         if objective == "dpo":
             sides["TRL, precomputed"] = partial(theirs, precomputed=True)
         sides["octant"] = ours
-        cases = [Case(label, stack.enter_context(running(side, folder, arguments, threads, cpu_time)), BATCH)
+        work, unit = (PROMPTS * GROUP * NEW, "new tokens") if objective == "grpo" else (BATCH, "samples")
+        cases = [Case(label, stack.enter_context(running(side, folder, arguments, threads, cpu_time)), work)
                  for label, side in sides.items()]
         model = f"{size['num_hidden_layers']} layers of {size['hidden_size']}, vocabulary {size['vocab_size']}"
         time = "CPU time of one thread" if cpu_time else f"{threads} threads"
-        return alternating(*cases, repeats=repeats, warmup=warmup, unit="samples", packages=["transformers", "trl"],
-                           title=f"{objective}, {name}: {model}, {BATCH} samples a step, {time}")
+        step = f"{PROMPTS} prompts × {GROUP} texts of {NEW} tokens" if objective == "grpo" else f"{BATCH} samples"
+        return alternating(*cases, repeats=repeats, warmup=warmup, unit=unit, packages=["transformers", "trl"],
+                           title=f"{objective}, {name}: {model}, {step} a step, {time}")
+
+
+def order_of(config: Config, objective: str, number: int) -> list[int]:
+    """The lines of the file in the order in which our run takes them."""
+    if objective == "grpo":
+        lines = [line["prompt"] for line in map(json.loads, Path(config.data.train[0].path).read_text().splitlines())]
+        prompts = Prompts.open(config)
+        return [lines.index(prompts.prompt(index).record["prompt"]) for index in range(number)]
+    train = open_corpora(config, say=lambda line: None).train
+    [source] = train.sources
+    windows = [train.sample(index).window for index in range(number)]
+    return [source.rows[w][0] if objective == "sft" else source.records[w] for w in windows]
 
 
 def save_classifier(folder: Path, size: dict[str, int]) -> None:
