@@ -32,6 +32,10 @@ from engine.train.role import Role, RoleState
 
 SCORE_KEY = f"model.{SCORE}"
 
+RAW = ("warning: {name}: the run of {path} evaluated nothing on data.valid, so its scores have no known mean and they "
+       "count raw, however large, beside kl_coef, penalties and other rewards; give that run data.valid "
+       "and eval.every, or set reward_norm")
+
 
 @dataclass(frozen=True)
 class Member:
@@ -128,8 +132,11 @@ class Cast:
                 reader = open_model(Path(source), group)
                 notes += _load(name, member, reader, data)
                 contents[name] = reader.content
-                if name.startswith(REWARD) and (scale := Scale.of(reader)) is not None:
-                    self.scales[name] = scale
+                if name.startswith(REWARD):
+                    if (scale := Scale.of(reader)) is not None:
+                        self.scales[name] = scale
+                    else:
+                        notes.append(RAW.format(name=name, path=reader.path))
             member.state.publish()
         return notes, contents
 

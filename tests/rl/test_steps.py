@@ -117,13 +117,14 @@ def scores_of(folder: Path, reward: str) -> dict[str, np.ndarray]:
     return {"reward": found[0].parts["reward"], "all": found[0].scores}
 
 
-def test_a_reward_model_speaks_in_standard_deviations(tmp_path: Path) -> None:
+def test_a_reward_model_speaks_in_standard_deviations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of its scores on samples held back: were those this step's, they would have a mean of 0 and a deviation of 1."""
     config = rl_config(tmp_path / "config", **SETTINGS)
     plain = scores_of(tmp_path / "plain", reward_model(tmp_path / "a", config, None))["reward"]
-    assert np.ptp(plain) > 0
+    assert np.ptp(plain) > 0 and "warning: reward: " in (said := capsys.readouterr().out) and "count raw" in said
     scale = {"mean": float(plain.mean()), "std": float(plain.std())}
     found = scores_of(tmp_path / "scaled", reward_model(tmp_path / "b", config, scale))
+    assert "count raw" not in capsys.readouterr().out
     assert found["reward"].mean() == pytest.approx(0, abs=1e-6) and found["reward"].std() == pytest.approx(1, rel=1e-6)
     assert found["reward"] == pytest.approx((plain - scale["mean"]) / scale["std"], rel=1e-6)
     assert found["all"] == pytest.approx(2 * found["reward"]), "the weight is of standard deviations"
