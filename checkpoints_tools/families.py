@@ -18,8 +18,8 @@ Json = dict[str, Any]
 
 # Keys of our model section that only some families have, beside the kind of feed-forward layer, and their defaults.
 FEATURES = ("qk_norm", "qkv_bias", "attention_bias", "mlp_bias", "norm", "residual", "position", "position_offset",
-            "rope_share", "embedding_scale", "window", "full_every", "norm_place", "query_pre_attn_scalar",
-            "attention_softcap", "logit_softcap", "rope_local_theta")
+            "rope_share", "embedding_scale", "window", "full_every", "norm_place", "embedding_norm",
+            "query_pre_attn_scalar", "attention_softcap", "logit_softcap", "rope_local_theta")
 DEFAULTS = {key: ModelConfig.model_fields[key].default for key in FEATURES}
 
 
@@ -42,6 +42,7 @@ class Family:
         flags: those of `FEATURES` that are keys of its `config.json`, under the same names.
         partial_rotary: `partial_rotary_factor` may be less than one.
         keys: what it calls settings that most classes call otherwise, by that name; null: it has no such setting.
+        aliases: other names that some of its files have for keys, by these.
         computes: whether the class takes the sizes of a model.
         names: tensors that it calls otherwise than `checkpoints_tools.names` does, by our names.
         transposed: those whose matrices have inputs × outputs.
@@ -62,6 +63,7 @@ class Family:
     flags: tuple[str, ...] = ()
     partial_rotary: bool = False
     keys: Mapping[str, str | None] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     computes: Callable[[ModelConfig], bool] = lambda config: True
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
@@ -217,6 +219,24 @@ FAMILIES = {family.name: family for family in (
                           "mlp.linear_fc2": "mlp.c_proj"}),
            transposed=frozenset(f"layers.{{i}}.{layer}.weight" for layer in (
                QKV, "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"))),
+    Family("BloomForCausalLM", "bloom",
+           {**SAME, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 250880,
+            "hidden_act": "gelu_new", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,
+            "tie_word_embeddings": True},
+           {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+           {"apply_residual_connection_post_layernorm": False, "slow_but_exact": False},
+           mlps={"gelu_new": "gelu-tanh"}, always=BIASED | {"position": "alibi", "embedding_norm": True},
+           computes=lambda config: plain_heads(config) and config.ffn_hidden_size == 4 * config.hidden_size,
+           keys=HEADLESS | {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "intermediate_size": None,
+                            "max_position_embeddings": "seq_length", "hidden_act": None, "rope_theta": None,
+                            "rope_scaling": None, "rms_norm_eps": "layer_norm_epsilon"},
+           aliases={"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+           names=tensors("transformer.h", {"embedding": "transformer.word_embeddings", "output_layer": "lm_head",
+                                           "embedding_layernorm": "transformer.word_embeddings_layernorm",
+                                           "final_layernorm": "transformer.ln_f"},
+                         {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm",
+                          QKV: "self_attention.query_key_value", "self_attention.linear_proj": "self_attention.dense",
+                          "mlp.linear_fc1": "mlp.dense_h_to_4h", "mlp.linear_fc2": "mlp.dense_4h_to_h"})),
     Family("OPTForCausalLM", "opt",
            {**SAME, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
             "vocab_size": 50272, "hidden_act": "relu", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,

@@ -116,7 +116,8 @@ def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
     path = folder / CONFIG
     found = Settings(path, read_object(path, "the configuration of a model", CheckpointError))
     family = _family(found)
-    found = found.over({**dict.fromkeys(family.flags, False), **family.defaults}, family.keys)
+    stated = {family.aliases.get(key, key): value for key, value in found.values.items()}
+    found = Settings(path, stated).over({**dict.fromkeys(family.flags, False), **family.defaults}, family.keys)
     mine = ("hidden_act", lambda value: not isinstance(value, str) or value not in family.mlps,
             f"a {family.name} may have {', '.join(family.mlps)}")
     found = _one_rope(found, family)
@@ -236,8 +237,8 @@ def _rope(found: Settings, family: Family) -> tuple[float, Json | None, float]:
         raise rope.refuse("partial_rotary_factor", f"and RoPE turns whole heads in a {family.name}")
     plain = kind == "default" or (kind == "linear" and rope.number("factor") == 1)
     if not plain and kind not in OF_ROPE:
-        raise CheckpointError(f"{found.path}: RoPE is of the kind {shown(kind)} ({shown(dict(rope.values))}); Octant "
-                              f"has the plain kind, {', '.join(OF_ROPE)}")
+        raise CheckpointError(f"{found.path}: rope_scaling: RoPE is of the kind {shown(kind)} "
+                              f"({shown(dict(rope.values))}); Octant has the plain kind, {', '.join(OF_ROPE)}")
     known = {ROPE_NAMES.get(key, key) for keys in OF_ROPE.values() for key in keys}
     if unknown := rope.values.keys() - KNOWN_ROPE_KEYS - known:
         raise CheckpointError(f"{found.path}: RoPE has the setting {shown(min(unknown))} ({shown(dict(rope.values))}), "

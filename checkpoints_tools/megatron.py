@@ -39,7 +39,7 @@ WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "
 MOST_TRACKER = 64                       # bytes of the file that names an iteration
 # Keys of the model section, and the value that is known here.
 ELSEWHERE = {"head": "language_model", "norm": "rmsnorm", "residual": "sequential", "position": "rope",
-             "rope_share": 1.0, "embedding_scale": 1.0, "window": None, "norm_place": "pre",
+             "rope_share": 1.0, "embedding_scale": 1.0, "window": None, "embedding_norm": False, "norm_place": "pre",
              "query_pre_attn_scalar": None, "attention_softcap": None, "logit_softcap": None}
 PADDED = ("embedding.weight", "output_layer.weight")
 

@@ -48,6 +48,8 @@ class Row:
 TABLE = (
     Row("embedding.weight", ("model.embed_tokens.weight",), "embedding.word_embeddings.weight"),
     Row("position_embedding.weight", ("model.embed_positions.weight",), ""),
+    Row("embedding_layernorm.weight", ("model.embed_layernorm.weight",), ""),
+    Row("embedding_layernorm.bias", ("model.embed_layernorm.bias",), ""),
     Row("layers.{i}.input_layernorm.weight", ("model.layers.{i}.input_layernorm.weight",),
         "decoder.layers.self_attention.linear_qkv.layer_norm_weight"),
     Row("layers.{i}.input_layernorm.bias", ("model.layers.{i}.input_layernorm.bias",),

@@ -1,8 +1,9 @@
 """Causal grouped-query attention through torch's scaled-dot-product kernels (flash, cuDNN or memory-efficient).
 
 Packed documents are attended to one by one, or all in one call of a kernel that takes their boundaries; a mask is for
-queries over cached keys only.  Scores within a cap (Gemma 2's) are written out for some queries at a time, and again in
-the backward pass, where no kernel has one; flash-attn has.
+queries over cached keys only.  Scores within a cap (Gemma 2's), and those that fall with the distance (ALiBi: Press et
+al. 2022), are written out for some queries at a time, and again in the backward pass, where no kernel has such;
+flash-attn has caps.
 
 Shapes: S queries, T keys, B batch, G key-value groups, Q query heads per group, D head dimension.
 """
@@ -22,17 +23,20 @@ from torch.utils.checkpoint import checkpoint
 from engine.kernels.documents import Documents
 from engine.kernels.operation import Implementation, Operation, Place, Unavailable, anywhere, installed
 
-CAPPED = 256                               # queries whose scores are there at once where they have a cap
+QUERIES = 256                              # whose scores are there at once where they are written out
 
 
 def attention_reference(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
                         documents: Documents | None = None, window: int | None = None,
-                        softcap: float | None = None) -> Tensor:
+                        softcap: float | None = None, slopes: Tensor | None = None) -> Tensor:
     """The definition, with the scores written out; arguments as of `attention`."""
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_SBGQD, k_TBGD, v_TBGD))
     scores = torch.einsum("sbgqd,tbgd->bgqst", q, k) * q.shape[-1] ** -0.5
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
+    if slopes is not None:                 # a softmax knows differences only: the keys' positions do
+        far = torch.arange(len(k), device=k.device, dtype=k.dtype)
+        scores = scores + (slopes.to(k.dtype)[:, None] * far).view(1, *q.shape[2:4], 1, -1)
     if documents is not None:
         mask = documents.mask(scores.device)
     if mask is None:
@@ -52,7 +56,7 @@ def latest(mask: Tensor, window: int) -> Tensor:
 
 def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
               documents: Documents | None = None, window: int | None = None,
-              softcap: float | None = None) -> Tensor:
+              softcap: float | None = None, slopes: Tensor | None = None) -> Tensor:
     """Attention output [S, B, G·Q·D].
 
     Args:
@@ -61,11 +65,12 @@ def attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | No
         documents: queries see keys of their own document only, besides (S = T, no mask).
         window: of these keys, queries see the latest so many.
         softcap: scores s become cap·tanh(s / cap) (Gemma 2).
+        slopes: [G·Q]; scores fall by so much per token of distance (ALiBi).
     """
     if documents is not None:
-        return _one_by_one(q_SBGQD, k_TBGD, v_TBGD, documents, window, softcap)
-    if softcap is not None:
-        return _capped(q_SBGQD, k_TBGD, v_TBGD, mask, window, softcap)
+        return _one_by_one(q_SBGQD, k_TBGD, v_TBGD, documents, window, softcap, slopes)
+    if softcap is not None or slopes is not None:
+        return _written_out(q_SBGQD, k_TBGD, v_TBGD, mask, window, softcap, slopes)
     if window is not None and mask is not None:
         mask = latest(mask, window)
     elif window is not None and window < len(k_TBGD):
@@ -95,17 +100,17 @@ def _band(q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, window: int) -> Tenso
     return torch.cat(done)
 
 
-def _capped(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None, window: int | None,
-            softcap: float) -> Tensor:
-    """`CAPPED` queries at a time: what is kept of them is their input and their output."""
+def _written_out(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None, window: int | None,
+                 softcap: float | None, slopes: Tensor | None) -> Tensor:
+    """`QUERIES` queries at a time: what is kept of them is their input and their output."""
     if mask is not None and window is not None:
         mask = latest(mask, window)
     done = []
-    for start in range(0, len(q_SBGQD), CAPPED):
-        queries = q_SBGQD[start : start + CAPPED]
+    for start in range(0, len(q_SBGQD), QUERIES):
+        queries = q_SBGQD[start : start + QUERIES]
         keys, seen = slice(None), mask
         if mask is not None:
-            seen = mask[..., start : start + CAPPED, :]
+            seen = mask[..., start : start + QUERIES, :]
         else:
             first = start + len(k_TBGD) - len(q_SBGQD)
             stop = first + len(queries)
@@ -113,17 +118,17 @@ def _capped(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None
             seen = torch.ones(len(queries), stop, dtype=torch.bool, device=queries.device).tril(first)
             seen = (seen if window is None else seen.triu(first + 1 - window))[None, None, :, keys]
         done.append(checkpoint(attention_reference, queries, k_TBGD[keys], v_TBGD[keys], seen, None, None, softcap,
-                               use_reentrant=False, preserve_rng_state=False))
+                               slopes, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(done) if len(done) > 1 else done[0]
 
 
 def _one_by_one(q_SBGQD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, documents: Documents, window: int | None,
-                softcap: float | None) -> Tensor:
+                softcap: float | None, slopes: Tensor | None) -> Tensor:
     """Each document by itself."""
     rows = []
     for row, qkv in enumerate(zip(*(x.split(1, dim=1) for x in (q_SBGQD, k_SBGD, v_SBGD)), strict=True)):
         parts = zip(*(x.split(documents.lengths(row)) for x in qkv), strict=True)      # backward one concatenation
-        rows.append(torch.cat([attention(q, k, v, window=window, softcap=softcap) for q, k, v in parts]))
+        rows.append(torch.cat([attention(q, k, v, window=window, softcap=softcap, slopes=slopes) for q, k, v in parts]))
     return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
 
@@ -160,9 +165,9 @@ def _varlen(place: Place) -> Callable[..., Tensor]:
 
     def varlen_attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
                          documents: Documents | None = None, window: int | None = None,
-                         softcap: float | None = None) -> Tensor:
-        if documents is None or softcap is not None:
-            return attention(q_SBGQD, k_TBGD, v_TBGD, mask, documents, window, softcap)
+                         softcap: float | None = None, slopes: Tensor | None = None) -> Tensor:
+        if documents is None or softcap is not None or slopes is not None:
+            return attention(q_SBGQD, k_TBGD, v_TBGD, mask, documents, window, softcap, slopes)
         return _in_one_call(q_SBGQD, k_TBGD, v_TBGD, documents, partial(run, window=window))
 
     return varlen_attention
@@ -180,11 +185,11 @@ def _flash_attn(place: Place) -> Callable[..., Tensor]:
 
     def flash_attention(q_SBGQD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, mask: Tensor | None = None,
                         documents: Documents | None = None, window: int | None = None,
-                        softcap: float | None = None) -> Tensor:
+                        softcap: float | None = None, slopes: Tensor | None = None) -> Tensor:
+        if slopes is not None or mask is not None:
+            return attention(q_SBGQD, k_TBGD, v_TBGD, mask, documents, window, softcap, slopes)
         if documents is not None:
             return _in_one_call(q_SBGQD, k_TBGD, v_TBGD, documents, partial(run, window=window, softcap=softcap))
-        if mask is not None:
-            return attention(q_SBGQD, k_TBGD, v_TBGD, mask, window=window, softcap=softcap)
         q, k, v = (x.transpose(0, 1) for x in (q_SBGQD.flatten(2, 3), k_TBGD, v_TBGD))      # batch first
         out: Tensor = flash(q, k, v, causal=True, deterministic=place.deterministic,
                             **_only(window, softcap))

@@ -56,7 +56,7 @@ class ModelConfig(Section):
     ffn_hidden_size: Size
     vocab_size: Size                                         # the true one; padding for tensor parallelism is local
     max_seq_len: Size = 2048                                 # tokens
-    position: Literal["rope", "learned"] = "rope"            # learned: a table of max_seq_len rows, added at the start
+    position: Literal["rope", "learned", "alibi"] = "rope"   # learned: a table of max_seq_len rows, added at the start
     position_offset: NonNegative = 0                         # rows of the table before position 0 (OPT: 2)
     rope_theta: Positive = 10000.0
     rope_local_theta: Positive | None = None                 # of layers with a window, unscaled; null: as the others
@@ -64,6 +64,7 @@ class ModelConfig(Section):
     rope_scaling: RopeScalingConfig | None = None
     norm: NormName = "rmsnorm"                               # a row of engine.config.kinds, like the two below
     norm_eps: Rate = 1e-5
+    embedding_norm: bool = False                             # normalise what comes out of the embedding (BLOOM)
     norm_place: Literal["pre", "post", "both"] = "pre"       # of each half's norm: of its input, of its output
     embedding_scale: Positive = 1.0                          # what the embedding is multiplied with
     residual: Literal["sequential", "parallel"] = "sequential"       # parallel: both halves read the layer's input

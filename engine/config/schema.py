@@ -190,6 +190,9 @@ class Config(Section):
         if self.optim.name == "adafactor" and self.parallel.reproducible:
             problems.append("optim.name adafactor sums over rows and columns shard by shard, so its bits depend on the "
                             "number of data-parallel ranks, and parallel.reproducible cannot hold: set it to false")
+        if self.model.position == "alibi" and self.parallel.context > 1:
+            problems.append(f"parallel.context({self.parallel.context}) has attention in blocks, whose kernels know no "
+                            "model.position: alibi: set parallel.context to 1")
         if self.model.attention_softcap and self.parallel.context > 1:
             problems.append(f"parallel.context({self.parallel.context}) has attention in blocks, whose kernels know no "
                             f"model.attention_softcap({self.model.attention_softcap:g}): set parallel.context to 1")

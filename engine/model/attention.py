@@ -11,6 +11,8 @@ it whole and uses it on its own heads: the rule `inside`.  With `qk_norm: projec
 
 With `window` a token sees so many tokens, itself the last of them (Beltagy et al. 2020; Mistral 7B); what lies further
 back reaches it through the layers.  With `attention_softcap` scores stay within ±cap (Gemma 2).
+With `position: alibi` nothing turns, and scores fall with the distance of the key, in each head faster than in the next
+(Press et al. 2022).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from engine.model.context import Batch
 from engine.model.half import Angles, Attention
 from engine.model.inventory import Specs
 from engine.model.layers import Linear, Norm, ProjectionNorm
+from engine.model.parameters import spec_of
 
 Split = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -66,6 +69,7 @@ class GroupedQueryAttention(Attention):
         self.longer = None if scalar in (None, config.head_dim) else (config.head_dim / scalar) ** 0.5
         self.options = {key: value for key, value in (("window", self.window), ("softcap", config.attention_softcap))
                         if value is not None}
+        self.alibi, self.num_heads = config.position == "alibi", config.num_heads
         self.core_attention, self._split_and_rotate = operations.attention, rotating(operations.rope)
 
     def forward(self, x_SBH: Tensor, angles: Angles, batch: Batch) -> Tensor:
@@ -77,7 +81,23 @@ class GroupedQueryAttention(Attention):
         q, k, v = self._split_and_rotate(qkv, *angles)
         if self.longer is not None:
             q = q * self.longer
-        attention = partial(self.core_attention, **self.options) if self.options else self.core_attention
+        options = self.options | {"slopes": self._slopes(q)} if self.alibi else self.options
+        attention = partial(self.core_attention, **options) if options else self.core_attention
         if batch.cache is not None:
             return self.linear_proj(batch.cache.attend(self.index, q, k, v, attention))
         return self.linear_proj(attention(q, k, v, None, batch.documents))
+
+    def _slopes(self, q_SBGQD: Tensor) -> Tensor:
+        """Of this rank's heads."""
+        (group, row, *_), count = spec_of(self.linear_qkv.weight).held[0][0].offset, q_SBGQD.shape[2:4].numel()
+        first = group * (spec_of(self.linear_qkv.weight).shape[1] - 2) + row
+        return alibi_slopes(self.num_heads)[first : first + count].to(q_SBGQD.device)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """2^(−8/n), 2^(−16/n) …, where n heads are a power of two; else those of the power below, and for the rest every
+    other one of the power above (Press et al. 2022, and their code)."""
+    power = 1 << (num_heads.bit_length() - 1)
+    exponents = [*(8 * (i + 1) / power for i in range(power)),
+                 *(4 * (2 * i + 1) / power for i in range(num_heads - power))]
+    return torch.tensor([2**-exponent for exponent in exponents])

@@ -44,6 +44,8 @@ def end_specs(config: ModelConfig) -> Specs:
     embedding = ParamSpec("embedding.weight", table, VOCABULARY, init_std=std, tied=config.tie_embeddings)
     final_norm = norm_of(config).parameters("final_layernorm", config.hidden_size)
     ends = {"embedding.weight": embedding, **{spec.name: spec for spec in final_norm}}
+    if config.embedding_norm:
+        ends |= {spec.name: spec for spec in norm_of(config).parameters("embedding_layernorm", config.hidden_size)}
     if config.position == "learned":
         rows = config.max_seq_len + config.position_offset
         ends["position_embedding.weight"] = ParamSpec("position_embedding.weight", (rows, config.hidden_size), BETWEEN,

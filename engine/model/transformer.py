@@ -96,6 +96,8 @@ class Transformer(nn.Module):
         self.position_embedding = PositionEmbedding(new_parameter(specs["position_embedding.weight"]),
                                                     config.position_offset) \
             if first and config.position == "learned" else None
+        self.embedding_layernorm = Norm.of(config, specs, "embedding_layernorm", operations) \
+            if first and config.embedding_norm else None
         indices = range(config.num_layers) if layers is None else layers
         self.layers = nn.ModuleDict({str(i): Block(config, i, operations) for i in indices})
         self.final_layernorm = Norm.of(config, specs, "final_layernorm", operations) if last else None
@@ -123,6 +125,8 @@ class Transformer(nn.Module):
                 x = x * self.config.embedding_scale
             if self.position_embedding is not None:
                 x = x + self.position_embedding(batch.positions_SB)
+            if self.embedding_layernorm is not None:
+                x = self.embedding_layernorm(x)[1]
         angles = near = self._angles(batch.positions_SB, x.dtype)
         if self._near_angles is not None:
             near = self._near_angles(batch.positions_SB, x.dtype)

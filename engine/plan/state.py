@@ -214,7 +214,7 @@ def cut_specs(model: ModelConfig, adapter: AdapterConfig | None, tensor: int,
         return tuple(spec.on_tensor_rank(tensor, 0, sequence) for spec in own)
 
     ends = dict(end_specs(model))
-    embedding = {"embedding.weight": ends.pop("embedding.weight")}
+    embedding = {name: ends.pop(name) for name in (*ends,) if "embedding" in name}
     return {"embedding": cut(embedding), "layer": cut(layer_specs(model, 0)), "head": cut(ends)}
 
 

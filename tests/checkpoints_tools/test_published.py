@@ -104,6 +104,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                      "rotary_emb_base": 10000, "rotary_pct": 0.25, "attention_bias": True},
     "GPT-2": {**GPT2, "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
               "attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1, "n_ctx": 64},
+    "BLOOM-560M": {"model_type": "bloom", "n_embed": 64, "n_layer": 2, "num_attention_heads": 4, "vocab_size": 131,
+                   "hidden_dropout": 0.0, "attention_dropout": 0.0, "layer_norm_epsilon": 1e-5, "offset_alibi": 100,
+                   "pretraining_tp": 1, "seq_length": 64, "skip_bias_add": True, "bos_token_id": 1, "eos_token_id": 2,
+                   "apply_residual_connection_post_layernorm": False, "masked_softmax_fusion": True},
+    "BLOOM-176B, heads no power of two": {"model_type": "bloom", "hidden_size": 48, "n_layer": 2, "n_head": 6, "vocab_size": 131,
+                             "layer_norm_epsilon": 1e-5, "bos_token_id": 1, "eos_token_id": 2},
     "OPT-125M": {**ALL_HEADS, "model_type": "opt", "ffn_dim": 96, "activation_function": "relu", "pad_token_id": 1,
                  "do_layer_norm_before": True, "word_embed_proj_dim": 64, "_remove_final_layer_norm": False,
                  "prefix": "</s>"},
@@ -199,6 +205,9 @@ def test_files_saved_without_the_head_and_with_masks(tmp_path: Path) -> None:
     ("GPT-2", "n_head", 0), ("OPT-125M", "do_layer_norm_before", False), ("OPT-125M", "word_embed_proj_dim", 32),
     ("OPT-125M", "enable_bias", False), ("Gemma-2B", "use_bidirectional_attention", True),
     ("Yi-6B", "partial_rotary_factor", 0.5),
+    ("Yi-6B", "architectures", ["InternLM2ForCausalLM"]), ("Yi-6B", "architectures", ["BaichuanForCausalLM"]),
+    ("BLOOM-560M", "apply_residual_connection_post_layernorm", True), ("Gemma-2-27B", "layer_types", ["x"]),
+    ("OLMo-2-7B", "hidden_act", "gelu"), ("Gemma-3-1B", "use_bidirectional_attention", True),
 ])
 def test_what_octant_does_not_compute_is_refused_by_its_key(name: str, key: str, value: Any, tmp_path: Path) -> None:
     published(tmp_path / "hf", name)
@@ -206,3 +215,9 @@ def test_what_octant_does_not_compute_is_refused_by_its_key(name: str, key: str,
     with pytest.raises(CheckpointError, match=f"config.json: {key} is "):
         convert_from_hf(tmp_path / "hf", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_the_page_lists_them() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "conversion.md").read_text()
+    listed = page.partition("| published configuration |")[2].partition("\n\n")[0]
+    assert len(PUBLISHED) >= 12 and [name for name in PUBLISHED if name not in listed] == []

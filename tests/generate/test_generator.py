@@ -20,6 +20,7 @@ from tests.kit.models import PROMPTS, inference_model, model_config, whole_model
 
 GREEDY, SAMPLED = Sampling(temperature=0), Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=3)
 VARIANTS = {"plain": {}, "tied": {"tie_embeddings": True}, "bias": {"qkv_bias": True}, "one group": {"num_kv_heads": 1},
+            "bloom": {"position": "alibi", "embedding_norm": True, "num_kv_heads": 2},
             "gemma": {"norm": "rmsnorm-1p", "norm_place": "both", "attention_softcap": 2.0, "logit_softcap": 1.5,
                       "query_pre_attn_scalar": 5, "window": 5, "full_every": 2, "rope_local_theta": 100.0},
             "scaled": {"rope_scaling": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -69,16 +69,17 @@ def test_windows(window: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 7])
-def test_scores_within_a_cap(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_within_a_cap_or_falling_with_distance(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some queries at a time, in texts, documents and over a cache."""
-    monkeypatch.setattr("engine.kernels.attention.CAPPED", 16)
+    monkeypatch.setattr("engine.kernels.attention.QUERIES", 16)
     documents = Documents.of(torch.tensor([[0] * 33 + [1] * 37, [5] + [6] * 69]))
     seen = (torch.arange(12) < torch.tensor([12, 4])[:, None])[:, None, None]
     for mask, its, values in ((None, None, inputs(70, 70, 2, 3)), (None, documents, inputs(70, 70, 2, 3)),
                               (seen, None, inputs(1, 12, 2, 3))):
-        options = {"mask": mask, "documents": its, "window": window}
-        assert_equal(lambda q, k, v, o=options: attention(q, k, v, softcap=0.8, **o),
-                     lambda q, k, v, o=options: attention_reference(q, k, v, softcap=0.8, **o), values, torch.float32)
+        for extra in ({"softcap": 0.8}, {"slopes": torch.linspace(0.1, 0.6, 6)}):
+            options = {"mask": mask, "documents": its, "window": window, **extra}
+            assert_equal(lambda q, k, v, o=options: attention(q, k, v, **o),
+                         lambda q, k, v, o=options: attention_reference(q, k, v, **o), values, torch.float32)
     q, k, v = inputs(4, 4, 1, 1, batch=1)
     scores = torch.einsum("sbgqd,tbgd->bgqst", q, k) / 8**0.5
     expected = (0.8 * (scores / 0.8).tanh()).masked_fill(~torch.ones(4, 4).tril().bool(), -torch.inf).softmax(-1)

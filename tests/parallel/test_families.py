@@ -23,6 +23,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma 2 and 3": {"norm": "rmsnorm-1p", "norm_place": "both", "mlp": "geglu", "qk_norm": True, "num_kv_heads": 2,
                       "attention_softcap": 2.0, "logit_softcap": 1.5, "query_pre_attn_scalar": 5, "window": 5,
                       "full_every": 2, "rope_local_theta": 100.0, "tie_embeddings": True},
+    "bloom": {**BIASED, "position": "alibi", "embedding_norm": True, "mlp": "gelu-tanh", "tie_embeddings": True},
     "olmo 2": {"norm_place": "post", "qk_norm": "projection", "num_kv_heads": 1},
 }
 LAYOUTS: list[dict[str, Any]] = [
@@ -35,6 +36,10 @@ LAYOUTS: list[dict[str, Any]] = [
 def test_every_layout_is_one_process(family: str, layout: dict[str, Any]) -> None:
     if "window" in FAMILIES[family] and "context" in layout:
         with pytest.raises(ValueError, match=r"parallel.context\(2\) has every token see all before it"):
+            tiny_config(model=FAMILIES[family], parallel=layout)
+        return
+    if FAMILIES[family].get("position") == "alibi" and "context" in layout:
+        with pytest.raises(ValueError, match=r"know no model.position: alibi: set parallel.context to 1"):
             tiny_config(model=FAMILIES[family], parallel=layout)
         return
     config = tiny_config(model=FAMILIES[family], parallel=layout, data={"document_mask": "window" in FAMILIES[family]})

@@ -37,7 +37,7 @@ def units_of(chunk: Transformer) -> list[list[nn.Module]]:
     """The chunk's modules in forward order, in the portions in which ZeRO 3 gathers them."""
     units: list[list[nn.Module]] = [[layer] for layer in chunk.layers.values()]
     if chunk.embedding is not None:
-        units.insert(0, [chunk.embedding, *filter(None, [chunk.position_embedding])])
+        units.insert(0, [chunk.embedding, *filter(None, [chunk.position_embedding, chunk.embedding_layernorm])])
     head = chunk.output_layer or chunk.score
     if chunk.final_layernorm is not None and head is not None:
         units.append([chunk.final_layernorm, head])
