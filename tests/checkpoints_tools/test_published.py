@@ -108,8 +108,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                    "hidden_dropout": 0.0, "attention_dropout": 0.0, "layer_norm_epsilon": 1e-5, "offset_alibi": 100,
                    "pretraining_tp": 1, "seq_length": 64, "skip_bias_add": True, "bos_token_id": 1, "eos_token_id": 2,
                    "apply_residual_connection_post_layernorm": False, "masked_softmax_fusion": True},
-    "BLOOM-176B, heads no power of two": {"model_type": "bloom", "hidden_size": 48, "n_layer": 2, "n_head": 6, "vocab_size": 131,
-                             "layer_norm_epsilon": 1e-5, "bos_token_id": 1, "eos_token_id": 2},
+    "BLOOM-176B, heads no power of two": {
+        "model_type": "bloom", "hidden_size": 48, "n_layer": 2, "n_head": 6, "vocab_size": 131,
+        "layer_norm_epsilon": 1e-5, "bos_token_id": 1, "eos_token_id": 2},
     "OPT-125M": {**ALL_HEADS, "model_type": "opt", "ffn_dim": 96, "activation_function": "relu", "pad_token_id": 1,
                  "do_layer_norm_before": True, "word_embed_proj_dim": 64, "_remove_final_layer_norm": False,
                  "prefix": "</s>"},
