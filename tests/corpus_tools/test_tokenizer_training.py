@@ -95,7 +95,8 @@ def test_an_interrupt_ends_it_at_once_and_leaves_nothing(tmp_path: Path, trains:
     trainer = int(children.read_text())
     wait_until(lambda: "serve()" in Path(f"/proc/{trainer}/cmdline").read_text())         # it has been started wholly
     lines = os.readlink(f"/proc/{trainer}/fd/0")
-    wait_until(lambda: (lines in open_files(process.pid)) != trains)
+    open_while_reading = {lines, str(tmp_path / "a.txt")}                                  # or neither, when it trains
+    wait_until(lambda: open_while_reading & open_files(process.pid) == (set() if trains else open_while_reading))
     os.kill(trainer, signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
     try:

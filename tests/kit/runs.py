@@ -153,12 +153,12 @@ def launch(config: Config, **environment: str) -> subprocess.Popen[str]:
 
 
 def await_true(condition: Callable[[], object], what: str, process: subprocess.Popen[str] | None = None) -> None:
-    """Waits until `condition` holds; fails when `process` ends before that, or after a minute."""
-    deadline = time.monotonic() + 60
+    """Waits until `condition` holds; fails when `process` ends before that, or after three minutes."""
+    deadline = time.monotonic() + 180
     while not condition():
         if process is not None and process.poll() is not None:
             raise AssertionError(f"ended ({process.returncode}) before {what}: {process.communicate()}")
-        assert time.monotonic() < deadline, f"waited a minute for {what}"
+        assert time.monotonic() < deadline, f"waited three minutes for {what}"
         time.sleep(0.005)
 
 
