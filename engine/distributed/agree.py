@@ -54,6 +54,13 @@ def gather_json(value: Any, group: Group) -> list[Any]:
     return [json.loads(data) for data in gather_bytes(json.dumps(value).encode(), group)]
 
 
+def gather_numbers(values: Sequence[float], group: Group) -> list[list[float]]:
+    """Everybody's `values`, by rank; all bring as many, so that nothing but them is sent."""
+    size = size_of(group)
+    everything = _gather(torch.tensor(values, dtype=torch.float64), [len(values)] * size, group)
+    return everything.view(size, len(values)).tolist()
+
+
 def share_bytes(data: bytes, group: Group) -> bytes:
     """The first rank's bytes, on every rank."""
     if group is None:

@@ -80,17 +80,18 @@ class Goodput:
                 seconds["lost"] += gone
         return Goodput(seconds, max(at, began()) if orderly else at, "start" if orderly else "restart")
 
-    def record(self, taken: Taken, waiting: float) -> dict[str, float]:
+    def record(self, taken: Taken, waiting: float, between: float = 0.0) -> dict[str, float]:
         """Takes in what has happened since the last call, and tells the sums.
 
         Args:
             taken: by this rank's steps and phases since then.
             waiting: seconds of these steps in which ranks waited for each other.
+            between: seconds in which they did so after a step.
         """
         now = self._offset + time.perf_counter()
         load = taken.by_phase.get("load", 0.0)
         waiting = min(waiting, max(0.0, taken.in_steps - load))
-        more = {"load": load, "waiting": waiting, "step": taken.in_steps - load - waiting,
+        more = {"load": load, "waiting": waiting + between, "step": taken.in_steps - load - waiting,
                 "save": taken.by_phase.get("save", 0.0), "evaluation": taken.by_phase.get("evaluate", 0.0)}
         for cause, seconds in more.items():
             self.seconds[cause] += seconds

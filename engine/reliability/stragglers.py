@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
-from engine.distributed.agree import Group, gather_json, size_of
+from engine.distributed.agree import Group, gather_json, gather_numbers, size_of
 
 LEAST_SECONDS = 0.05                       # behind the middle: less is noise
 IN_A_ROW = 3                               # lines
@@ -57,7 +57,7 @@ class Stragglers:
         """Every rank must call this, with the means of its steps since the last call."""
         if size_of(self._group) == 1:
             return Pace([step_seconds], 0.0)
-        everyone = gather_json([round(step_seconds - waited_seconds, 6), round(waited_seconds, 6)], self._group)
+        everyone = gather_numbers([step_seconds - waited_seconds, waited_seconds], self._group)
         own = [mine for mine, _ in everyone]
         before, slow = self._in_a_row, slow_ranks(own, self._factor)
         self._in_a_row = Counter() if before is None else Counter({rank: before[rank] + 1 for rank in slow})

@@ -10,6 +10,7 @@ journal, and saves.  What a step is, and what a checkpoint holds besides tensors
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -217,11 +218,13 @@ class Running(ABC):
         """Who was slow, and where the time went; every rank must call this."""
         waits, stragglers = self.mesh.world.waits, self.tools.stragglers
         waited = 0.0 if waits is None else waits.taken() / taken.steps
+        began = time.perf_counter()
         pace = stragglers.compare(taken.in_steps / taken.steps, waited)
+        compared = time.perf_counter() - began           # waiting, but for microseconds
         if pace.newly:
             self.journal.incident("straggler", self.state.step, {"ranks": list(pace.newly), **pace.record()},
                                   stragglers.words(pace))
-        return pace.record() | self.tools.goodput.record(taken, pace.waiting * taken.steps)
+        return pace.record() | self.tools.goodput.record(taken, pace.waiting * taken.steps, compared)
 
     def _save(self) -> None:
         self.wishes.saving()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.distributed.agree import gather_bytes, gather_json, maximum, share_bytes, share_json
+from engine.distributed.agree import gather_bytes, gather_json, gather_numbers, maximum, share_bytes, share_json
 from engine.distributed.topology import Topology
 from tests.kit.distributed import job, run_distributed
 from tests.kit.fake import fake_rank
@@ -23,14 +23,15 @@ def agree(ranks: range) -> list[Any]:
     rank, group = mesh.rank, mesh.world.group
     return [maximum([rank, -rank, 7], group), gather_bytes(b"x" * (rank * 3 % 5), group),
             gather_json({"rank": rank, "ä": None}, group), share_json([rank, "ö"], group),
-            share_bytes(bytes([rank]) * 5 if rank % 2 == 0 else b"", group)]
+            share_bytes(bytes([rank]) * 5 if rank % 2 == 0 else b"", group), gather_numbers([rank / 3, -1e-9], group)]
 
 
 @pytest.mark.parametrize("ranks", [range(5), range(1, 5), range(2, 5), range(2), range(3, 4)], ids=str)
 def test_everybody_knows_the_same(ranks: range) -> None:
     n = len(ranks)
     expected = [[n - 1, 0, 7], [b"x" * (rank * 3 % 5) for rank in range(n)],
-                [{"rank": rank, "ä": None} for rank in range(n)], [0, "ö"], b"\0" * 5]
+                [{"rank": rank, "ä": None} for rank in range(n)], [0, "ö"], b"\0" * 5,
+                [[rank / 3, -1e-9] for rank in range(n)]]
     answers = run_distributed(agree, 5, ranks)
     assert answers == [expected if rank in ranks else [] for rank in range(5)]
 
@@ -38,7 +39,7 @@ def test_everybody_knows_the_same(ranks: range) -> None:
 def test_alone() -> None:
     assert maximum([3, -1], None) == [3, -1]
     assert gather_bytes(b"", None) == [b""]
-    assert gather_json([1], None) == [[1]]
+    assert gather_json([1], None) == [[1]] and gather_numbers([1.5], None) == [[1.5]]
     assert share_json({"a": 1}, None) == {"a": 1}
 
 

@@ -26,7 +26,7 @@ from tests.kit.runs import assert_equal_tensors, launch, metrics, run_config, te
 
 DEADLY = ("kill", "segfault", "exit", "raise", "network_drop", "stop", "hang")
 PHASES = ("load", "forward_backward", "reduce", "update", "publish", "read", "save")
-SAVE_EVERY_SECONDS = 3.0
+SAVE_EVERY_SECONDS = 2.0
 WATCHDOG_SECONDS = 4.0
 
 

@@ -59,8 +59,8 @@ def test_all_from_the_last_record_to_the_next_first_step_is_a_restart(tmp_path: 
     assert row["goodput_s/restart"] == pytest.approx(330 - 20 - 3 - 4, abs=1) and row["goodput_s/waiting"] == 35
     assert row["goodput_s/step"] == 150 + 13 and row["goodput_s/evaluation"] == 4
     assert row["goodput"] == pytest.approx((180 + 20) / 530, abs=1e-2)
-    later = account.record(Taken({}, ()), 0.0)
-    assert later["goodput_s/other"] == pytest.approx(0, abs=1)
+    later = account.record(Taken({}, ()), 0.0, between=4.0)
+    assert later["goodput_s/other"] == pytest.approx(0, abs=1) and later["goodput_s/waiting"] == 39
     assert later["goodput_s/restart"] == row["goodput_s/restart"]
 
 
