@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from corpus_tools.cleaning.characters import SCRIPTS, Text
 from engine.errors import RequestError
+from engine.reading import said
 
 _BETWEEN_PHRASES = re.compile(r"(?:[^\w\s&'’]|[\d_])+|\s\s+")
 
@@ -149,6 +150,46 @@ class UpperCase(Rule):
         return found.letters >= self.min_letters and found.upper_case > self.max_share * found.letters
 
 
+class Alphanumeric(Rule):
+    """Too few letters and digits among all characters: data, generated code, drawings (The Stack; StarCoder, 2023)."""
+
+    rule: Literal["alphanumeric"]
+    min_share: Share = 0.25
+
+    def removes(self, text: Text) -> bool:
+        return sum(map(str.isalnum, text.text)) < self.min_share * len(text.text)
+
+
+class LineLengths(Rule):
+    """Lines longer than people write, in the mean or one of them: minified and generated code (Codex, StarCoder)."""
+
+    rule: Literal["line_lengths"]
+    max_mean: Annotated[int, Field(ge=1)] = 100
+    max: Annotated[int, Field(ge=1)] = 1000
+
+    def removes(self, text: Text) -> bool:
+        lengths = [len(line) for line in text.text.split("\n")]
+        return max(lengths) > self.max or sum(lengths) > self.max_mean * len(lengths)
+
+
+class Perplexity(Rule):
+    """Less likely than wanted by an n-gram model of good text (CCNet: Wenzek et al. 2020), per word.
+
+    The text goes in as words in lower case without punctuation, each Han character by itself: train the model on such.
+    """
+
+    rule: Literal["perplexity"]
+    model: str
+    max: Annotated[float, Field(gt=1)]
+
+    @cached_property
+    def _model(self) -> Any:
+        return load_kenlm(self.model)
+
+    def removes(self, text: Text) -> bool:
+        return bool(text.tokens) and self._model.perplexity(" ".join(text.tokens)) > self.max
+
+
 class RepeatedLines(Rule):
     """Too large a share of the characters stands in lines that occurred before."""
 
@@ -264,6 +305,22 @@ def check_pattern(pattern: str) -> str:
     return pattern
 
 
+def load_kenlm(path: str) -> Any:
+    """A KenLM model, an `.arpa` or its binary form.
+
+    Raises:
+        RequestError: the package or the file is missing.
+    """
+    try:
+        import kenlm  # optional package
+    except ImportError as error:
+        raise RequestError("the rule perplexity needs the package kenlm: pip install kenlm") from error
+    try:
+        return kenlm.Model(path)
+    except OSError as error:
+        raise RequestError(f"the rule perplexity cannot load its model {path}: {said(error)}") from error
+
+
 def load_fasttext(path: str) -> Any:
     """A fastText model, such as lid.176.bin.
 
@@ -278,10 +335,3 @@ def load_fasttext(path: str) -> Any:
         return fasttext.load_model(path)
     except ValueError as error:
         raise RequestError(f"the rule fasttext cannot load its model: {error}") from error
-
-
-AnyRule = Annotated[
-    Length | Words | Script | FastText | Punctuation | Symbols | Digits | UpperCase | RepeatedLines | RepeatedNgrams
-    | Keywords | Phrases | Patterns,
-    Field(discriminator="rule"),
-]  # fmt: skip

@@ -8,10 +8,36 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError
 
+from corpus_tools.cleaning.interface import Interface
 from corpus_tools.cleaning.masking import Mask
-from corpus_tools.cleaning.rule import AnyRule, Share, Strict
+from corpus_tools.cleaning.rule import (
+    Alphanumeric,
+    Digits,
+    FastText,
+    Keywords,
+    Length,
+    LineLengths,
+    Patterns,
+    Perplexity,
+    Phrases,
+    Punctuation,
+    RepeatedLines,
+    RepeatedNgrams,
+    Script,
+    Share,
+    Strict,
+    Symbols,
+    UpperCase,
+    Words,
+)
 from engine.errors import ConfigError
 from engine.reading import read_bytes, said
+
+AnyRule = Annotated[
+    Length | Words | Script | FastText | Punctuation | Symbols | Digits | UpperCase | RepeatedLines | RepeatedNgrams
+    | Keywords | Phrases | Patterns | Interface | Alphanumeric | LineLengths | Perplexity,
+    Field(discriminator="rule"),
+]  # fmt: skip
 
 DEFAULT_RULES = Path(__file__).with_name("rules.yaml")
 

@@ -66,6 +66,13 @@ LINES = {
         "Related posts", "Advertisement", "12 comments", "Privacy Policy / Terms of Use / Sitemap", "Add to Cart",
         "Login   Register",
     ],
+    "interface_en": [
+        "Share your account settings", "Subscribe to comments", "Reply to this thread", "Report post to a moderator",
+        "Follow this author on Twitter", "Photo gallery: view all images", "Search all members of this forum",
+    ],
+    "interface_zh": [
+        "登录后查看更多评论", "发表于 2019-3-4 只看楼主", "点击加载更多回复", "分享到微信朋友圈", "楼主的其他主题帖子",
+    ],
     "menu_zh": [
         "首页 | 登录 | 注册", "返回顶部", "相关阅读", "[打印本页] [关闭窗口]", "猜你喜欢", "上一篇 下一篇", "我要评论",
         "分享到：微信 微博 QQ空间", "热门文章：", "网站首页 > 新闻中心", "登录 注册 收藏本站",
