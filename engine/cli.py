@@ -216,6 +216,11 @@ def _report(p: Parser) -> None:
                                                                 "itself again as often")
 
 
+def _sweep(p: Parser) -> None:
+    p.add_argument("mixtures", metavar="MIXTURES.yaml", help="base, dir, sources and mixtures, or random ones")
+    p.add_argument("--json", action="store_true", help="shares and losses of each mixture as JSON")
+
+
 def _rewind(p: Parser) -> None:
     p.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run that is not training now")
     p.add_argument("--to", type=int, required=True, metavar="STEP", help="a step with a checkpoint; 0: the beginning")
@@ -274,6 +279,8 @@ VERBS = (
     Verb("presets", "the models that model.preset knows", "presets llama3-8b", _presets),
     Verb("plan", "a job of any size on paper: what a rank holds and does, and the schedule as a picture",
          "plan llama-65b --explain-rank 777", _plan),
+    Verb("sweep", "small models on mixtures of sources, and the loss on each held-out source", "sweep mixtures.yaml",
+         _sweep),
     Verb("goodput", "what failures cost a job of any size, and how often it is best to save",
          "goodput --gpus 2048 --restart-seconds 60 --save-seconds 2 --write-seconds 40", _goodput),
     Verb("rehearse", "one rank of a job of any size walked through here, its peers left out",
