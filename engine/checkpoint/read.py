@@ -232,7 +232,8 @@ class CheckpointReader:
         both_float = piece.tensor.is_floating_point() and dtype.is_floating_point
         if piece.tensor.dtype != dtype and not (convert and both_float):
             raise CheckpointError(f"{piece.key} is {dtype} in {self.path}, {piece.tensor.dtype} here; "
-                                  "a conversion would change values and was not asked for")
+                                  "a conversion would change values and was not asked for: leave precision.masters as "
+                                  "it was, or begin another run with these weights (checkpoint.load)")
 
     def _cover(self, piece: Piece) -> list[_Copy]:
         """The copies that fill a piece."""

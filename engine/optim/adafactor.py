@@ -129,8 +129,8 @@ class Adafactor(Optimizer):
 
     def __init__(self, buckets: Sequence[Bucket], config: OptimConfig, operations: Operations) -> None:
         super().__init__(buckets, config, operations)
-        vectors = {i: torch.zeros_like(bucket.master) for i, bucket in enumerate(buckets) if not bucket.kind.decay}
-        averages = {i: torch.zeros_like(bucket.master) for i, bucket in enumerate(buckets)} if config.momentum else {}
+        vectors = {i: bucket.new_moment() for i, bucket in enumerate(buckets) if not bucket.kind.decay}
+        averages = {i: bucket.new_moment() for i, bucket in enumerate(buckets)} if config.momentum else {}
         self.moments = {"exp_avg_sq": vectors, "exp_avg": averages}
         self.slices = [[Slice.of(bucket, entry) for entry in bucket.entries] for bucket in buckets]
 
@@ -144,7 +144,7 @@ class Adafactor(Optimizer):
     def _update(self, i: int, bucket: Bucket, lr: float, gradient: Tensor, skipped: Tensor) -> None:
         slices = self.slices[i]
         share = (self.steps[i] + 1) ** DECAY_EXPONENT
-        squares = [Sums.of(each, gradient, bucket.master) for each in slices]
+        squares = [Sums.of(each, gradient, bucket.wide_master()) for each in slices]
         add_up(bucket, slices, squares)
 
         def follow(moment: Tensor, latest: Tensor) -> Tensor:
@@ -171,8 +171,8 @@ class Adafactor(Optimizer):
             average = self.moments["exp_avg"][i]
             update = average.lerp(update, 1 - self.config.momentum)
             average.copy_(torch.where(skipped, average, update))
-        changed = bucket.master * (1 - lr * self.decay_of(bucket)) - update
-        bucket.master.copy_(torch.where(skipped, bucket.master, changed))
+        changed = bucket.wide_master() * (1 - lr * self.decay_of(bucket)) - update
+        bucket.write(changed, skipped, self.steps[i])
 
     def pieces(self, prefix: str, now: Now = as_it_is) -> list[Piece]:
         """As `Optimizer.pieces`."""
@@ -234,7 +234,8 @@ def add_up(bucket: Bucket, slices: Sequence[Slice], sums: Sequence[Sums]) -> Non
     mesh = bucket.mesh
     along = [[tensor for each, own in zip(slices, sums, strict=True) for tensor in choose(each, own)]
              for choose in (_divided, _here)]
-    flat = [torch.cat([tensor.flatten() for tensor in tensors]) if tensors else bucket.master[:0] for tensors in along]
+    nothing = bucket.grad_shard[:0]
+    flat = [torch.cat([tensor.flatten() for tensor in tensors]) if tensors else nothing for tensors in along]
     if bucket.level:
         both = torch.cat(flat)
         all_reduce(both, mesh.shard)

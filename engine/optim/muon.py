@@ -44,7 +44,7 @@ class Muon(Optimizer):
         self._rest = AdamW([buckets[i] for i in others], config, operations)
         for place, i in enumerate(others):
             self._rest.steps[place] = self.steps[i]
-        self.moments = {"momentum": {i: torch.zeros_like(buckets[i].master) for i in self._matrices},
+        self.moments = {"momentum": {i: buckets[i].new_moment() for i in self._matrices},
                         **{name: {others[place]: moment for place, moment in of_bucket.items()}
                            for name, of_bucket in self._rest.moments.items()}}
 
@@ -59,8 +59,8 @@ class Muon(Optimizer):
             averaged = torch.lerp(kept, gradient, 1 - momentum)
             update = orthogonal_shard(bucket, gradient.lerp_(averaged, momentum))
             kept.copy_(torch.where(skipped, kept, averaged))
-            changed = bucket.master * (1 - lr * self.decay_of(bucket)) - lr * update
-            bucket.master.copy_(torch.where(skipped, bucket.master, changed))
+            changed = bucket.wide_master() * (1 - lr * self.decay_of(bucket)) - lr * update
+            bucket.write(changed, skipped, self.steps[i])
             self.steps[i].add_(1 - found_inf)
 
 

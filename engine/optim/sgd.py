@@ -25,7 +25,7 @@ class SGD(Optimizer):
 
     def __init__(self, buckets: Sequence[Bucket], config: OptimConfig, operations: Operations) -> None:
         super().__init__(buckets, config, operations)
-        self.moments = {"momentum": {i: torch.zeros_like(bucket.master) for i, bucket in enumerate(buckets)}}
+        self.moments = {"momentum": {i: bucket.new_moment() for i, bucket in enumerate(buckets)}}
 
     @torch.no_grad()
     def step(self, lr: float, grad_divisor: Tensor, found_inf: Tensor) -> None:
@@ -33,8 +33,9 @@ class SGD(Optimizer):
         momentum, skipped = self.config.momentum_or(MOMENTUM), found_inf.bool()
         for i, bucket in enumerate(self.buckets):
             kept = self.moments["momentum"][i]
-            update = (bucket.grad_shard / grad_divisor).add_(bucket.master, alpha=self.decay_of(bucket))
+            weights = bucket.wide_master()
+            update = (bucket.grad_shard / grad_divisor).add_(weights, alpha=self.decay_of(bucket))
             update.add_(kept, alpha=momentum)
             kept.copy_(torch.where(skipped, kept, update))
-            bucket.master.copy_(torch.where(skipped, bucket.master, bucket.master - lr * update))
+            bucket.write(weights - lr * update, skipped, self.steps[i])
             self.steps[i].add_(1 - found_inf)

@@ -236,7 +236,8 @@ def parallelize(config: Config, mesh: Mesh, *, training: bool = True, objective:
                                         reproducible=parallel.reproducible,
                                         matrices_apart=OPTIMIZERS[config.optim.name].of_matrices is not None,
                                         bucket_elements=bucket_elements,
-                                        narrow=gathered_casts(config, chunks, mesh.pipeline.index))
+                                        narrow=gathered_casts(config, chunks, mesh.pipeline.index),
+                                        rounding=config.run.seed if config.precision.masters == "off" else None)
     else:
         allocate_weights(chunks.values(), dtype, mesh.device)
     if training and parallel.zero == 3:

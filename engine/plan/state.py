@@ -117,8 +117,9 @@ class StageState:
         moments = shard * row.moments - matrices * (row.moments - (row.of_matrices or 0)) + self.factored
         moments += shard if row.averages and self.config.optim.momentum else 0
         narrow = self.narrow // shards_of(self.config)
-        masters = narrow if width == FP32 else shard
-        return StateBytes((whole + frozen - narrow) * width, gradients * FP32, (moments + masters) * FP32,
+        off = self.config.precision.masters == "off"
+        masters = narrow * width if off or width == FP32 else shard * FP32
+        return StateBytes((whole + frozen - narrow) * width, gradients * FP32, moments * FP32 + masters,
                           self._casts(narrow))
 
     def _casts(self, narrow: int) -> int:

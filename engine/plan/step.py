@@ -212,8 +212,10 @@ def _after(config: Config, clock: Clock, state: StageState, chunk: _ChunkCost) -
     else:
         left = times * reduce + gather
     shard = trained / shards_of(config)
-    # gradient, master and moments are read, all but the gradient written; the norm reads the gradient once before
-    return left, clock.stream(shard * (4 * 8 + width_of(config)), 4)
+    # gradient, master and moments are read, all but the gradient written, and the weights; the norm reads the gradient
+    # once before
+    masters = 2 * 4 if config.precision.masters == "fp32" else width_of(config)
+    return left, clock.stream(shard * (4 * 6 + masters + width_of(config)), 4)
 
 
 def with_reached(device: Device, **values: float) -> Device:

@@ -68,7 +68,7 @@ def _boxes(parts: Sequence[Part]) -> tuple[str, str, str]:
 
 def _memory(it: Explanation) -> Iterator[str]:
     parallel, sharing, bf16 = it.config.parallel, _sharing(it), it.config.precision.compute == "bf16"
-    share = f" / {sharing}" if sharing > 1 else ""
+    share, masters = f" / {sharing}" if sharing > 1 else "", bf16 and it.config.precision.masters == "fp32"
     yield (f"ZeRO {parallel.zero}, n = {it.elements:,} parameters"
            + (f", its state shared by {sharing} ranks" if share else ""))
     rows: Rows = [
@@ -76,7 +76,7 @@ def _memory(it: Explanation) -> Iterator[str]:
               f"{2 if bf16 else 4}·n" + share * (parallel.zero >= 3), it.bytes.parameters),
         *([_size("FP8 casts of weights", "", it.bytes.casts)] if it.bytes.casts else []),
         _size("gradients", "4·n" + share * (parallel.zero >= 2), it.bytes.gradients),
-        _size("masters, moments" if bf16 else "moments", f"{12 if bf16 else 8}·n" + share, it.bytes.optimizer),
+        _size("masters, moments" if masters else "moments", f"{12 if masters else 8}·n" + share, it.bytes.optimizer),
         _size("together", "", it.bytes.total)]
     yield from table(rows, right=(2, 3))
     held = timeline(it.config).peak_in_flight[it.coordinates["pipeline"]]

@@ -30,6 +30,7 @@ LAYOUTS: list[dict[str, Any]] = [
 # What an optimizer of whole matrices meets besides: a tied embedding with its copy on another stage, a padded
 # vocabulary, biases, ranks whose shard has nothing of a matrix.
 WITH_EVERYTHING = {"tie_embeddings": True, "vocab_size": 61, "attention_bias": True, "mlp_bias": True, "qk_norm": True}
+PRECISIONS = [{"compute": "fp32"}, {"compute": "bf16"}, {"compute": "bf16", "masters": "off"}]
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"name": "sgd", "lr": 0.1}, "sgd, momentum 0.5": {"name": "sgd", "lr": 0.1, "momentum": 0.5},
     "adafactor": {"name": "adafactor", "lr": 0.1}, "adafactor, momentum 0.9": {"name": "adafactor", "lr": 0.1,
@@ -67,9 +68,10 @@ def test_muon_is_torchs_up_to_its_bf16() -> None:
         assert (ours - weight.detach()).norm() < 0.03 * ours.norm()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
-    config = tiny_config(optim=OPTIMIZERS[name])
+@pytest.mark.parametrize("name", ["adamw", *OPTIMIZERS])
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_a_step_that_is_not_finite_changes_nothing(name: str, precision: dict[str, str]) -> None:
+    config = tiny_config(optim=OPTIMIZERS.get(name, {}), precision=precision)
     model = parallelize(config, single_mesh())
     model.initialise(1)
     optimizer = make_optimizer(model.buckets, config.optim, model.operations)
@@ -83,9 +85,9 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", *OPTIMIZERS])
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
-def test_the_plan_knows_what_it_keeps(name: str, compute: str) -> None:
-    config = tiny_config(optim=OPTIMIZERS.get(name, {}), precision={"compute": compute})
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_the_plan_knows_what_it_keeps(name: str, precision: dict[str, str]) -> None:
+    config = tiny_config(optim=OPTIMIZERS.get(name, {}), precision=precision)
     model = parallelize(config, single_mesh())
     optimizer = make_optimizer(model.buckets, config.optim, model.operations)
     assert stage_state(config, 0).bytes == state_bytes(model.buckets, optimizer)

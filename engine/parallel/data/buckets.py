@@ -5,7 +5,8 @@ few million elements.  A bucket has
 
     param_buffer   compute dtype   p₀ p₁ p₂ …        every parameter is a view (`engine.parallel.data.flat`)
     grad_buffer    fp32            g₀ g₁ g₂ …        every `GradSlot` adds into a view
-    master         fp32            this rank's shard; the parameter shard itself where that is fp32 already
+    master         fp32            this rank's shard; the parameter shard itself where that is fp32 already, or where
+                                   there are to be no masters and what is written to it is rounded by chance
 
 and the level says what of it stays (Rajbhandari et al. 2020, section 5):
 
@@ -46,6 +47,8 @@ from engine.distributed.collectives import (
     reduce_scatter_into,
 )
 from engine.distributed.mesh import Mesh
+from engine.distributed.random import seed_for
+from engine.kernels.rounding import Counted, counted, round_into, signed
 from engine.model.projections import is_projection
 from engine.model.spec import ParamSpec
 from engine.parallel.data.flat import ALIGNMENT, Entry, FlatParameters, allocate, free, is_free
@@ -97,16 +100,21 @@ class Bucket(FlatParameters):
     """One flat vector of parameters with its gradient and this rank's shard of the masters."""
 
     def __init__(self, kind: BucketKind, parameters: Sequence[tuple[nn.Parameter, int]], mesh: Mesh, *, level: int,
-                 dtype: torch.dtype, reduce_dtype: torch.dtype, reproducible: bool, reducing: deque[Bucket]) -> None:
+                 dtype: torch.dtype, reduce_dtype: torch.dtype, reproducible: bool, reducing: deque[Bucket],
+                 rounding: int | None = None) -> None:
         """Moves the parameters (each with its number of uses) into the bucket's memory.
 
-        `reducing` is shared by the buckets of a rank: those whose reduction is under way, oldest first.
+        Args:
+            reducing: shared by the buckets of a rank: those whose reduction is under way, oldest first.
+            rounding: there are no masters; what new weights are rounded with is drawn from this seed.
         """
         super().__init__(parameters, mesh, level, dtype)
         self.kind, self.reduce_dtype, self.reproducible = kind, reduce_dtype, reproducible
         self.per_microbatch = level >= 2 or reproducible
         self.grad_buffer = torch.zeros(self.param_buffer.numel(), dtype=torch.float32, device=mesh.device)
-        self.master = self.param_shard if dtype == torch.float32 else self.param_shard.float()
+        self.master = self.param_shard if dtype == torch.float32 or rounding is not None else self.param_shard.float()
+        self.ranges = [] if rounding is None or dtype == torch.float32 else [*self._counted(rounding)]
+        self.copied = False
         self.grad_shard = self.grad_buffer.new_zeros(self.param_shard.numel()) if self.per_microbatch \
             else self.grad_buffer[self.shard]
         self._slots = [self._attach(entry) for entry in self.entries]
@@ -135,6 +143,12 @@ class Bucket(FlatParameters):
         """Elements up to the end of the last parameter's place; the padding behind depends on the number of shards."""
         last = self.entries[-1]
         return last.offset + -(-last.parameter.numel() // ALIGNMENT) * ALIGNMENT
+
+    def _counted(self, seed: int) -> Iterator[Counted]:
+        """What of the shard are parameters, with the numbers of their elements."""
+        for spec, box, view in self.boxes(self.master):
+            start = view.storage_offset() - self.master.storage_offset()
+            yield counted(spec.shape, box.offset, box.size, start, signed(seed_for(seed, "rounding", spec.name)))
 
     @property
     def has_own_master(self) -> bool:
@@ -270,18 +284,40 @@ class Bucket(FlatParameters):
 
     # ------------------------------------------------------------------ parameters
 
+    @property
+    def copy(self) -> Tensor | None:
+        """This rank's shard of the weights in the compute dtype, where it is no other tensor's job to be that."""
+        return None if self.param_shard is self.master else self.param_shard
+
+    def new_moment(self) -> Tensor:
+        """Zeros laid out like the masters, fp32."""
+        return torch.zeros_like(self.master, dtype=torch.float32)
+
+    def wide_master(self) -> Tensor:
+        """The masters, fp32."""
+        return self.master.float()
+
+    def write(self, weights: Tensor, skipped: Tensor, updates: Tensor) -> None:
+        """Makes these (fp32) the masters, unless the step is skipped; `updates`: that were made before."""
+        if self.master.dtype == torch.float32:
+            self.master.copy_(torch.where(skipped, self.master, weights))
+        else:
+            round_into(self.master, torch.where(skipped, self.master.float(), weights), self.ranges, updates + 1)
+
     def set_master(self, entry: Entry, values: Tensor) -> None:
         """Sets this rank's share of a parameter's master from fp32 values of the parameter's local shape."""
         self.fill(self.master, entry, values)
 
     def start_publish(self) -> Work:
-        """Makes the masters the weights: copies this rank's shard and, up to level 2, starts collecting the others'.
+        """Makes the masters the weights: copies this rank's shard, unless the optimizer has (`copied`), and, up to
+        level 2, starts collecting the others'.
 
         The weights' version rises, whoever wrote them: that is how one knows who has made something of them.
         """
         torch.autograd.graph.increment_version(self.param_buffer)
-        if self.param_shard is not self.master:
-            self.param_shard.copy_(self.master)
+        if self.copy is not None and not self.copied:
+            self.copy.copy_(self.master)
+        self.copied = False
         if self.level >= 3:
             self.release()
             return DONE

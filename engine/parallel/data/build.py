@@ -48,6 +48,7 @@ def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtyp
                   reduce_dtype: torch.dtype, reproducible: bool = False,
                   bucket_elements: int = DEFAULT_BUCKET_ELEMENTS,
                   matrices_apart: bool = False, narrow: Mapping[nn.Parameter, Fp8Gemms] = NOTHING,
+                  rounding: int | None = None,
                   ) -> tuple[list[Bucket], list[FlatParameters]]:
     """Moves the parameters of this rank's chunks (cut; still on the meta device) into buckets.
 
@@ -61,6 +62,7 @@ def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtyp
         bucket_elements: size from which a bucket is closed, up to level 2.
         matrices_apart: no bucket holds projections of the layers and anything else.
         narrow: weights of which casts are gathered, with the products that use these.
+        rounding: no masters are kept, and new weights are rounded by chance, by a stream of this seed.
 
     Returns:
         Those of what is trained, and what is not.
@@ -73,7 +75,7 @@ def build_buckets(chunks: Sequence[Transformer], mesh: Mesh, *, level: int, dtyp
         for kind, group in group_parameters(trained, mesh, bucket_elements, matrices_apart, narrow):
             make = partial(NarrowBucket, gemms=narrow) if kind.narrow else Bucket
             buckets.append(make(kind, group, mesh, level=level, dtype=dtype, reduce_dtype=reduce_dtype,
-                                reproducible=reproducible, reducing=reducing))
+                                reproducible=reproducible, reducing=reducing, rounding=rounding))
         if rest := [(p, uses) for p, uses in portion if not spec_of(p).trainable]:
             frozen.append(FlatParameters(rest, mesh, 3 if level == 3 else 0, dtype))
     return buckets, frozen
