@@ -54,10 +54,10 @@ RANK_CEILINGS = {
     "": 350,              # errors, reading, writing, hints, progress
     "align": 600,         # objectives besides pretraining
     "checkpoint": 1_700,  # formats 1 and 2, resuming, adapters apart, copies on the nodes
-    "config": 2_000,      # and the sections of alignment, reliability, roles with their placement, FP8; keys are most
+    "config": 2_020,      # and the sections of alignment, reliability, roles with their placement, FP8; keys are most
     "data": 2_130,        # corpora, conversations and comparisons, tokenizers of four kinds
     "distributed": 1_000,     # and moving live weights between roles
-    "kernels": 1_050,     # and implementations for a GPU of each operation, scores within a cap
+    "kernels": 1_110,     # and implementations for a GPU of each operation, scores within a cap, rounding by chance
     "metrics": 520,       # and where the time of a run went, over all its starts
     "model": 980,         # and kinds of layers and norms, of all families that convert, copied key-value heads
     "optim": 260,         # and learning-rate shapes, optimizers besides AdamW
