@@ -100,9 +100,13 @@ def _prepare(p: Parser) -> None:
 
 
 def _data(p: Parser) -> None:
-    example, inspect, preview, verify, merge, clean = add_actions(
+    example, extract, classifier, inspect, preview, verify, merge, clean = add_actions(
         p, ("example", "text to try things with: the sources of this Python as JSON lines",
             "data example corpus.jsonl"),
+        ("extract", "documents out of records, web pages, TeX and StackExchange's dumps",
+         "data extract pages.jsonl.gz --kind html --field html --keep lang=en,zh --output pages.text.jsonl.gz"),
+        ("classifier", "a fastText model of good and bad text, for the rule `fasttext` of clean",
+         "data classifier --good books.jsonl --bad web.jsonl --output quality.bin"),
         ("inspect", "statistics of a prepared corpus, or the samples a run consumes",
             "data inspect run.yaml --samples 0:8 --json"),
         ("preview", "what a fine-tuning run sees: its samples as text, what is learned in colour",
@@ -113,6 +117,21 @@ def _data(p: Parser) -> None:
          "data clean raw/*.jsonl.gz --output clean/ --decontaminate gsm8k_test.jsonl"))
     example.add_argument("output", metavar="FILE", help="the .jsonl to write")
     example.add_argument("--bytes", type=int, default=3_000_000, metavar="N", help="of text (default: %(default)s)")
+    extract.add_argument("files", nargs="+", metavar="FILE", help=".jsonl .json .txt, each also .gz or .zst; Posts.xml")
+    extract.add_argument("--output", required=True, metavar="FILE", help="a .jsonl or .jsonl.gz")
+    extract.add_argument("--kind", choices=("text", "html", "tex"), default="text", help="what the field holds "
+                                                                                       "(default: %(default)s)")
+    extract.add_argument("--field", default="text", help="key of the text; a.b is in the object a "
+                                                            "(default: %(default)s)")
+    extract.add_argument("--keep", action="append", default=[], metavar="KEY=A,B", help="only records with such values")
+    extract.add_argument("--at-least", action="append", default=[], metavar="KEY=N", help="only records with N or more")
+    extract.add_argument("--at-most", action="append", default=[], metavar="KEY=N", help="only records with N or less")
+    _overwrite(extract, "replace the file that is there")
+    classifier.add_argument("--good", nargs="+", required=True, metavar="FILE", help="texts as they should be")
+    classifier.add_argument("--bad", nargs="+", required=True, metavar="FILE", help="texts as they are")
+    classifier.add_argument("--output", required=True, metavar="FILE.bin")
+    classifier.add_argument("--field", default="text", help="key of the text (default: %(default)s)")
+    _overwrite(classifier, "replace the model that is there")
     merge.add_argument("target", nargs="+", metavar="PREFIX", help="corpora, in the order they shall have")
     merge.add_argument("--output", required=True, metavar="PREFIX")
     _overwrite(merge, "replace a corpus made from anything else that is there")

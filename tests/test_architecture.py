@@ -43,7 +43,8 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 PACKAGES = ("engine", "checkpoints_tools", "corpus_tools")
 OPTIONAL = {"amp_C", "apex", "fasttext", "flash_attn", "fsspec", "gigatoken", "huggingface_hub", "kenlm", "lm_eval",
-            "matplotlib", "megatron", "pyarrow", "rensa", "shtab", "tensorboard", "tokenizers", "transformer_engine",
+            "matplotlib", "megatron", "pyarrow", "rensa", "shtab", "tensorboard", "tokenizers", "trafilatura",
+            "transformer_engine",
             "transformers", "triton", "wandb", "zstandard"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 

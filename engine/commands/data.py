@@ -1,4 +1,4 @@
-"""`octant data example|inspect|verify|merge|clean`."""
+"""`octant data example|extract|classifier|inspect|verify|merge|clean`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from corpus_tools.classifier import train_classifier
 from corpus_tools.cleaning.command import run as clean
 from corpus_tools.conversations.preview import coloured, rows_of
 from corpus_tools.conversations.start import open_corpora
 from corpus_tools.example import write_example
+from corpus_tools.extract import Wanted, extract
 from corpus_tools.inspect import histogram_lines, segments, share_lines, statistics
 from corpus_tools.outputs import output_prefix, prefix_name, unused_prefix
 from corpus_tools.shards import merge_corpora
@@ -27,14 +29,15 @@ from engine.data.training_data import Sample
 from engine.errors import DataError, RequestError
 from engine.hints import hint
 from engine.progress import Progress
+from engine.writing import refuse_existing, write_errors
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 CORPUS_SUFFIXES = (".bin", ".idx", ".json")
 
 
 def run(args: argparse.Namespace) -> int:
-    actions = {"example": _example, "inspect": _inspect, "verify": _verify, "merge": _merge, "clean": clean,
-               "preview": _preview}
+    actions = {"example": _example, "extract": _extract, "classifier": _classifier, "inspect": _inspect,
+               "verify": _verify, "merge": _merge, "clean": clean, "preview": _preview}
     return actions[args.action](args)
 
 
@@ -42,6 +45,45 @@ def _example(args: argparse.Namespace) -> int:
     number = write_example(Path(args.output), args.bytes)
     print(f"{args.output}: {number:,} documents, the sources of this Python's standard library")
     print(hint("prepare", args.output, "--tokenizer", "bytes", "--output", unused_prefix("data/tiny")))
+    return 0
+
+
+def _extract(args: argparse.Namespace) -> int:
+    equal = {key: frozenset(values.split(",")) for key, values in map(_pair, args.keep)}
+    bounds = [{key: _bound(key, value) for key, value in map(_pair, given)} for given in (args.at_least, args.at_most)]
+    output = Path(args.output)
+    refuse_existing([output], args.overwrite)
+    counted = extract(args.files, output, args.kind, args.field, Wanted(equal, *bounds))
+    print(f"{output}: {counted.documents:,} documents of {counted.read:,} records; {counted.unwanted:,} not wanted, "
+          f"{counted.empty:,} without text, {counted.broken:,} that cannot be read")
+    print(hint("data", "clean", output, "--output", "clean"))
+    return 0
+
+
+def _pair(given: str) -> tuple[str, str]:
+    key, sign, value = given.partition("=")
+    if not sign or not key:
+        raise RequestError(f"{given!r}: write KEY=VALUE")
+    return key, value
+
+
+def _bound(key: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise RequestError(f"{key}={value}: the bound of a number is a number") from None
+
+
+def _classifier(args: argparse.Namespace) -> int:
+    output = Path(args.output)
+    refuse_existing([output], args.overwrite)
+    with write_errors(output):
+        found = train_classifier(args.good, args.bad, output, args.field)
+    print(f"{output}: of {found.examples:,} examples held back {found.good:.1%} of the good and {found.bad:.1%} of the "
+          "bad are told right")
+    print("in a rules file: documents: [{rule: fasttext, name: quality, "
+          f"model: {output}, keep: [good], min_probability: 0.5}}]")
+    print(hint("data", "clean", "--print-rules"))
     return 0
 
 
