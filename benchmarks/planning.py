@@ -27,8 +27,8 @@ from engine.plan.step import step_time
 
 ROWS = Path(__file__).with_name("planning") / "rows.csv"
 PRACTICES = {each.name: each for each in vars(practice).values() if isinstance(each, practice.Practice)}
-# What was fitted to which sets; where it says two thirds, every third run was held back.
-FITTED = {"time: vTrain, one node": "one row in seven", "time: vTrain, several nodes": "30 rows",
+# What was fitted to which sets; where it says two thirds, every third run was held back from it.
+FITTED = {"time: vTrain, one node": "two thirds", "time: vTrain, several nodes": "30 rows",
           "time: Korthikanti 2022": "all", "time: Narayanan 2021": "all", "time: NVIDIA H100, BF16": "all",
           "time: NVIDIA H100, FP8": "all", "time: SimuMax B200": "all",
           "between steps: Megatron-LM golden files": "messages"}

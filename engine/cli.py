@@ -170,7 +170,7 @@ def _plan(p: Parser) -> None:
     p.add_argument("--gpus", metavar="N[,N…]", help="processes (default: as parallel.data says, or a node)")
     p.add_argument("--gpu", metavar="NAME", help="device, such as h100-sxm (default: of the first lines of CONFIG)")
     p.add_argument("--calibrate", nargs="+", default=[], metavar="FILE",
-                   help="figures of the device from what octant bench mfu and octant bench network measured (--json)")
+                   help="figures of the device from what octant bench mfu, kernels and network measured (--json)")
     p.add_argument("--search", action="store_true", help="find the fastest layouts that fit")
     p.add_argument("--tokens", metavar="T", help="length of the run, such as 1.4T, instead of the configuration's")
     p.add_argument("--budget", metavar="C", help="the best model and tokens for so many operations, such as 1e21")

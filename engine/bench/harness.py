@@ -91,6 +91,7 @@ class Comparison:
         warmup: rounds before the first that counts.
         environment: machine, versions, commit, command.
         facts: what else is known of a case, by its name: columns of the table, the same for all cases.
+        figures: what else is known of the comparison, for programs that read the JSON.
     """
 
     title: str
@@ -99,6 +100,7 @@ class Comparison:
     warmup: int = 0
     environment: dict[str, str] = field(default_factory=dict)
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
     def ratio(self, name: str) -> float:
         """How many times as fast as the baseline the case `name` is, at the medians."""
@@ -133,7 +135,7 @@ class Comparison:
                               "ratio_range": self.ratio_range(m.name)} | dict(self.facts.get(m.name, {}))
                  for m in self.measurements]
         return {"title": self.title, "unit": self.unit, "warmup": self.warmup, "cases": cases,
-                "environment": self.environment}
+                "environment": self.environment} | dict(self.figures)
 
     def _named(self, name: str) -> Measurement:
         return next(measurement for measurement in self.measurements if measurement.name == name)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -113,7 +113,9 @@ def beside_reference(operation: Operation, work: Workload, place: Place, tokens:
                          title=f"{operation.name}: {operation.purpose}, {tokens:,} tokens in {short_name(place.dtype)}")
     return replace(result, facts={
         each.name: {"error": f"{errors[each.name]:.1e}", f"share of {kind}": f"{least / each.median_seconds:.0%}"}
-        for each in result.measurements})
+        for each in result.measurements}, figures={
+            "operation": operation.name, "dtype": short_name(place.dtype), "flops": work.flops(tokens),
+            "reached": asdict(ceiling) | {"product": PRODUCT[place.device.type]}})
 
 
 def error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

@@ -1,13 +1,15 @@
 """The table's figures of a device, replaced by what was measured on this machine.
 
     octant bench network    latency and bandwidth between processes, as they were fitted there
+    octant bench kernels    what large products, copies and the fastest attention reach: three shares of the peaks
     octant bench mfu        computation: shares of the peak that products and attention reach, of the bandwidth that
                             elementwise passes do, and what a kernel costs, so that the model of `engine.plan.step` says
                             what the rows took for their passes and updates
 
 Rows of a few shapes are enough, and one device's: what a rank computes is measured without what it waits for, so any
-layout will do.  Five figures are fitted to their logarithms, by Gauss and Newton; each is held near the table's (all of
-them times what the rows are slower by) as far as the rows say nothing of it.
+layout will do.  Five figures are fitted to their logarithms, by Gauss and Newton; each is held near the table's, or
+what kernels reach where such a file is given too (all of them times what the rows are slower by), as far as the rows
+say nothing of it.
 """
 
 from __future__ import annotations
@@ -67,7 +69,10 @@ def calibrated(device: Device, files: Sequence[Path]) -> Calibrated:
     points: list[Point] = []
     for path in files:
         content = _read(path)
-        if content["benchmark"] == "network":
+        if isinstance(content, list):
+            device = _with_kernels(device, content)
+            said.append(f"kernels: {_counted(content, 'operation')} in {content[0]['dtype']} of {path}")
+        elif content["benchmark"] == "network":
             device = _with_network(device, content)
             said.append(f"network: {path}")
         else:
@@ -75,22 +80,50 @@ def calibrated(device: Device, files: Sequence[Path]) -> Calibrated:
             shared = [row["ranks_per_core"] for row in rows if row["ranks_per_core"] is not None]
             device = replace(device, sharing=max([1.0, *shared]))
             points += [point for row in rows for point in _points(row)]
-            said.append(f"computation: {len(rows)} row{'s' * (len(rows) != 1)} of {path}")
+            said.append(f"computation: {_counted(rows, 'row')} of {path}")
     if not points:
         return Calibrated(device, said)
     device, error = _fitted(device, points)
     return Calibrated(replace(device, off_by=error), said, error)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _counted(what: Sequence[object], name: str) -> str:
+    return f"{len(what)} {name}{'s' * (len(what) != 1)}"
+
+
+def _read(path: Path) -> dict[str, Any] | list[dict[str, Any]]:
+    """A file of `octant bench kernels` is a list."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content["benchmark"] in ("network", "mfu"):
+        content: dict[str, Any] | list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, list):
+            if content and all({"operation", "reached", "flops", "cases"} <= set(each) for each in content):
+                return content
+        elif content["benchmark"] in ("network", "mfu"):
             return content
     except (OSError, ValueError, TypeError, KeyError):
         pass
-    raise RequestError(f"--calibrate {path}: it is no file that octant bench network or octant bench mfu wrote "
-                       "(--json)")
+    raise RequestError(f"--calibrate {path}: it is no file that octant bench network, octant bench kernels or octant "
+                       "bench mfu wrote (--json)")
+
+
+def _with_kernels(device: Device, operations: Sequence[dict[str, Any]]) -> Device:
+    """Shares of the peak of the dtype that was measured, and of the memory's bandwidth.
+
+    Raises:
+        RequestError: the device has no peak for that dtype.
+    """
+    first, named = operations[0], {each["operation"]: each for each in operations}
+    if (peak := device.peaks.get(first["dtype"])) is None:
+        raise RequestError(f"--calibrate: kernels were measured in {first['dtype']}, in which {device.name} has no "
+                           f"peak (it has {', '.join(device.peaks)})")
+    reached, side = first["reached"], first["reached"]["product"]
+    deep = side / (side + device.reached.half_depth)       # what the model takes off for that product's depth
+    device = with_reached(device, product=reached["flops_per_second"] / peak / deep,
+                          stream=reached["bytes_per_second"] / device.bandwidth)
+    if (attention := named.get("attention")) is not None:
+        fastest = min(case["median_seconds"] for case in attention["cases"])
+        device = with_reached(device, attention=attention["flops"] / fastest / peak)
+    return device
 
 
 def _with_network(device: Device, content: dict[str, Any]) -> Device:

@@ -193,12 +193,14 @@ class Clock:
         forward = sum(self.product(tokens, n, k, compute) for _, n, k in matrices)
         backward = sum(self.product(tokens, k, n, compute) for _, n, k in matrices)
         weight = sum(self.product(n, k, tokens, compute) for _, n, k in trained)
+        rate = 1.0 if self.sizes.divided else self.practice.whole_output
+        forward, backward, weight = forward / rate, backward / rate, weight / rate
         loss = self.stream(2 * self.sizes.logits + 3 * wide, 6)
         comm = self.collective(self.sizes.full, self.tensor)
         host = self._host(len(matrices), self.sizes.divided)
         # Of a weighted sum all comes with the loss, and it takes as long; for others most logits are made again.
         again = 0.0 if self.sizes.ahead else forward * (1 - self.sizes.chunk / max(self.sizes.logits, 1))
-        return UnitCost(_at_least(Pass(forward + loss, comm), host),
+        return UnitCost(_at_least(Pass(forward + loss, comm), host) + Pass(self.practice.microbatch),
                         _at_least(Pass(again + backward + loss, comm), 2 * host), Pass(weight))
 
     def embedding(self) -> UnitCost:

@@ -99,7 +99,8 @@ def _gpu(name: str, gib: float, bf16: float, fp8: float, fp32: float, bandwidth:
 
 # Fitted to the runs that docs/planning.md names, by the device they ran on; the rest of these numbers are the defaults.
 A100 = {"product": 0.81, "half_depth": 50.0, "attention": 0.55, "stream": 0.87, "kernel": 12e-6, "link": 0.93,
-        "network": 0.95, "latency": 10e-6, "far": 32e-6}
+        "network": 0.95, "latency": 10e-6, "far": 32e-6, "dispatch": 22e-6,
+        "dispatch_collective": 46e-6}
 H100 = {"product": 0.64, "product_fp8": 0.51, "half_depth": 120.0, "attention": 0.42, "stream": 0.89, "kernel": 8e-6,
         "link": 0.92, "network": 0.95, "far": 20e-6, "dispatch": 12e-6, "dispatch_collective": 80e-6}
 B200 = {"product": 0.42, "product_fp8": 0.34, "half_depth": 110.0, "attention": 0.42, "stream": 0.70, "kernel": 12e-6,

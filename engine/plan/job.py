@@ -60,6 +60,11 @@ class Planned:
         known = self.device.off_by
         return relative_error(self.device.name, self.world) if known is None else known
 
+    @property
+    def memory_error(self) -> float:
+        """What predictions of the memory of runs like this one were off by."""
+        return memory_error(self.config, self.device.name, self.fullest.total)
+
     def record(self) -> dict[str, Any]:
         """The object of `octant plan --json`."""
         name, size = self.fullest.largest
@@ -69,7 +74,7 @@ class Planned:
                         "optimizer": round(it.state.optimizer), "activations": round(it.activations),
                         "workspace": round(it.workspace), "total": round(it.total)} for it in self.stages],
             "fits": self.fits, "needed_bytes": round(self.fullest.needed), "device_bytes": round(self.device.memory),
-            "needed_error": memory_error(self.device.name), "largest_term": {"name": name, "bytes": round(size)},
+            "needed_error": self.memory_error, "largest_term": {"name": name, "bytes": round(size)},
             "step_seconds": self.time.seconds, "step_seconds_error": self.error, "mfu": self.time.mfu,
             "mfu_full": self.time.mfu_full, "bubble": self.time.bubble,
             "tokens_per_second": self.time.tokens_per_second, "days": self.days, "breakdown": self.time.breakdown}

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from engine.config import Config
 from engine.model.flops import count_parameters
 from engine.parallel.pipeline.timeline import timeline
-from engine.plan.error import memory_error
 from engine.plan.job import Planned
 from engine.plan.state import dealt_layers
 from engine.plan.text import counted, duration, memory_size, table
@@ -82,7 +81,7 @@ def _memory(config: Config, job: Planned) -> Iterator[str]:
 def _fit(job: Planned) -> Iterator[str]:
     time, steps = job.time, job.config.steps
     yield (f"{'fits' if job.fits else 'DOES NOT FIT'}: {memory_size(job.fullest.needed)}, "
-           f"± {memory_error(job.device.name):.1%}, with the allocator's margin and a CUDA context; "
+           f"± {job.memory_error:.1%}, with the allocator's margin and a CUDA context; "
            f"{memory_size(job.device.memory)} are there")
     yield (f"{duration(time.seconds)} a step, ± {job.error:.0%}; {counted(round(time.tokens_per_second))} tokens a "
            f"second, MFU {time.mfu:.1%} (full attention {time.mfu_full:.1%})")

@@ -44,6 +44,7 @@ def test_every_available_implementation_is_measured(tmp_path: Path) -> None:
     assert [result["title"].partition(":")[0] for result in results] == [operation.name for operation in TABLE]
     for operation, result in zip(TABLE, results, strict=True):
         assert result["cases"][0]["name"] == operation.reference.name
+        assert (result["operation"], result["dtype"], result["reached"]["product"]) == (operation.name, "fp32", 1024)
         for case in result["cases"]:
             assert 0 <= float(case["error"]) < 2e-6, (operation.name, case)
 

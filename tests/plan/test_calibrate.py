@@ -13,10 +13,13 @@ from engine import cli
 from engine.bench.mfu import Measured
 from engine.bench.mfu_rows import Rows, row_of
 from engine.config import Config
+from engine.errors import RequestError
 from engine.plan.calibrate import calibrated
+from engine.plan.cost import Clock
 from engine.plan.devices import Device, device
 from engine.plan.error import relative_error
 from engine.plan.job import Planned
+from engine.plan.practice import OCTANT
 from engine.plan.step import step_time, with_reached
 from tests.kit.layouts import tiny_config
 
@@ -64,11 +67,29 @@ def test_links_and_network_are_those_that_were_measured(tmp_path: Path) -> None:
     assert step_time(job(64, 64, tensor=4), found).seconds > step_time(job(64, 64, tensor=4), same).seconds
 
 
+def test_kernels_say_what_products_copies_and_attention_reach(tmp_path: Path) -> None:
+    path, on = tmp_path / "kernels.json", device("a100-80g")
+    reached = {"bytes_per_second": 1.5e12, "flops_per_second": 2e14, "product": 8192}
+    attention = {"operation": "attention", "dtype": "bf16", "flops": 4e12, "reached": reached,
+                 "cases": [{"median_seconds": seconds} for seconds in (0.2, 0.04)]}
+    path.write_text(json.dumps([attention]))
+    found = calibrated(on, [path])
+    assert found.said == [f"kernels: 1 operation in bf16 of {path}"] and found.error is None
+    config = job(1024, 64).with_changes(precision={"compute": "bf16"})
+    clock, shares = Clock(config, found.device, OCTANT), found.device.reached
+    assert clock.product(8192, 8192, 8192) - shares.kernel == pytest.approx(2 * 8192**3 / 2e14)
+    assert clock.stream(3e12, 0) == pytest.approx(2.0)
+    assert shares.attention * on.peaks["bf16"] == pytest.approx(1e14)          # of the faster one
+    path.write_text(json.dumps([attention | {"dtype": "fp64"}]))
+    with pytest.raises(RequestError, match="has no peak"):
+        calibrated(on, [path])
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"benchmark": "kernels"}', "no json"])
 def test_files_of_something_else_are_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.json").write_text(content)
     assert cli.run(["plan", "tiny", "--calibrate", str(tmp_path / "x.json")]) == 2
-    assert "it is no file that octant bench network or octant bench mfu wrote" in capsys.readouterr().err
+    assert "no file that octant bench network, octant bench kernels or octant bench mfu" in capsys.readouterr().err
 
 
 def test_a_plan_says_what_it_was_calibrated_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
