@@ -183,6 +183,12 @@ class Config(Section):
         if (tokens := self.num_samples * self.data.seq_len) >= 2**63:
             problems.append(f"steps({self.steps:,}) × batch.global({self.batch.global_:,}) × data.seq_len("
                             f"{self.data.seq_len:,}) = {tokens:.1e} tokens, more than can be counted")
+        if self.precision.compute == "fp16" and self.precision.fp8 != "off":
+            problems.append(f"precision.fp8: {self.precision.fp8} goes with precision.compute: bf16; for fp16 it must "
+                            "be off")
+        if self.precision.compute == "fp16" and self.run.objective in RL_OBJECTIVES:
+            problems.append(f"precision.compute: fp16 scales the loss, which run.objective: {self.run.objective} has "
+                            "not: use bf16 or fp32")
         if self.optim.min_lr > self.optim.lr:
             problems.append(f"optim.min_lr({self.optim.min_lr}) > optim.lr({self.optim.lr})")
         if not problems:

@@ -73,7 +73,7 @@ ROWS = (
         "activation_checkpointing", note="none, selective or full"),
     Row("parallel.recompute_layers", "recompute_num_layers"),
     Row("precision.compute", "bf16 fp16 params_dtype", "precision", "training.mixed_precision_param", "bf16 fp16",
-        "dtype mixed_precision torch_dtype", note="bf16 or fp32"),
+        "dtype mixed_precision torch_dtype", note="bf16, fp16 or fp32"),
     Row("precision.fp8", "fp8_format fp8_recipe", "", "float8.recipe_name", "", "float8"),
     Row("precision.grad_reduce", "accumulate_allreduce_grads_in_fp32 grad_reduce_in_bf16", "",
         "training.mixed_precision_reduce"),

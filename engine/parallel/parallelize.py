@@ -53,7 +53,7 @@ from engine.schedules.lowering import hoist_receives, lower
 from engine.schedules.program import Schedule
 from engine.schedules.table import build_schedule
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass

@@ -99,7 +99,7 @@ def step_time(config: Config, device: Device, practice: Practice = OCTANT, *, ro
     breakdown = dict(zip(CAUSES, (total.compute, total.recompute, total.tensor_comm, waiting,
                                   max(pipeline - total.total - waiting, 0.0), after, update), strict=True))
     tokens = config.batch.global_ * config.data.seq_len / seconds
-    peak = device.peaks["bf16" if config.precision.compute == "bf16" else "fp32"] * parallel.world_size
+    peak = device.peaks["fp32" if config.precision.compute == "fp32" else "bf16"] * parallel.world_size
 
     def mfu(attention: AttentionCount) -> float:
         return tokens * flops_per_token(config.model, config.data.seq_len, attention, config.adapter) / peak

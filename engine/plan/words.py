@@ -67,7 +67,7 @@ def _boxes(parts: Sequence[Part]) -> tuple[str, str, str]:
 
 
 def _memory(it: Explanation) -> Iterator[str]:
-    parallel, sharing, bf16 = it.config.parallel, _sharing(it), it.config.precision.compute == "bf16"
+    parallel, sharing, bf16 = it.config.parallel, _sharing(it), it.config.precision.compute != "fp32"
     share, masters = f" / {sharing}" if sharing > 1 else "", bf16 and it.config.precision.masters == "fp32"
     yield (f"ZeRO {parallel.zero}, n = {it.elements:,} parameters"
            + (f", its state shared by {sharing} ranks" if share else ""))

@@ -13,7 +13,8 @@ part of a step runs as a phase with a name (`engine.metrics.phases`).
 A step that cannot be taken, because its gradient is not finite or because not one label counts in it, is *skipped*: it
 uses up its samples and changes nothing else; so is one whose gradient is larger than `reliability.max_grad_norm`, and a
 spike, where the configuration says so (`engine.reliability.spikes`).  All ranks see the same all-reduced numbers, so
-all skip, and after `reliability.max_skips` in a row all go back (`GoBack`), or give up.
+all skip, and after `reliability.max_skips` in a row all go back (`GoBack`), or give up.  A gradient that fp16 could not
+hold, for which the loss is scaled less from then on (`engine.optim.loss_scale`), does not count there.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from engine.metrics.phases import Phases, Taken
 from engine.metrics.throughput import throughput
 from engine.model.flops import flops_per_token
 from engine.optim.gradients import clip_divisor, sum_over_world, unusable
+from engine.optim.loss_scale import LOSS_SCALE, LossScale
 from engine.optim.schedule import LearningRates
 from engine.parallel.parallelize import ParallelModel
 from engine.reliability.spikes import SPIKES, SpikeMonitor
@@ -53,9 +55,14 @@ from engine.train.reference import informed, passes, with_reference
 from engine.train.rewinding import GoBack, plan_rewind
 from engine.train.role import Role, RoleState
 from engine.train.running import Running, Tools
-from engine.train.start import take_over
+from engine.train.start import Kept, take_over
 from engine.train.state import TrainState
 from engine.train.tally import UNLOGGED, Line, Tally, Verdict
+
+
+def kept(tally: Tally, spikes: SpikeMonitor, loss_scale: LossScale | None) -> dict[str, Kept]:
+    """What a run keeps on the device beside its weights, by where a checkpoint's metadata have it."""
+    return {UNLOGGED: tally, SPIKES: spikes, **({} if loss_scale is None else {LOSS_SCALE: loss_scale})}
 
 
 @dataclass(kw_only=True)
@@ -65,6 +72,7 @@ class Trainer(Running):
     Attributes:
         tasks: asks the questions of `eval.tasks`.
         best: keeps the weights of the lowest held-out loss.
+        loss_scale: of fp16; None: the loss is differentiated as it is.
         spiked: the step of a spike that the run is to go back for.
         logged_samples: how many were consumed when the last line was logged.
         places: inputs computed since the line before the last.
@@ -74,6 +82,7 @@ class Trainer(Running):
     loader: Loader
     tally: Tally
     spikes: SpikeMonitor
+    loss_scale: LossScale | None
     learning_rates: LearningRates
     tasks: Callable[[ParallelModel], dict[str, float]] | None = None
     best: BestWeights | None = None
@@ -113,9 +122,11 @@ class Trainer(Running):
         model, group = state.model, mesh.world.group
         tally = Tally(len(model.objective.sums), mesh.device)
         spikes = SpikeMonitor(config.reliability.spike, mesh.device)
+        loss_scale = LossScale.of(config, mesh.device)
         said: list[str] = []
         corpora = with_reference(state, config, corpora, group, said.append)
-        notes = said + take_over(state, tally, spikes, config, corpora, group)
+        notes = said + take_over(state, kept(tally, spikes, loss_scale), config, corpora, group)
+        tally.step = state.step
         state.end_ids = tuple(sorted({*state.end_ids, *corpora.end_ids}))
         tools = Tools.of(config, mesh, state.step, model.buckets, phases, stamped, notes)
         drops = config.adapter is not None and config.adapter.dropout > 0
@@ -123,7 +134,7 @@ class Trainer(Running):
         loader = Loader(samples, config, mesh, model.objective, uses=len(model.chunks) * passes(model),
                         ahead=True, sizes=config.ramp)
         return Trainer(config=config, mesh=mesh, corpora=corpora, state=state, tools=tools, phases=phases,
-                       loader=loader, stop_requested=stop_requested, tally=tally, spikes=spikes,
+                       loader=loader, stop_requested=stop_requested, tally=tally, spikes=spikes, loss_scale=loss_scale,
                        learning_rates=LearningRates.of(config),
                        tasks=resolve_name("engine.generate.tasks:Exam").of(config) if config.eval.tasks else None,
                        best=BestWeights(directory, group) if keeps_best(config) and corpora.valid else None,
@@ -140,12 +151,16 @@ class Trainer(Running):
             batches = self.loader.step(state.consumed_samples)
         divisor = batches.divisor
         scale = 1 / (divisor if isinstance(divisor, int) else divisor.clamp(min=1))
+        scaler, differentiated = self.loss_scale, scale
+        if scaler is not None:
+            differentiated = scale * scaler.value
         with phase("forward_backward"):
-            own = model.accumulate(informed(model, batches.microbatches), scale)
+            own = model.accumulate(informed(model, batches.microbatches), differentiated)
         with phase("reduce"):
             model.finish_reduction()
             sums = sum_over_world(own, model.buckets, self.mesh, num_sums=len(model.objective.sums),
                                   flag=self._flag(), reproducible=config.parallel.reproducible)
+            sums = sums if scaler is None else scaler.unscaled(sums)
         with phase("update"):
             lr = self.learning_rates(state.step + 1, state.consumed_samples + batches.num_samples)
             skipped = unusable(sums.grad_norm, config.reliability.max_grad_norm)
@@ -157,14 +172,16 @@ class Trainer(Running):
             is_spike = z > (limit.z if limit else math.inf)
             if limit is not None and limit.action == "skip":
                 skipped |= is_spike
-            state.optimizer.step(lr, clip_divisor(sums.grad_norm, config.optim.grad_clip), skipped.float())
+            clip = clip_divisor(sums.grad_norm, config.optim.grad_clip)
+            state.optimizer.step(lr, clip if scaler is None else clip * scaler.value, skipped.float())
+            anomalous = skipped if scaler is None else skipped & ~scaler.update(sums.grad_norm)
         with phase("publish"):
             model.publish()
         state.step += 1
         state.consumed_samples += batches.num_samples
         with phase("read"):
             self.spikes.remember(loss, sums.grad_norm, skipped)
-            self.tally.add(sums, divisor, skipped.float(), z, is_spike.float(), too_large, batches.places)
+            self.tally.add(sums, divisor, anomalous.float(), z, is_spike.float(), too_large, batches.places)
             self._hear(lr)
 
     def _hear(self, lr: float) -> None:
@@ -213,7 +230,8 @@ class Trainer(Running):
         return {"step": state.step, **known, "grad_norm": line.grad_norm, "lr": lr,
                 "tokens": state.consumed_samples * self.config.data.seq_len,
                 "consumed_samples": state.consumed_samples, "memory_bytes": peak_memory_bytes(self.mesh.device),
-                "skipped": state.step - state.optimizer.num_steps()}
+                "skipped": state.step - state.optimizer.num_steps(),
+                **({} if self.loss_scale is None else {LOSS_SCALE: self.loss_scale.value.item()})}
 
     def _speed(self, taken: Taken) -> dict[str, Any]:
         """The metrics that follow from the time since the last line: means of a step, and sums of what came besides."""
@@ -249,7 +267,8 @@ class Trainer(Running):
 
     def _metadata(self) -> dict[str, Any]:
         return self.state.metadata(self.config, self.corpora.fingerprint()) | {
-            UNLOGGED: self.tally.state(), SPIKES: self.spikes.state(), **self._scale()}
+            **{key: each.state() for key, each in kept(self.tally, self.spikes, self.loss_scale).items()},
+            **self._scale()}
 
     def _scale(self) -> dict[str, Any]:
         """What the scores of a reward model are on held-out samples, where that is known of these very weights."""

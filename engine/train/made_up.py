@@ -25,6 +25,7 @@ from engine.errors import RequestError
 from engine.metrics.phases import Phases
 from engine.model.fields import END, PTX
 from engine.model.objective import Objective
+from engine.optim.loss_scale import LossScale
 from engine.optim.schedule import LearningRates
 from engine.reliability.spikes import SpikeMonitor
 from engine.reliability.wishes import Wishes
@@ -115,6 +116,7 @@ def made_up_trainer(config: Config, mesh: Mesh, folder: Path, *, ahead: bool = F
     trainer = Trainer(config=config, mesh=mesh, corpora=Corpora(data, None, None), state=state, tools=tools,
                       phases=Phases(mesh.device), loader=loader, stop_requested=lambda: False,
                       tally=Tally(len(objective.sums), mesh.device), spikes=SpikeMonitor(None, mesh.device),
+                      loss_scale=LossScale.of(config, mesh.device),
                       learning_rates=LearningRates.of(config))
     trainer.state.step = FIRST_STEP
     trainer.verdict = trainer.tally.late()

@@ -13,8 +13,9 @@ So the same command can be given again and again: `load` is for the first time, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from engine.checkpoint.adapted import Base, open_model
 from engine.checkpoint.compatibility import Difference, require_compatible
@@ -29,15 +30,24 @@ from engine.distributed.pieces import Piece
 from engine.errors import CheckpointError, ConfigError
 from engine.metrics.events import append_event
 from engine.reading import shown
-from engine.reliability.spikes import SPIKES, SpikeMonitor
 from engine.train.corpora import Corpora
 from engine.train.run_folder import begin_another_line, writing
 from engine.train.state import TrainState
-from engine.train.tally import UNLOGGED, Tally
 
 
-def take_over(state: TrainState, tally: Tally, spikes: SpikeMonitor, config: Config, corpora: Corpora,
-              group: Group) -> list[str]:
+class Kept(Protocol):
+    """Something with numbers of its own that a run goes on with."""
+
+    def state(self) -> Any:
+        """What a checkpoint must hold, as JSON."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Takes over what `state` returned, or raises ValueError."""
+        ...
+
+
+def take_over(state: TrainState, kept: Mapping[str, Kept], config: Config, corpora: Corpora, group: Group) -> list[str]:
     """Loads what `checkpoint.resume` and `checkpoint.load` ask for, or makes new weights; every rank must call this.
 
     Returns:
@@ -54,14 +64,13 @@ def take_over(state: TrainState, tally: Tally, spikes: SpikeMonitor, config: Con
     if reader is not None:
         differing = _resume(state, config, corpora, reader, group)
         notes += about_resume(differing, reader, state)
-        _restore(tally, spikes, reader)
+        _restore(kept, reader)
     else:
         if config.adapter is not None and asked.load is None:
             raise ConfigError("an adapter is trained on top of a model: checkpoint.load says which")
         state.model.initialise(config.run.seed, frozen=False)
         if asked.load is not None:
             notes += _load_weights(state, config, corpora, open_model(Path(asked.load), group))
-    tally.step = state.step
     notes += leave_other_line(config, state, reader, group)
     note_changes(config, state.step, differing, group)
     return notes
@@ -145,12 +154,10 @@ def _resume(state: TrainState, config: Config, corpora: Corpora, reader: Checkpo
     return differing
 
 
-def _restore(tally: Tally, spikes: SpikeMonitor, reader: CheckpointReader) -> None:
+def _restore(kept: Mapping[str, Kept], reader: CheckpointReader) -> None:
     try:
-        if UNLOGGED in reader.metadata:
-            tally.restore(reader.metadata[UNLOGGED])
-        if SPIKES in reader.metadata:
-            spikes.restore(reader.metadata[SPIKES])
+        for key in kept.keys() & reader.metadata.keys():
+            kept[key].restore(reader.metadata[key])
     except ValueError as error:
         raise CheckpointError(f"{reader.path}: {error}") from None
 
