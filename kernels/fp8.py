@@ -70,7 +70,7 @@ class Scaled(NamedTuple):
     """`values` times `scales`, block by block.
 
     Attributes:
-        values: [m, k], or [..., k] where one scale is everybody's; FP8.
+        values: [m, k], or [..., k] of which the scales see [m, k]; FP8.
         scales: [blocks of rows, blocks of columns], fp32.
         block: the shape of a block.
     """

@@ -7,7 +7,8 @@ each row.  Blocks of 128 or 32 are never divided (`engine.config.layout` sees to
 
 *One scale for a tensor* (tensorwise) serves all three products: x is cast once forward, where its scale is kept, and
 dy once backward, and what sequence parallelism gathers is what was cast: half the bytes.  Finer scales belong to a
-direction: what shares one in dy·W does not in dyᵀ·x, so each product casts for itself, and wide tensors travel.
+direction: what shares one in dy·W does not in dyᵀ·x, so each product casts for itself.  x is gathered once for each of
+its two products, each time as that casts it, with the scales; dy is gathered once for both, so it travels wide.
 
 *Weights* are cast once for each version of them, which is once a step: `Bucket.start_publish` and whoever else writes
 to a parameter raise its version.  One cast does for both products where blocks are square, else there is one for each.
@@ -61,6 +62,7 @@ class Fp8Gemms:
                       IN: () if column else (mesh.tensor,)}
         # and before it is gathered: the input of a column-parallel layer, the gradient of a row-parallel one's output
         own = (mesh.tensor,) if sequence else ()
+        self._travels = sequence and column and mesh.tensor.size > 1
         self._own_axes = {False: (mesh.context, *(own if column else (mesh.tensor,))),
                           True: (mesh.context, *((mesh.tensor,) if column else own))}
         self._kept: tuple[int, Scaled, Scaled] | None = None
@@ -69,11 +71,21 @@ class Fp8Gemms:
 
     def operand(self, x: Tensor, *, gradient: bool = False, scales: Tensor | None = None) -> Operand:
         if self.recipe.block != (None, None):
-            return x
+            return x if gradient or not self._travels else self._before_it_travels(x, again=scales is not None)
         dtype = self.recipe.gradients if gradient else E4M3
         if scales is None:
             scales = scales_of(_over(amax_of(x.flatten(0, -2), self.recipe.block), self._own_axes[gradient]), dtype)
         return narrow(x, scales, self.recipe.block, dtype)
+
+    def _before_it_travels(self, x: Tensor, *, again: bool) -> Operand:
+        """x as a factor of the forward product, or `again`, of the weight gradient: each is gathered for itself."""
+        block = self.recipe.block[::-1] if again else self.recipe.block
+        flat = x.flatten(0, -2)
+        if flat.shape[0] % (block[0] or 1):                                # a block of tokens that ranks divide
+            return x
+        amax = _over(amax_of(flat, block), self._own_axes[False] if block[0] is None else [])
+        cast = narrow(flat, scales_of(amax, E4M3), block, E4M3)
+        return Scaled(cast.values.view(x.shape), cast.scales, block)
 
     def _cast(self, x: Tensor, dims: tuple[str, str], block: Block, dtype: torch.dtype) -> Scaled:
         """x [m, k] whose dimensions are these two, as the operand of a sum over the second."""

@@ -31,7 +31,7 @@ class Gemms(Protocol):
     def operand(self, x: Tensor, *, gradient: bool = False, scales: Tensor | None = None) -> Operand:
         """What stands for this rank's x, or for the gradient of its output, in the products.
 
-        `scales`: those of an operand that was made of this x before.
+        `scales`: those of an operand that was made of this x before; it is for the weight gradient now.
         """
         ...
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.config import Config, resolve_layout
-from engine.distributed.mesh import Mesh, single_mesh
+from engine.distributed.collectives import Work, start_all_gather
+from engine.distributed.mesh import Axis, Mesh, single_mesh
 from engine.distributed.topology import Topology
 from engine.errors import ConfigError
 from engine.kernels.blocks import Block
@@ -20,6 +21,7 @@ from engine.kernels.fp8 import E4M3, RECIPES, Scaled, amax_of, narrow, scales_of
 from engine.kernels.table import PORTABLE, Chosen, Operations
 from engine.model.spec import ParamSpec, Rule
 from engine.parallel.parallelize import parallelize
+from engine.parallel.tensor import layers as layers_of_tensor
 from engine.parallel.tensor.layers import ParallelLinear
 from engine.precision.fp8 import Fp8Gemms, gemms_of
 from engine.precision.gemms import PlainGemms
@@ -100,13 +102,18 @@ def parts_of(fp8: str, kind: str, mesh: Mesh, sequence: bool) -> Casts:
         x = whole[name].chunk(context)[mesh.context.index]
         if features:
             return x.chunk(tensor, 1)[mesh.tensor.index]
-        return x.chunk(tensor)[mesh.tensor.index] if sequence and fp8 == "tensorwise" else x
+        travels = fp8 == "tensorwise" or (column and name == "x")         # and is cast before
+        return x.chunk(tensor)[mesh.tensor.index] if sequence and travels else x
 
     x, dy = layers.operand(part("x", not column)), layers.operand(part("dy", column), gradient=True)
+    scales = x.scales if isinstance(x, Scaled) else None
+    again = layers.operand(part("x", not column), scales=scales)
+    if sequence and column:
+        assert isinstance(x, Scaled) and isinstance(again, Scaled)
     w = whole["w"].chunk(tensor, 0 if column else 1)[mesh.tensor.index]
     gradients = RECIPES[fp8].gradients
     casts = {"w": [*layers.cast_weight(w)],
-             "x": [layers._factor(x, ("tokens", "in"), E4M3), layers._factor(x, ("in", "tokens"), E4M3)],
+             "x": [layers._factor(x, ("tokens", "in"), E4M3), layers._factor(again, ("in", "tokens"), E4M3)],
              "dy": [layers._factor(dy, ("tokens", "out"), gradients), layers._factor(dy, ("out", "tokens"), gradients)]}
     return {name: [(widened(each), each.scales) for each in both] for name, both in casts.items()}
 
@@ -123,7 +130,7 @@ def test_a_scale_belongs_to_the_whole_tensor(tensor: int, context: int, sequence
 
 
 def found_in(part: Tensor, whole: Tensor) -> bool:
-    """Whether it is one of the equal parts along some dimension."""
+    """Whether it is it, or one of the equal parts along some dimension."""
     candidates = [whole, *(piece for dim in (0, 1) for piece in whole.chunk(2, dim))]
     return any(torch.equal(part, each) for each in candidates)
 
@@ -164,7 +171,51 @@ def test_fp8_is_not_the_wide_computation() -> None:
         assert 0.01 < far["layers.1.mlp.linear_fc1.weight"] < 0.2
 
 
-# ------------------------------------------------------------------ what is cast, and when
+# ------------------------------------------------------------------ what travels, what is cast, and when
+
+def gathered_along_the_sequence(configs: list[Config]) -> list[Counter[torch.dtype]]:
+    """On a rank: bytes of a step's gathers of tokens in layers, for each configuration."""
+    found = []
+    for config in configs:
+        gathered: Counter[torch.dtype] = Counter()
+
+        def counting(x: Tensor, axis: Axis, gathered: Counter[torch.dtype] = gathered) -> tuple[Tensor, Work]:
+            out, work = start_all_gather(x, axis)
+            gathered[out.dtype] += out.numel() * out.element_size()
+            return out, work
+
+        def waiting(x: Tensor, axis: Axis, count: Any = counting) -> Tensor:
+            out, work = count(x, axis)
+            work.wait()
+            return out
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers_of_tensor, "start_all_gather", counting)
+            patch.setattr(layers_of_tensor, "all_gather", waiting)
+            mesh = mesh_for(Topology.of(config))
+            model = parallelize(config, mesh)
+            model.initialise(7)
+            model.forward_backward(microbatches(config, global_batch(config, 1), mesh), 1e-2)
+        found.append(gathered)
+    return found
+
+
+def test_what_is_gathered_along_the_sequence_has_a_byte() -> None:
+    """Of each number two before: x forward and again for its weight's gradient, with scales; tensorwise also dy."""
+    recipes = ("off", *RECIPES)
+    configs = [fp8_config(fp8, LARGE, tensor=2).with_changes(precision={"compute": "bf16"}, batch={"micro": 4})
+               for fp8 in recipes]
+    for rank in run_distributed(gathered_along_the_sequence, 2, configs):
+        wide, *others = rank
+        assert set(wide) == {torch.bfloat16}
+        for fp8, own in zip(recipes[1:], others, strict=True):
+            assert own[torch.uint8] * 2 + own[torch.bfloat16] == wide[torch.bfloat16], fp8
+            assert own[torch.float32] <= own[torch.uint8] // 8
+        tensorwise, rowwise = others[0][torch.uint8], others[1][torch.uint8]
+        assert rowwise * 3 == tensorwise * 2 and tensorwise > wide[torch.bfloat16] / 8
+        assert others[3][torch.uint8] == rowwise == 2 * others[2][torch.uint8]         # 64 tokens are no block of 128
+
+
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_weights_are_cast_once_a_step(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:

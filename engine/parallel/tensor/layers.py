@@ -89,7 +89,8 @@ def start_full_operand(x: Operand, context: TensorContext) -> tuple[Operand, Wor
     if isinstance(x, Tensor) or not context.sequence:
         return start_full_sequence(x, context) if isinstance(x, Tensor) else (x, DONE)
     values, work = start_all_gather(x.values.view(torch.uint8), context.axis)      # no backend knows FP8
-    return Scaled(values.view(x.values.dtype), x.scales, x.block), work
+    scales = x.scales if x.block[0] is None else all_gather(x.scales, context.axis)
+    return Scaled(values.view(x.values.dtype), scales, x.block), work
 
 
 def full_operand(x: Operand, context: TensorContext) -> Operand:
