@@ -35,8 +35,7 @@ class NarrowBucket(Bucket):
                         entry.parameter.shape[-1]) for own, entry in zip(self.gemms, self.entries, strict=True)]
         self.casts = ShardedCasts(places, self.shard, self.param_buffer.numel(), mesh, self.param_buffer.dtype)
         self._under_way: list[Work] = []
-        for whole in self.casts.wholes:
-            free(whole)
+        self.release()
 
     def held(self) -> list[Tensor]:
         return [*self.casts.shards, self.casts.scales]
