@@ -75,7 +75,9 @@ def penalise(logits_BV: Tensor, seen: Sequence[Sequence[int]], penalty: float) -
 
 def filtered(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """Steps 2 to 4 for logits in fp32: those of ids that are left over, −∞ elsewhere; τ must not be 0."""
-    logits = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature         # no overflow, however cold
+    logits = logits_BV - logits_BV.amax(-1, keepdim=True)                                  # no overflow, however cold
+    if sampling.temperature != 1:
+        logits.div_(sampling.temperature)
     if 0 < sampling.top_k < logits.shape[1]:
         smallest = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
