@@ -45,6 +45,7 @@ precision: {{compute: fp32}}
 data: {{tokenizer: bytes, seq_len: 56}}
 batch: {{micro: {micro}, global: 16}}
 checkpoint: {{every: 0}}
+reliability: {{watchdog: {{min_seconds: 900}}}}               # a step takes milliseconds, or minutes where others work
 log: {{every: 10}}
 """
 LEARNING = """
