@@ -82,8 +82,12 @@ def _state(bucket: Bucket, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's shard of masters and moments; masters that are the very weights are compared as such."""
     same_memory = bucket.level < 3 and bucket.master is bucket.param_shard
     vectors = dict(moments) if same_memory else {"fp32 master": bucket.master} | dict(moments)
-    return {f"{name} of {piece.key.removeprefix('.')}{piece.box.offset}": piece.tensor
-            for name, vector in vectors.items() for piece in bucket.pieces("", vector)}
+    found: dict[str, Tensor] = {}
+    for name, vector in vectors.items():
+        for piece in bucket.pieces(f"{name} of ", vector):
+            key = piece.key.replace(" of .", " of ")
+            found[f"the copied part of {key}" if key in found else key] = piece.tensor
+    return found
 
 
 def _hash(vector: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ SIZE = 655_360 * ALIGNMENT                        # 42 million
 
 def bucket(gradient: Tensor, *, counted: bool = True, is_first_copy: bool = True) -> Any:
     return SimpleNamespace(grad_shard=gradient, kind=SimpleNamespace(counted=counted), is_first_copy=is_first_copy,
-                           level=0, num_used=gradient.numel())
+                           level=0, num_used=gradient.numel(), counted_gradient=lambda: gradient)
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
