@@ -82,12 +82,9 @@ def _state(bucket: Bucket, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's shard of masters and moments; masters that are the very weights are compared as such."""
     same_memory = bucket.level < 3 and bucket.master is bucket.param_shard
     vectors = dict(moments) if same_memory else {"fp32 master": bucket.master} | dict(moments)
-    found: dict[str, Tensor] = {}
-    for name, vector in vectors.items():
-        for piece in bucket.pieces(f"{name} of ", vector):
-            key = piece.key.replace(" of .", " of ")
-            found[f"the copied part of {key}" if key in found else key] = piece.tensor
-    return found
+    places = [spec.name + ", copied" * n for spec in (e.spec for e in bucket.entries) for n in range(len(spec.held))]
+    return {f"{name} of {place}": piece.tensor for name, vector in vectors.items()
+            for place, piece in zip(places, bucket.pieces("", vector), strict=True)}
 
 
 def _hash(vector: Tensor) -> Tensor:

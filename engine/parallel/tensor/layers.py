@@ -238,10 +238,8 @@ class ParallelProjectionNorm(ProjectionNorm):
 
     def __init__(self, whole: ProjectionNorm, context: TensorContext) -> None:
         super().__init__(whole.weight, None, whole.eps, whole.operations)
-        self._axis, self._copies = context.axis, 1
         spec = spec_of(whole.weight)
-        if spec.copied.start < spec.copied.stop:
-            self._copies = spec.copies
+        self._axis, self._copies = context.axis, spec.copies if spec.rule.copied else 1
 
     def total(self, sums: Tensor) -> Tensor:
         total: Tensor = SumOverRanks.apply(sums / self._copies, self._axis)
