@@ -91,8 +91,11 @@ def search(config: Config, num_devices: int, device: Device, memory: float | Non
         if len(fits) == SHOWN:
             break
     if not fits and least is not None:
+        smallest, enough = least[2], _enough(least[2], num_devices, room)
+        alone = " for weights, gradients and optimizer state alone" * (_state(smallest) > room)
+        more = "more devices" if enough is None else f"more devices ({enough:,} would do, with ZeRO 3)"
         raise RequestError(f"nothing fits {num_devices:,} × {device.name}: of {len(rough):,} layouts the smallest "
-                           f"needs {gib(least[0])} of {gib(room)} ({words(least[2])}): use more devices, a larger one, "
+                           f"needs {gib(least[0])} of {gib(room)}{alone} ({words(smallest)}): use {more}, larger ones, "
                            "or train adapters (adapter.rank)")
     planned = sorted((Planned(layout, device) for layout in fits), key=lambda job: job.time.seconds)
     return Found(planned, excluded[:SHOWN], len(rough))
@@ -147,11 +150,33 @@ def _with_rest(config: Config, tensor: int, context: int, pipeline: int, data: i
 
 def _needed(layout: Config, room: float) -> float:
     """Bytes of the fullest of the first and the last stage; of the state alone where that is too much already."""
-    ends = sorted({0, layout.parallel.pipeline - 1})
-    state = max(stage_state(layout, stage).bytes.total for stage in ends) * (1 + MARGIN) + CONTEXT
-    if state > room:
+    if (state := _state(layout)) > room:
         return state
-    return max(stage_memory(layout, stage).needed for stage in ends)
+    return max(stage_memory(layout, stage).needed for stage in _ends(layout))
+
+
+def _state(layout: Config) -> float:
+    """Bytes of a device for what stays between steps alone."""
+    return max(stage_state(layout, stage).bytes.total for stage in _ends(layout)) * (1 + MARGIN) + CONTEXT
+
+
+def _ends(layout: Config) -> list[int]:
+    return sorted({0, layout.parallel.pipeline - 1})
+
+
+def _enough(layout: Config, num_devices: int, room: float) -> int | None:
+    """So many times as many devices, with more copies of the model, ZeRO 3 and all recomputed, fit; None: none do."""
+    parallel, copies = layout.parallel, num_devices // (layout.parallel.tensor * layout.parallel.context)
+    for factor in (2**power for power in range(1, 13)):
+        if layout.batch.global_ % (copies * factor):
+            return None
+        divided = parallel.model_copy(update={"pipeline": 1, "schedule": "1f1b", "virtual_stages": 1, "zero": 3,
+                                              "data": copies * factor, "recompute": "full"})
+        larger = layout.model_copy(update={
+            "parallel": divided, "batch": layout.batch.model_copy(update={"micro": 1})})
+        if _needed(larger, room) <= room:
+            return num_devices * factor
+    return None
 
 
 def _valid(layout: Config, num_devices: int) -> Config | None:

@@ -56,8 +56,10 @@ def test_with_less_memory_it_takes_another_or_none() -> None:
     assert half is not None and half.time.seconds >= whole.time.seconds
     assert half.fullest.needed <= A100.memory / 2
     assert at_half_the_memory(config, 1, A100) is None
-    with pytest.raises(RequestError, match=r"nothing fits 1 × a100-80g: of \d+ layouts the smallest needs"):
+    with pytest.raises(RequestError, match=r"nothing fits 1 × a100-80g: of \d+ layouts the smallest needs [\d.]+ GiB "
+                                           r"of 79.1 GiB for weights, gradients .* \(2 would do, with ZeRO 3\)"):
         search(config, 1, A100)
+    assert search(config, 2, A100).best
 
 
 def test_seven_billion_with_adapters_fit_24_gb() -> None:
