@@ -6,9 +6,9 @@ The planted corpus (`tests/kit/planted.py`) has twenty cases of each rule per se
 decoys that look like cases.  It was written together with the rules, so its figures say that the rules do what they
 claim, not how they do on the web; for that read `report.md` of a run on your own data.
 
-Boilerplate held out: three lists of lines.  The first was written down after the rules for phrases and patterns, and
-had been read when the rules `interface` were made; those were tuned on the second; the third was written down last, of
-other kinds of pages, and nothing was changed for it: its recall is what to expect of pages that nobody thought of.
+Boilerplate held out: four lists of lines.  The first was written down after the rules for phrases and patterns, and
+had been read when the rules `interface` were made; those were tuned on the second; the others were written down
+last, of other kinds of pages and of apps, and nothing was changed for them: what to expect where nobody thought of it.
 
 Near duplicates: pairs of texts of 300 words whose true Jaccard similarity of shingles is known, and the share of pairs
 that were called duplicates at a threshold of 0.8.

@@ -70,6 +70,8 @@ class Interface(Rule):
                 known += weight
             elif piece not in self._fillers:
                 others += weight
+                if others > self.max_words:
+                    break
         return known, others
 
     def _pieces(self, line: str) -> Iterator[tuple[str, int]]:
