@@ -41,7 +41,8 @@ def append_event(directory: Path, kind: str, step: int, detail: Mapping[str, Any
     """
     record = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds"), "kind": kind, "step": step,
               "rank": rank, "detail": dict(detail)}
-    with (directory / EVENTS_FILE).open("a", encoding="utf-8") as file:
+    # Half a character, as damaged files hold, stays readable as JSON's own escape of it.
+    with (directory / EVENTS_FILE).open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 

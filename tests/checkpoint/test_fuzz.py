@@ -19,9 +19,10 @@ from engine.config import Config
 from engine.distributed.mesh import single_mesh
 from engine.distributed.topology import Topology
 from engine.generate.load import inference_config, load_model, load_tokenizer_of
+from engine.optim.loss_scale import LossScale
 from engine.reliability.spikes import SpikeMonitor
 from engine.train.corpora import Corpora
-from engine.train.loop import Trainer
+from engine.train.loop import Trainer, kept
 from engine.train.objectives import objective_of
 from engine.train.role import Role, RoleState
 from engine.train.start import take_over
@@ -57,7 +58,8 @@ def taken_over(config: Config, corpora: Corpora, folder: Path) -> TrainState:
     here = config.with_changes(run={"dir": str(folder / "run")}, checkpoint={"resume": str(folder)})
     state = TrainState((RoleState.on(single_mesh(), Role.of(here, objective_of(here)), here),))
     device = torch.device("cpu")
-    take_over(state, Tally(1, device), SpikeMonitor(here.reliability.spike, device), here, corpora, None)
+    tally, spikes = Tally(1, device), SpikeMonitor(here.reliability.spike, device)
+    take_over(state, kept(tally, spikes, LossScale.of(here, device)), here, corpora, None)
     return state
 
 

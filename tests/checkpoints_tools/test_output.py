@@ -19,6 +19,8 @@ from engine.distributed.boxes import Box
 from engine.errors import CheckpointError
 from tests.kit.checkpoints import KINDS, model, write_random
 
+NORMS = {"norm": "layernorm", "norm_place": "both", "embedding_norm": True}
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_parts_of_a_parameter_cover_it_once(kind: str) -> None:
@@ -32,13 +34,14 @@ def test_the_parts_of_a_parameter_cover_it_once(kind: str) -> None:
 
 def test_names_are_unambiguous() -> None:
     for names in ([row.ours for row in TABLE], [row.megatron for row in TABLE if row.megatron],
-                  [name for row in TABLE for name in row.hf]):
+                  *([(part.name, part.layer, part.first) for parts in hf_parts(model(**changes)).values()
+                     for part in parts] for changes in KINDS.values())):
         assert len(set(names)) == len(names)
 
 
 def test_every_row_of_the_table_is_used_by_some_model() -> None:
     used = {name.split(".", 2)[-1] if name.startswith("layers.") else name
-            for changes in (*KINDS.values(), {"head": "score"}) for name in parameter_shapes(model(**changes))}
+            for changes in (*KINDS.values(), {"head": "score"}, NORMS) for name in parameter_shapes(model(**changes))}
     assert used == {row.ours.removeprefix("layers.{i}.") for row in TABLE}
 
 

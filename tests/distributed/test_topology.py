@@ -18,7 +18,7 @@ def test_the_picture_of_the_readme() -> None:
     assert topology.rank(pipeline=1, data=1) == 6
     assert topology.axes_of(6) == {
         "tensor": (6, 7), "context": (6,), "pipeline": (2, 6), "data": (4, 6), "gradient": (4, 6), "shard": (4, 6),
-        "replicate": (6,), "ends": (6,), "world": tuple(range(8))}
+        "replicate": (6,), "copies": (6,), "ends": (6,), "world": tuple(range(8))}
     tied = Topology(pipeline=3, data=2, tied=True)
     assert [tied.axes_of(rank)["ends"] for rank in range(6)] == [(0, 4), (1, 5), (2,), (3,), (0, 4), (1, 5)]
 
