@@ -41,7 +41,8 @@ from engine.metrics.events import append_event
 from engine.metrics.phases import BETWEEN, Moment, Phases
 
 HUNG = 5                                   # exit code
-PATIENCE_SECONDS = 4.0                     # between a rank's own report and the verdict
+LOOK_SECONDS = 0.25                        # between two looks at how long a phase has lasted
+PATIENCE_SECONDS = 3.0                     # between a rank's own report and the verdict
 NUM_JUDGES = 8                             # at least: ranks that put reports side by side
 IN_STEP = (*(name for kind in KINDS for name in kind.in_step), BETWEEN)
 FIRST, LAST = {kind.in_step[0] for kind in KINDS}, {kind.in_step[-1] for kind in KINDS}
@@ -130,7 +131,7 @@ class Watchdog:
         return max(config.min_seconds, config.step_factor * statistics.median(self._steps))
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self._config.min_seconds / 4)):
+        while not self._closed.wait(min(LOOK_SECONDS, self._config.min_seconds / 4)):
             now = self._phases.now
             seconds, limit = time.perf_counter() - now.since, self.limit(now.phase)
             if seconds > limit and self._phases.now is now:
