@@ -7,6 +7,9 @@ and what of the set the constants of `engine/plan/devices.py` and `planning_memo
 every run as well.  Rows of your own have the same columns, or are a file that `planning_sources.py` knows; `practice`
 is a name of `engine/plan/practice.py`, `options` are words of `planning_memory.Options`; `step_seconds`, `memory_gib`
 and `steady_gib` may be empty.
+
+`planning/calculated.csv` has, in three columns more, what others did not measure but calculated: the first stage's
+activations, what its layers hold between steps, its parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.planning_memory import Options, peak_bytes, steady_bytes
+from benchmarks.planning_memory import (
+    Options,
+    activation_bytes,
+    layer_state_bytes,
+    parameter_bytes,
+    peak_bytes,
+    steady_bytes,
+)
 from benchmarks.planning_sources import Row, rows_of
 from engine.config import Config
 from engine.plan import practice
@@ -26,12 +36,13 @@ from engine.plan.devices import device
 from engine.plan.step import step_time
 
 ROWS = Path(__file__).with_name("planning") / "rows.csv"
+CALCULATED = ROWS.with_name("calculated.csv")
 PRACTICES = {each.name: each for each in vars(practice).values() if isinstance(each, practice.Practice)}
 # What was fitted to which sets; where it says two thirds, every third run was held back from it.
 FITTED = {"time: vTrain, one node": "two thirds", "time: vTrain, several nodes": "30 rows",
           "time: Korthikanti 2022": "all", "time: Narayanan 2021": "all", "time: NVIDIA H100, BF16": "all",
           "time: NVIDIA H100, FP8": "all", "time: SimuMax B200": "all",
-          "between steps: Megatron-LM golden files": "messages"}
+          "between steps: Megatron-LM golden files": "messages", "memory: nanotron H100": "gathered inputs"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ def config_of(row: Mapping[str, str]) -> Config:
         "model": {"num_layers": number["layers"], "hidden_size": number["hidden"], "num_heads": number["heads"],
                   "num_kv_heads": number["kv_heads"], "ffn_hidden_size": number["ffn"], "mlp": row["mlp"],
                   "vocab_size": number["vocab"], "max_seq_len": number["seq"],
-                  "tie_embeddings": row["mlp"] == "gelu", "mlp_bias": row["bias"] == "1",
+                  "tie_embeddings": row["mlp"] == "gelu" or Options.of(row).tied, "mlp_bias": row["bias"] == "1",
                   "attention_bias": row["bias"] == "1"},
         "parallel": {"tensor": number["tensor"], "pipeline": number["pipeline"], "context": number["context"],
                      "data": number["data"], "sequence": bool(number["sequence"]), "zero": number["zero"],
@@ -85,6 +96,11 @@ def compared(rows: Iterable[Row]) -> Iterator[Compared]:
         if row["memory_gib"]:
             gib = max(peak_bytes(config, row["device"], options, stage) for stage in stages) / 2**30
             yield Compared(f"memory: {group}", name, float(row["memory_gib"]), gib)
+        for what, calculated in {"activations": activation_bytes(config, options, 0),
+                                 "layers": layer_state_bytes(config, 0),
+                                 "parameters": parameter_bytes(config, 0)}.items() if "activations_gib" in row else ():
+            if stated := row[f"{what}_gib"]:
+                yield Compared(f"calculated {what}: {group}", name, float(stated), calculated / 2**30)
 
 
 def grouped(results: Iterable[Compared]) -> dict[str, list[Compared]]:
@@ -112,7 +128,7 @@ def table(results: Mapping[str, list[Compared]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rows", type=Path, nargs="+", default=[ROWS])
+    parser.add_argument("--rows", type=Path, nargs="+", default=[ROWS, CALCULATED])
     parser.add_argument("--each", action="store_true", help="print every run")
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
