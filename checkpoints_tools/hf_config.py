@@ -51,7 +51,7 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: Json) -> Json:
         "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
         "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size, "max_position_embeddings": config.max_seq_len,
+        "vocab_size": config.vocab_size, "max_position_embeddings": _max_position_embeddings(config),
         "rope_theta": theta, "rope_scaling": scaling, "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings, "hidden_act": family.hidden_act(config), "attention_dropout": 0.0,
         **({"partial_rotary_factor": config.rope_share} if family.partial_rotary else {}),
@@ -73,14 +73,25 @@ def _their_windows(config: ModelConfig) -> Json:
     return {"sliding_window": config.window or config.max_seq_len, "layer_types": kinds}
 
 
+def _max_position_embeddings(config: ModelConfig) -> int:
+    """The longest sequence; where RoPE is dynamic, the one beyond which it is stretched: there is no longest one."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.type != "dynamic":
+        return config.max_seq_len
+    assert scaling.original_max_seq_len
+    return scaling.original_max_seq_len
+
+
 def _their_rope(config: ModelConfig) -> tuple[float, Json | None]:
     """Base and scaling."""
     scaling = config.rope_scaling
     if scaling is None:
         return config.rope_theta, None
     if scaling.type == "ntk":
-        return stretched_base(config), None
+        return float(stretched_base(config)), None
     stated = {ROPE_NAMES.get(key, key): getattr(scaling, key) for key in OF_ROPE[scaling.type]}
+    if scaling.type == "dynamic":                            # it is `max_position_embeddings`
+        del stated[ROPE_NAMES["original_max_seq_len"]]
     return config.rope_theta, {"rope_type": scaling.type} | {key: x for key, x in stated.items() if x is not None}
 
 
@@ -173,20 +184,27 @@ def _family(found: Settings) -> Family:
 def _model_section(found: Settings, family: Family) -> Json:
     heads, hidden = found.count("num_attention_heads"), found.count("hidden_size")
     theta, scaling, share = _rope(found, family)
+    longest = _max_seq_len(found, scaling)
     section = {
         "num_layers": found.count("num_hidden_layers"), "hidden_size": hidden, "num_heads": heads,
         "num_kv_heads": found.count_or("num_key_value_heads", heads),
         "head_dim": found.count_or("head_dim", hidden // heads),
         "ffn_hidden_size": found.count_or("intermediate_size", 4 * hidden), "vocab_size": found.count("vocab_size"),
-        "max_seq_len": found.count("max_position_embeddings"), "rope_theta": theta, "rope_scaling": scaling,
+        "max_seq_len": longest, "rope_theta": theta, "rope_scaling": scaling,
         "rope_share": share, "norm_eps": found.number("rms_norm_eps"),
         "tie_embeddings": found.flag("tie_word_embeddings"),
-        "mlp": family.mlps[found.get("hidden_act")], "window": _window(found, family),
+        "mlp": family.mlps[found.get("hidden_act")], "window": _window(found, family, longest),
         **{ours: None if found.get(theirs) is None else found.number(theirs)
            for ours, theirs in family.numbers.items()},
         **(_pattern(found, family) if family.window == "pattern" else {}),
         **family.always, **{flag: found.flag(flag) for flag in family.flags}}
     return section | family.derived(section)
+
+
+def _max_seq_len(found: Settings, scaling: Json | None) -> int:
+    """The longest sequence; where RoPE is dynamic, `factor` times the one up to which it is plain."""
+    longest = found.count("max_position_embeddings")
+    return max(longest, int(longest * scaling["factor"])) if scaling and scaling["type"] == "dynamic" else longest
 
 
 def _head(found: Settings) -> Json:
@@ -252,6 +270,9 @@ def _our_scaling(found: Settings, rope: Settings, kind: str) -> Json:
     whole = ROPE_NAMES["original_max_seq_len"]
     if found.get(whole) is not None or rope.get(whole) is None:         # beside the section, it counts more than in it
         rope = Settings(found.path, {**rope.values, whole: found.get(whole) or found.get("max_position_embeddings")})
+    if kind == "dynamic" and rope.count(whole) != (longest := found.count("max_position_embeddings")):
+        raise CheckpointError(f"{found.path}: {whole} is {rope.count(whole)} and max_position_embeddings {longest}, "
+                              "beyond which transformers stretches RoPE of the kind 'dynamic'; make them the same")
     section: Json = {"type": kind, "factor": rope.number("factor")}
     if "original_max_seq_len" in needed:
         section["original_max_seq_len"] = rope.count(whole)
@@ -261,12 +282,12 @@ def _our_scaling(found: Settings, rope: Settings, kind: str) -> Json:
     return section
 
 
-def _window(found: Settings, family: Family) -> int | None:
+def _window(found: Settings, family: Family, longest: int) -> int | None:
     """How far every layer looks back, where that is shorter than the longest sequence."""
     if family.window != "all" or found.get("sliding_window") is None:
         return None
     window = found.count("sliding_window")
-    return window if window < found.count("max_position_embeddings") else None
+    return window if window < longest else None
 
 
 def _pattern(found: Settings, family: Family) -> Json:

@@ -13,9 +13,9 @@ from engine.config.kinds import AttentionName, MLPName, NormName
 class RopeScalingConfig(Section):
     """How RoPE is stretched over a longer context (`engine.model.rope`)."""
 
-    type: Literal["llama3", "linear", "ntk", "yarn"] = "llama3"
+    type: Literal["llama3", "linear", "ntk", "dynamic", "yarn"] = "llama3"
     factor: Positive                                         # longer by so much
-    original_max_seq_len: Size | None = None                 # llama3, yarn: what the model was trained with before
+    original_max_seq_len: Size | None = None                 # llama3, yarn, dynamic: what it was trained with before
     low_freq_factor: Positive | None = None                  # llama3
     high_freq_factor: Positive | None = None                 # llama3
     beta_fast: Positive | None = None                        # yarn: null is 32
@@ -40,8 +40,7 @@ class RopeScalingConfig(Section):
 # Keys that a type of scaling must have, and may have.
 OF_ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (("original_max_seq_len", "low_freq_factor", "high_freq_factor"), ()),
-    "linear": ((), ()),
-    "ntk": ((), ()),
+    "linear": ((), ()), "ntk": ((), ()), "dynamic": (("original_max_seq_len",), ()),
     "yarn": (("original_max_seq_len",), ("beta_fast", "beta_slow", "attention_factor"))}
 
 

@@ -189,6 +189,10 @@ class Config(Section):
         if self.precision.compute == "fp16" and self.run.objective in RL_OBJECTIVES:
             problems.append(f"precision.compute: fp16 scales the loss, which run.objective: {self.run.objective} has "
                             "not: use bf16 or fp32")
+        plain = (rope := self.model.rope_scaling) and rope.type == "dynamic" and rope.original_max_seq_len
+        if self.run.objective in RL_OBJECTIVES and plain and self.data.seq_len > plain:
+            problems.append(f"run.objective: {self.run.objective} samples by a text's length so far, but dynamic RoPE "
+                            f"trains by data.seq_len({self.data.seq_len}): make it {plain} or less, or take type: yarn")
         if self.optim.min_lr > self.optim.lr:
             problems.append(f"optim.min_lr({self.optim.min_lr}) > optim.lr({self.optim.lr})")
         if not problems:

@@ -98,7 +98,7 @@ def _search(generator: Generator, prompts: Sequence[Sequence[int]], num_beams: i
     for text in plan.texts:
         text.table = [blocks.take() for _ in range(blocks_for(len(text.tokens)))]
         if len(text.tokens) > 1:
-            plan.beginnings.append((text.tokens[:-1], text.table))
+            plan.beginnings.append((text.tokens[:-1], text.table, text.num_prompt))
     while live := [search for search in searches if not search.done]:
         chosen = _best(generator, plan, cache, live, keep, sampling.repetition_penalty)
         plan = Plan([], [], [])

@@ -224,16 +224,19 @@ class Generator:
         """What a plan says, as tensors; one transfer to the device."""
         tokens: list[int] = []
         positions: list[int] = []
+        lengths: list[int] = []                              # of each text when its token was fed for the first time
         slots: list[int] = []
         bounds = [0]
-        for new, table in plan.beginnings:
+        for new, table, num_prompt in plan.beginnings:
             tokens += new
             positions += range(len(new))
+            lengths += (max(num_prompt, i + 1) for i in range(len(new)))
             slots += (table[i // BLOCK_TOKENS] * BLOCK_TOKENS + i % BLOCK_TOKENS for i in range(len(new)))
             bounds.append(len(tokens))
         lasts = [len(text.tokens) - 1 for text in plan.texts]
         tokens += (text.tokens[-1] for text in plan.texts)
         positions += lasts
+        lengths += (last + 1 for last in lasts)
         slots += (text.table[last // BLOCK_TOKENS] * BLOCK_TOKENS + last % BLOCK_TOKENS
                   for text, last in zip(plan.texts, lasts, strict=True))
         longest = max(lasts) + 1
@@ -242,9 +245,9 @@ class Generator:
         tables = [] if strip is not None else [
             block for text in plan.texts for block in (*text.table[:width], *[0] * (width - len(text.table)))]
         copies = [block for pair in plan.copies for block in pair]
-        everything = put(torch.tensor([*tokens, *positions, *slots, *tables, *copies]), self._mesh.device)
-        tokens_S, positions_S, slots_S, tables_N, copies_N = everything.split(
-            [len(tokens), len(tokens), len(tokens), len(tables), len(copies)])
+        everything = put(torch.tensor([*tokens, *positions, *lengths, *slots, *tables, *copies]), self._mesh.device)
+        tokens_S, positions_S, lengths_S, slots_S, tables_N, copies_N = everything.split(
+            [len(tokens), len(tokens), len(tokens), len(tokens), len(tables), len(copies)])
         beginnings = None
         if plan.beginnings:
             starts = put(torch.tensor(bounds, dtype=torch.int32), self._mesh.device)
@@ -255,7 +258,8 @@ class Generator:
             visible = (torch.arange(longest, device=self._mesh.device) <= newest_B[:, None])[:, None, None]
         fed = Fed(slots_S, beginnings, copies_N.view(-1, 2).T if copies else None, tables_N.view(len(lasts), -1),
                   longest, visible, strip)
-        return Batch(tokens_S.unsqueeze(1), positions_S.unsqueeze(1), cache=Pass(cache, fed))
+        return Batch(tokens_S.unsqueeze(1), positions_S.unsqueeze(1), cache=Pass(cache, fed),
+                     seq_len=lengths_S.unsqueeze(1))
 
     def _send(self, x_SBH: Tensor) -> None:
         """To the next stage; kept until it has left."""

@@ -73,12 +73,12 @@ class Plan:
     """One pass.
 
     Attributes:
-        beginnings: tokens to be stored, and the tables of where.
+        beginnings: tokens to be stored, the tables of where, and how many tokens the prompts have.
         copies: pairs of blocks, from and to.
         texts: who goes on, from the last token of each.
     """
 
-    beginnings: list[tuple[Sequence[int], list[int]]]
+    beginnings: list[tuple[Sequence[int], list[int], int]]
     copies: list[tuple[int, int]]
     texts: list[Text]
 
@@ -181,13 +181,13 @@ class Scheduler:
             if beginning.tokens and not beginning.table:
                 beginning.table = [blocks.take() for _ in range(blocks_for(len(beginning.tokens)))]
                 self._kept.append(beginning)
-                plan.beginnings.append((beginning.tokens, beginning.table))
+                plan.beginnings.append((beginning.tokens, beginning.table, text.num_prompt))
             text.table = list(beginning.table)
             blocks.share(text.table)
         else:
             text.table = [blocks.take() for _ in range(blocks_for(text.longest - 1))]
             if len(text.tokens) > 1:
-                plan.beginnings.append((text.tokens[:-1], text.table))
+                plan.beginnings.append((text.tokens[:-1], text.table, text.num_prompt))
         beginning.wanted -= not text.waited
         text.waited = True
         if not beginning.wanted:

@@ -128,7 +128,8 @@ def _batch(texts: Sequence[Ids], rows: int, device: torch.device) -> Batch:
         tokens[: len(text), row] = text
         ends[len(text) - 1, row] = True
     return Batch(torch.from_numpy(tokens).to(device), torch.arange(seq_len, device=device).unsqueeze(1),
-                 extra={END: torch.from_numpy(ends).to(device)})
+                 extra={END: torch.from_numpy(ends).to(device)},
+                 seq_len=torch.tensor([[*map(len, texts), *[seq_len] * (rows - len(texts))]], device=device))
 
 
 def _print(records: list[list[float]], scale: Scale | None, as_json: bool) -> None:

@@ -173,7 +173,9 @@ def batch_of(rows: Sequence[Row], width: int, device: torch.device) -> Batch:
         tokens[:length, place], labels[:length, place] = row.tokens[:-1], row.tokens[1:]
         counts[row.start - 1 : length, place] = True
     put = [torch.from_numpy(array).to(device) for array in (tokens, labels, counts)]
-    return Batch(put[0], torch.arange(seq_len, device=device).unsqueeze(1), put[1], put[2])
+    lengths = [len(row.tokens) - 1 for row in rows] + [seq_len] * (width - len(rows))
+    return Batch(put[0], torch.arange(seq_len, device=device).unsqueeze(1), put[1], put[2],
+                 seq_len=torch.tensor([lengths], device=device))
 
 
 def answer_tasks(request: TaskRequest, topology: Topology, launched: LaunchEnvironment | None) -> None:

@@ -38,6 +38,9 @@ class Batch:
         documents: of the whole sequences, also where this rank has a part of them; None: each is one document.
         cache: keys and values of earlier tokens; None when training.
         extra: what the objective's samples add (`Objective.fields`).
+        seq_len: tokens of the whole sequences, also where this rank has a part of them or common padding is cut off;
+            [1, B] where each row has a length of its own, [S, 1] where each token was fed in a sequence of another;
+            None: as many as there are.
     """
 
     tokens_SB: Tensor
@@ -47,11 +50,17 @@ class Batch:
     documents: Documents | None = None
     cache: KeyValueCache | None = None
     extra: Mapping[Field, Tensor] = field(default_factory=dict)
+    seq_len: int | Tensor | None = None
+
+    @property
+    def whole_len(self) -> int | Tensor:
+        """Tokens of the whole sequences, by which `rope_scaling: dynamic` turns them."""
+        return self.tokens_SB.shape[0] if self.seq_len is None else self.seq_len
 
     def map(self, change: Callable[[Field, Tensor], Tensor]) -> Batch:
-        """The batch with every tensor that is there replaced by what `change` makes of it."""
+        """The batch with every tensor that is there replaced by what `change` makes of it, of sequences as long."""
         own: dict[str, Any] = {f.name: change(f, x) for f in OWN if (x := getattr(self, f.name)) is not None}
-        return replace(self, **own, extra={f: change(f, x) for f, x in self.extra.items()})
+        return replace(self, **own, extra={f: change(f, x) for f, x in self.extra.items()}, seq_len=self.whole_len)
 
     def rows(self, start: int, count: int) -> Batch:
         """Some of the rows; what has one row holds for all and stays."""

@@ -127,9 +127,9 @@ class Transformer(nn.Module):
                 x = x + self.position_embedding(batch.positions_SB)
             if self.embedding_layernorm is not None:
                 x = self.embedding_layernorm(x)[1]
-        angles = near = self._angles(batch.positions_SB, x.dtype)
+        angles = near = self._angles(batch.positions_SB, x.dtype, batch.whole_len)
         if self._near_angles is not None:
-            near = self._near_angles(batch.positions_SB, x.dtype)
+            near = self._near_angles(batch.positions_SB, x.dtype, batch.whole_len)
         for index, layer in self.layers.items():
             x = layer(x, angles if self.config.window_of(int(index)) is None else near, batch)
         return x

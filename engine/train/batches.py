@@ -236,7 +236,7 @@ def collate(rows: Sequence[Sample], multiple: int = 1, pinned: bool = False) -> 
     extra = {field: torch.from_numpy(np.stack([row.extra[field] for row in rows], axis=field.batch_dim))
              for field in rows[0].extra}
     positions = torch.arange(length).unsqueeze(1) if documents is None else documents.positions()
-    batch = Batch(tokens[:-1], positions, tokens[1:], loss_mask, documents=documents, extra=extra)
+    batch = Batch(tokens[:-1], positions, tokens[1:], loss_mask, documents=documents, extra=extra, seq_len=whole)
     if pinned:
         batch = replace(batch.map(lambda _, x: x.pin_memory()), documents=documents and documents.pinned())
     return HostBatch(batch)

@@ -67,6 +67,7 @@ def test_ours_to_theirs_and_back_is_the_same_bits(kind: str, tmp_path: Path) -> 
     ("Llama", torch.float32, {"rope_theta": 5e5, "rope_scaling": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32}}),
+    ("Llama", torch.float32, {"max_position_embeddings": 24, "rope_scaling": {"rope_type": "dynamic", "factor": 2.5}}),
     ("Mistral", torch.bfloat16, {"sliding_window": None}),
     ("Qwen2", torch.float32, {"tie_word_embeddings": True, "rope_theta": 1e6}),
     ("Qwen2", torch.bfloat16, {}),
@@ -184,7 +185,9 @@ def test_a_wrong_tokenizer_is_refused(tokenizer: str, data: dict[str, Any], mess
     ("Llama", {}, {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("Mistral", {}, {"sliding_window": 0}, "sliding_window is 0, which is not a whole number from 1"),
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, {}, "sliding_window is 64"),
-    ("Llama", {}, {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "RoPE is of the kind 'dynamic'"),
+    ("Llama", {}, {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "RoPE is of the kind 'longrope'"),
+    ("Llama", {}, {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64}},
+     "original_max_position_embeddings is 64 and max_position_embeddings 128"),
     ("Llama", {}, {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": -2.0}}, "factor is -2.0"),
     ("Llama", {}, {"hidden_size": None}, "hidden_size is None, which is not a whole number from 1"),
     ("Llama", {}, {"vocab_size": 300}, "of another shape: model.embed_tokens.weight .259, 48. instead of .300, 48."),

@@ -59,6 +59,46 @@ def test_logits_of_every_pass_are_those_of_the_full_forward_pass(variant: str, m
     assert compared == sum(len(text.tokens) for text in made) == 2 * 4 * 12
 
 
+@torch.no_grad()
+def test_dynamic_rope_turns_each_token_by_the_length_so_far_as_the_cache_of_transformers_has_it(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts within and beyond the original length; one cache has no room for all, so a text is fed again."""
+    from transformers import DynamicCache
+
+    from tests.kit.hugging_face import build_twin, load_twin, twin_names
+
+    config = model_config(rope_scaling={"type": "dynamic", "factor": 4.0, "original_max_seq_len": 6})
+    model = inference_model(config)
+    weights = twin_names(dict(whole_model(config).named_parameters()), config.model)
+    prompts = [[5, 1, 4], [3, 14, 15, 9, 2, 6, 5, 3, 5, 8], [*range(14)]]
+    block_bytes = 2 * BLOCK_TOKENS * 4 * 4 * config.model.head_dim * 4         # 4 layers, 4 groups, fp32
+    seen: dict[tuple[int, ...], Tensor] = {}
+    for cache_bytes in (None, 6 * block_bytes):
+        generator = Generator(model, cache_bytes=cache_bytes)
+
+        def watched(plan: Plan, cache: Cache, generator: Generator = generator) -> Tensor:
+            logits = Generator.next_logits(generator, plan, cache)
+            assert logits is not None
+            for row, text in zip(logits, plan.texts, strict=True):
+                known = seen.setdefault(tuple(text.tokens), row.clone())
+                torch.testing.assert_close(row, known, rtol=0, atol=1e-5 * known.abs().max().item())
+            return logits
+
+        monkeypatch.setattr(generator, "next_logits", watched)
+        made = generator.generate(prompts, GREEDY, Limits(20))
+        least = sum(len(prompt) - 1 + 20 for prompt in prompts)
+        assert (generator.tokens_fed > least) == (cache_bytes is not None), "nobody was sent back"
+    for prompt, text in zip(prompts, made, strict=True):
+        twin, past = build_twin(config.model, "llama"), DynamicCache()
+        load_twin(twin, weights)
+        new = prompt
+        for length in range(len(prompt), len(prompt) + 20):
+            expected = twin(torch.tensor([new]), past_key_values=past, use_cache=True).logits[0, -1]
+            found = seen[(*prompt, *text.tokens[: length - len(prompt)])]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+            new = [text.tokens[length - len(prompt)]]
+
+
 def test_log_probabilities_are_those_of_the_full_forward_pass_at_the_temperature() -> None:
     generator, whole = Generator(inference_model(model_config()), num_ids=90), whole_model(model_config())
     for prompt, text in zip(PROMPTS, generator.generate(PROMPTS, SAMPLED, Limits(12)), strict=True):

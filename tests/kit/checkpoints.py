@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "biased and tied": {"qkv_bias": True, "tie_embeddings": True, "rope_theta": 1e6},
     "odd vocabulary": {"vocab_size": 263},
     "scaled rotation": {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "num_kv_heads": 2},
+    "dynamic rotation": {"rope_scaling": {"type": "dynamic", "factor": 4.0, "original_max_seq_len": 32}},
     "wide heads": {"head_dim": 32, "num_kv_heads": 2},
     "heads that do not divide": {"num_heads": 5, "num_kv_heads": 5, "head_dim": 10},
     "all biases": {"attention_bias": True, "mlp_bias": True, "num_kv_heads": 2},

@@ -37,7 +37,11 @@ def build_twin(config: ModelConfig, family: str) -> nn.Module:
     """The model of `family` with the shape of `config`, in fp32."""
     config_class, model_class, extra = FAMILIES[family]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if (scaling := config.rope_scaling) is not None:
+    longest = config.max_seq_len
+    if (scaling := config.rope_scaling) is not None and scaling.type == "dynamic":
+        rope |= {"rope_type": "dynamic", "factor": scaling.factor}
+        longest = scaling.original_max_seq_len or longest
+    elif scaling is not None:
         rope |= {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
                  "high_freq_factor": scaling.high_freq_factor,
                  "original_max_position_embeddings": scaling.original_max_seq_len}
@@ -54,7 +58,7 @@ def build_twin(config: ModelConfig, family: str) -> nn.Module:
     twin_config = config_class(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.ffn_hidden_size,
         num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads, max_position_embeddings=config.max_seq_len,
+        num_key_value_heads=config.num_kv_heads, max_position_embeddings=longest,
         rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings, rope_parameters=rope,
         attn_implementation="sdpa", use_cache=False, **extra)
     return model_class(twin_config).float()

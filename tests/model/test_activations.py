@@ -35,7 +35,7 @@ def kept_bytes(config: Config) -> int:
     length = LENGTH // (model.mesh.tensor.size if model.tensor.sequence else 1)
     x = torch.randn(length, config.batch.micro, config.model.hidden_size, requires_grad=True)
     positions = torch.arange(LENGTH).unsqueeze(1)
-    angles = RotaryAngles(config.model)(positions, x.dtype)
+    angles = RotaryAngles(config.model)(positions, x.dtype, len(positions))
     shared = {tensor.untyped_storage().data_ptr() for tensor in (*angles, *(b.param_buffer for b in model.buckets))}
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
